@@ -1,0 +1,1 @@
+"""Which experts serve a request: features, centres, neighbours, mix."""

@@ -1,0 +1,167 @@
+"""What clients get: an answer in one piece, or as server-sent events, in the wire format of either endpoint."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from server.api.schema import GenerateBody
+from server.api.services import Services
+from server.api.streaming import EventStream, until_disconnect
+from server.generation import Answer, Choice, Delta, Route
+
+MIX_HEADER = "x-switchyard-mix"
+
+Json = dict[str, Any]
+
+
+class MixPart(TypedDict):
+    """One expert of a mix."""
+
+    id: str
+    digest: str
+    weight: float
+
+
+class Origin(TypedDict):
+    """Who answered a prompt, and why: the empty mix is the base."""
+
+    mix: list[MixPart]
+    reason: str
+    distance: float | None
+
+
+class Usage(TypedDict):
+    """Tokens spent. `switchyard` has an entry `prompts`, one origin each, if there were several prompts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    switchyard: Json
+
+
+class Format(ABC):
+    """How one endpoint writes answers; one object per answer."""
+
+    id_prefix: ClassVar[str]
+    whole: ClassVar[str]
+    """The `object` of an answer in one piece."""
+    chunk: ClassVar[str]
+    """The `object` of a piece."""
+
+    def __init__(self, model: str, fingerprint: str) -> None:
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._fingerprint = fingerprint
+
+    def envelope(self, kind: str, choices: Sequence[Json]) -> Json:
+        """What surrounds the choices; all pieces of one answer share the id."""
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": self._fingerprint,
+            "choices": list(choices),
+        }
+
+    @abstractmethod
+    def choice(self, index: int, choice: Choice) -> Json:
+        """A finished choice."""
+
+    @abstractmethod
+    def opening(self, index: int) -> Json | None:
+        """What a choice begins with when streamed, if anything."""
+
+    @abstractmethod
+    def piece(self, index: int, text: str) -> Json:
+        """A piece of a choice."""
+
+    @abstractmethod
+    def closing(self, index: int, finish: str) -> Json:
+        """What a choice ends with when streamed."""
+
+
+class Chunks:
+    """The chunks of a streamed answer."""
+
+    def __init__(self, answer: Answer, style: Format, *, include_usage: bool) -> None:
+        self._answer = answer
+        self._style = style
+        self._include_usage = include_usage
+        self._opened: set[int] = set()
+
+    def of(self, delta: Delta) -> Iterator[Json]:
+        """The chunks that say what a delta says."""
+        if delta.choice not in self._opened:
+            self._opened.add(delta.choice)
+            if opening := self._style.opening(delta.choice):
+                yield self._chunk(opening)
+        if delta.text:
+            yield self._chunk(self._style.piece(delta.choice, delta.text))
+        if delta.finish is not None:
+            yield self._chunk(self._style.closing(delta.choice, delta.finish))
+
+    def last(self) -> Iterator[Json]:
+        """What follows the last choice."""
+        if self._include_usage:
+            yield self._style.envelope(self._style.chunk, ()) | {"usage": usage(self._answer)}
+
+    def _chunk(self, choice: Json) -> Json:
+        envelope = self._style.envelope(self._style.chunk, (choice,))
+        return envelope | {"usage": None} if self._include_usage else envelope
+
+
+async def respond(request: Request, services: Services, body: GenerateBody, style: Format) -> Response:
+    """Generate what the body asks for and write it in the style; a client that goes away stops it."""
+    answer = await services.generation.start(body.to_request())
+    headers = {MIX_HEADER: mix_header(answer.routes)}
+    try:
+        if body.stream:
+            # What fails before the first token still gets a status of its own.
+            first = await until_disconnect(request.receive, answer.__anext__())
+            return EventStream(answer, first, Chunks(answer, style, include_usage=body.include_usage), headers)
+        choices = await until_disconnect(request.receive, answer.collect())
+    except BaseException:
+        await answer.aclose()
+        raise
+    await answer.aclose()
+    whole = style.envelope(style.whole, [style.choice(i, choice) for i, choice in enumerate(choices)])
+    return JSONResponse(whole | {"usage": usage(answer)}, headers=headers)
+
+
+def mix_header(routes: Sequence[Route]) -> str:
+    """`name=weight,name2=weight2`, or `base`; the mixes of several prompts that differ are set apart by `; `."""
+    mixes = (",".join(f"{part.name}={part.weight:g}" for part in route.parts) or "base" for route in routes)
+    return "; ".join(dict.fromkeys(mixes))
+
+
+def usage(answer: Answer) -> Usage:
+    """What the answer has cost, and where it came from."""
+    origins = [origin(route) for route in answer.routes]
+    switchyard: Json = {**origins[0]}
+    if len(origins) > 1:
+        if any(route.mix != answer.routes[0].mix for route in answer.routes):
+            switchyard = {"mix": None, "reason": "per_prompt", "distance": None}
+        switchyard["prompts"] = origins
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+        "switchyard": switchyard,
+    }
+
+
+def origin(route: Route) -> Origin:
+    """The route as clients see it."""
+    parts: list[MixPart] = [{"id": part.name, "digest": part.digest, "weight": part.weight} for part in route.parts]
+    return {"mix": parts, "reason": route.reason, "distance": route.distance}

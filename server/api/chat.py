@@ -1,0 +1,76 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from server.api.answer import Format, Json, Usage, respond
+from server.api.schema import ChatBody
+from server.api.services import ReadyServices
+from server.generation import Choice
+
+router = APIRouter()
+
+
+class AssistantMessage(TypedDict):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One finished answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(TypedDict):
+    """The answer to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatFormat(Format):
+    """OpenAI's `chat.completion` and `chat.completion.chunk`."""
+
+    id_prefix = "chatcmpl"
+    whole = "chat.completion"
+    chunk = "chat.completion.chunk"
+
+    def choice(self, index: int, choice: Choice) -> Json:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
+
+    def opening(self, index: int) -> Json:
+        return _delta(index, {"role": "assistant", "content": ""})
+
+    def piece(self, index: int, text: str) -> Json:
+        return _delta(index, {"content": text})
+
+    def closing(self, index: int, finish: str) -> Json:
+        return _delta(index, {}, finish)
+
+
+def _delta(index: int, delta: Json, finish: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+@router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
+async def create_chat_completion(request: Request, body: ChatBody, services: ReadyServices) -> Response:
+    """Answer a conversation; with `stream`, as server-sent events."""
+    return await respond(request, services, body, ChatFormat(body.model, services.fingerprint))

@@ -1,0 +1,67 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from server.api.answer import Format, Json, Usage, respond
+from server.api.schema import CompletionBody
+from server.api.services import ReadyServices
+from server.generation import Choice
+
+router = APIRouter()
+
+
+class TextChoice(TypedDict):
+    """One finished continuation."""
+
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(TypedDict):
+    """The continuations of one or several prompts; choice `i × n + j` is the j-th of prompt i."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class CompletionFormat(Format):
+    """OpenAI's `text_completion`, whole and in pieces."""
+
+    id_prefix = "cmpl"
+    whole = "text_completion"
+    chunk = "text_completion"
+
+    def choice(self, index: int, choice: Choice) -> Json:
+        return _text(index, choice.text, choice.finish)
+
+    def opening(self, index: int) -> None:  # noqa: ARG002
+        return None
+
+    def piece(self, index: int, text: str) -> Json:
+        return _text(index, text)
+
+    def closing(self, index: int, finish: str) -> Json:
+        return _text(index, "", finish)
+
+
+def _text(index: int, text: str, finish: str | None = None) -> Json:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+
+
+@router.post("/v1/completions", responses={200: {"model": Completion}}, response_class=Response)
+async def create_completion(request: Request, body: CompletionBody, services: ReadyServices) -> Response:
+    """Continue each prompt; with `stream`, as server-sent events."""
+    return await respond(request, services, body, CompletionFormat(body.model, services.fingerprint))

@@ -1,0 +1,153 @@
+"""Every failure becomes one shape, OpenAI's: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Scope
+
+from store import errors
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5
+"""When to come again after a 503."""
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that went away; nobody reads it but our metrics."""
+
+
+class NotReadyError(errors.SwitchyardError):
+    """The server has not finished starting (503)."""
+
+    code = "not_ready"
+
+
+class ForbiddenError(errors.SwitchyardError):
+    """The request comes from where it may not come from (403)."""
+
+    code = "forbidden"
+
+
+_STATUS: dict[type[errors.SwitchyardError], int] = {
+    errors.InvalidRequestError: 400,
+    errors.AuthenticationError: 401,
+    ForbiddenError: 403,
+    errors.NotFoundError: 404,
+    errors.ConflictError: 409,
+    errors.TooLargeError: 413,
+    errors.QueueFullError: 429,
+    errors.ExpertUnavailableError: 503,
+    errors.StoreError: 503,
+    errors.EngineDeadError: 503,
+    NotReadyError: 503,
+    errors.SwitchyardError: 500,
+}
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+
+_VALIDATION_CODES = {
+    "extra_forbidden": ("unknown_parameter", "unknown parameter"),
+    "missing": ("missing_required_parameter", "this parameter is required"),
+    "union_tag_not_found": ("invalid_value", "has the wrong type"),
+    "json_invalid": ("invalid_json", "the body is not valid JSON"),
+    "unsupported_parameter": ("unsupported_parameter", None),
+}
+
+
+def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The one error object."""
+    return {"error": {"message": message, "type": _type_of(status), "param": param, "code": code}}
+
+
+def describe(error: Exception, scope: Scope) -> tuple[int, dict[str, Any]]:
+    """Status and body for any exception. What we did not raise on purpose is logged and told to nobody.
+
+    Notes the error's code in the request's state, for the metrics.
+    """
+    if isinstance(error, errors.SwitchyardError):
+        status = next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+        body = error_body(error.message, status, param=error.param, code=error.code)
+    elif isinstance(error, RequestValidationError):
+        status, body = 400, _validation_body(error)
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        body = error_body(_phrase(error, scope), status, code=_HTTP_CODES.get(status, "invalid_request"))
+    elif isinstance(error, ClientDisconnect):
+        status = CLIENT_CLOSED_REQUEST
+        body = error_body("the client closed the connection", status, code="client_disconnected")
+    else:
+        status, request_id = 500, scope.get("state", {}).get("request_id")
+        log.error("request %s failed", request_id, exc_info=error)
+        body = error_body(f"the server failed on this request, {request_id}", status, code="internal_error")
+    scope.setdefault("state", {})["error_code"] = body["error"]["code"]
+    return status, body
+
+
+def error_response(error: Exception, scope: Scope) -> JSONResponse:
+    """The answer for any exception."""
+    status, body = describe(error, scope)
+    headers = dict(getattr(error, "headers", None) or {})
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_SECONDS))
+    return JSONResponse(body, status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception that a route or the routing itself raises on purpose."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, request.scope)
+
+    for kind in (errors.SwitchyardError, RequestValidationError, HTTPException, ClientDisconnect):
+        app.add_exception_handler(kind, handle)
+
+
+def _type_of(status: int) -> str:
+    types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return types.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def _phrase(error: HTTPException, scope: Scope) -> str:
+    if error.detail and error.detail != HTTPStatus(error.status_code).phrase:
+        return str(error.detail)
+    what = {404: "there is no", 405: "the method is not allowed:"}.get(error.status_code, "cannot serve")
+    return f"{what} {scope['method']} {scope['path']}"
+
+
+def _validation_body(error: RequestValidationError) -> dict[str, Any]:
+    """The first fault says enough; a client mends one after the other."""
+    fault: Mapping[str, Any] = error.errors()[0]
+    code, message = _VALIDATION_CODES.get(fault["type"], ("invalid_value", None))
+    message = message or str(fault["msg"])
+    param = fault.get("ctx", {}).get("param")
+    if param is None:
+        param = _param(fault["loc"], error.body)
+        if param is None and code == "invalid_value":
+            message = "the body must be a JSON object, sent as application/json"
+        elif param is not None:
+            message = f"{param}: {message}"
+    if code == "invalid_json":
+        param, message = None, f"{message}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+    return error_body(message, 400, param=param, code=code)
+
+
+def _param(location: Sequence[str | int], body: Any) -> str | None:
+    """`("body", "messages", 0, "content")` as `messages[0].content`; steps that name a union's branch left out."""
+    path = ""
+    for step in location[1:]:
+        if isinstance(step, str) and not isinstance(body, dict):
+            continue
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+        body = body.get(step) if isinstance(body, dict) else body[step] if isinstance(body, list) else None
+    return path.removeprefix(".") or None

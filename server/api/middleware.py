@@ -1,0 +1,88 @@
+"""What happens around every request: an id, a count, a last answer to failures, and a limit on its body."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import error_response
+from server.metrics import Metrics
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestMiddleware:
+    """Gives each request an id, counts it, and answers what nobody else has caught."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        status: int | None = None
+
+        async def respond(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, respond)
+        except Exception as error:
+            response = error_response(error, scope)
+            if status is not None:  # half an answer is out: only closing the connection can tell
+                raise
+            await response(scope, receive, respond)
+        finally:
+            self._count(scope, status)
+
+    def _count(self, scope: Scope, status: int | None) -> None:
+        # The route, not the path: paths are the client's choice, and each would be a time series.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.requests.labels(route, str(status or 0)).inc()
+        if code := scope["state"].get("error_code"):
+            self._metrics.failures.labels(code).inc()
+
+
+class BodyLimitMiddleware:
+    """Refuses bodies that are too large: at once where the length is announced, else as soon as it is exceeded."""
+
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]) -> None:
+        self._app = app
+        self._limit_of = limit_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit, received = self._limit_of(scope), 0
+        # FastAPI turns other exceptions that come out of `receive` into 400.
+        too_large = HTTPException(413, f"the body exceeds the limit of {limit} bytes")
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > limit:
+            await error_response(too_large, scope)(scope, receive, send)
+            return
+
+        async def count() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise too_large
+            return message
+
+        await self._app(scope, count, send)

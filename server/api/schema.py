@@ -1,0 +1,255 @@
+"""What clients send. Strict: a field that is unknown, or known but without effect here, is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from server.engine.types import Message, SamplingParams
+from server.generation import Request
+from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+MAX_EXPERTS = 16
+MAX_WEIGHT = 10.0
+MAX_STOPS = 4
+COMPLETION_TOKENS = 16
+"""OpenAI's default `max_tokens` of completions; chat has none."""
+
+_MAX_TOKEN = 2**31 - 1
+
+
+class Wire(BaseModel):
+    """Base of everything a client sends."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class OnlyNeutral:
+    """Marks a parameter of OpenAI's that is not supported yet: only values that ask for nothing are accepted."""
+
+    values: tuple[object, ...]
+
+    def __init__(self, *values: object) -> None:
+        object.__setattr__(self, "values", (None, *values))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        del source, handler
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        del schema, handler
+        return {"enum": list(self.values), "description": "Not supported yet."}
+
+    def _check(self, value: object) -> object:
+        if any(value == neutral for neutral in self.values):
+            return value
+        raise PydanticCustomError("unsupported_parameter", "this parameter is not supported yet")
+
+
+class TextPart(Wire):
+    """A part of a message; text is the only kind that this server knows."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _shape_of_text(value: object) -> str:
+    return "parts" if isinstance(value, list) else "text"
+
+
+class ChatMessage(Wire):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_shape_of_text)
+    ]
+    # Clients send an assistant's message back as they got it, with these empty.
+    name: Annotated[None, OnlyNeutral()] = None
+    refusal: Annotated[None, OnlyNeutral()] = None
+    annotations: Annotated[None, OnlyNeutral([])] = None
+    audio: Annotated[None, OnlyNeutral()] = None
+    function_call: Annotated[None, OnlyNeutral()] = None
+    tool_calls: Annotated[None, OnlyNeutral([])] = None
+
+    def to_engine(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        # Chat templates of open models know "system"; "developer" is OpenAI's newer word for it.
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(Wire):
+    """Options that make sense with `stream` only."""
+
+    include_usage: bool = Field(False, description="Send one more chunk, with the usage, before the end.")
+    include_obfuscation: Annotated[None, OnlyNeutral(False)] = None
+
+
+class ExpertWeight(Wire):
+    """One expert of an explicit mix."""
+
+    id: str = Field(description="The expert's name.")
+    weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, description="Multiplier of its task vector.")
+
+
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class GenerateBody(Wire):
+    """What chat and completions have in common."""
+
+    model: str = Field(description="The base's name, an expert's name, or `auto`: routed by the prompt.")
+    experts: list[ExpertWeight] | None = Field(
+        None, min_length=1, max_length=MAX_EXPERTS, description="An explicit mix; `model` is then `auto` or the base."
+    )
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN)
+    temperature: float | None = Field(1.0, ge=0.0, le=2.0)
+    top_p: float | None = Field(1.0, gt=0.0, le=1.0)
+    n: int | None = Field(1, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[
+        Annotated[Stop | None, Tag("text")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("parts")],
+        Discriminator(_shape_of_text),
+    ] = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Accepted and not used.")
+
+    presence_penalty: Annotated[None, OnlyNeutral(0)] = None
+    frequency_penalty: Annotated[None, OnlyNeutral(0)] = None
+    logit_bias: Annotated[None, OnlyNeutral({})] = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _fault("stream_options", "is only allowed with stream")
+        seen: set[str] = set()
+        for i, expert in enumerate(self.experts or ()):
+            if expert.id in seen:
+                raise _fault(f"experts[{i}].id", f"names {expert.id!r} a second time")
+            seen.add(expert.id)
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _request(self, prompts: tuple[Prompt, ...], max_tokens: int | None) -> Request:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+        )
+        experts = tuple((expert.id, expert.weight) for expert in self.experts or ())
+        return Request(self.model, prompts, experts, sampling, tuple(stops), self.n or 1)
+
+
+class ChatBody(GenerateBody):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN)
+
+    audio: Annotated[None, OnlyNeutral()] = None
+    function_call: Annotated[None, OnlyNeutral("none")] = None
+    functions: Annotated[None, OnlyNeutral([])] = None
+    logprobs: Annotated[None, OnlyNeutral(False)] = None
+    metadata: Annotated[None, OnlyNeutral({})] = None
+    modalities: Annotated[None, OnlyNeutral(["text"])] = None
+    parallel_tool_calls: Annotated[None, OnlyNeutral(True)] = None
+    prediction: Annotated[None, OnlyNeutral()] = None
+    prompt_cache_key: Annotated[None, OnlyNeutral()] = None
+    reasoning_effort: Annotated[None, OnlyNeutral()] = None
+    response_format: Annotated[None, OnlyNeutral({"type": "text"})] = None
+    safety_identifier: Annotated[None, OnlyNeutral()] = None
+    service_tier: Annotated[None, OnlyNeutral("auto", "default")] = None
+    store: Annotated[None, OnlyNeutral(False)] = None
+    tool_choice: Annotated[None, OnlyNeutral("none", "auto")] = None
+    tools: Annotated[None, OnlyNeutral([])] = None
+    top_logprobs: Annotated[None, OnlyNeutral(0)] = None
+    verbosity: Annotated[None, OnlyNeutral("medium")] = None
+    web_search_options: Annotated[None, OnlyNeutral()] = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise _fault("max_tokens", "contradicts max_completion_tokens: give one of them")
+        return self
+
+    def to_request(self) -> Request:
+        prompt = ChatPrompt(tuple(message.to_engine() for message in self.messages))
+        return self._request((prompt,), self.max_completion_tokens or self.max_tokens)
+
+
+Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN)]
+
+
+def _shape_of_prompt(value: object) -> str:
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "token_lists" if isinstance(first, list) else "tokens" if isinstance(first, int) else "texts"
+
+
+class CompletionBody(GenerateBody):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(min_length=1), Tag("texts")]
+        | Annotated[list[Token], Tag("tokens")]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Tag("token_lists")],
+        Discriminator(_shape_of_prompt),
+    ]
+
+    best_of: Annotated[None, OnlyNeutral(1)] = None
+    echo: Annotated[None, OnlyNeutral(False)] = None
+    logprobs: Annotated[None, OnlyNeutral()] = None
+    suffix: Annotated[None, OnlyNeutral("")] = None
+
+    def to_request(self) -> Request:
+        return self._request(tuple(self._prompts()), self.max_tokens or COMPLETION_TOKENS)
+
+    def _prompts(self) -> list[Prompt]:
+        given = self.prompt
+        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        return [TextPrompt(item) if isinstance(item, str) else TokenPrompt(tuple(item)) for item in several]
+
+
+class RouteBody(Wire):
+    """The body of `POST /v1/route`: a prompt or a conversation."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise _fault("prompt", "or messages: give one of them")
+        return self
+
+    def to_prompt(self) -> Prompt:
+        if self.prompt is not None:
+            return TextPrompt(self.prompt)
+        return ChatPrompt(tuple(message.to_engine() for message in self.messages or ()))
+
+
+def _fault(param: str, message: str) -> PydanticCustomError:
+    """A fault that shows only when fields are seen together; `errors.py` reads the parameter's name."""
+    return PydanticCustomError("invalid_value", "{param} {what}", {"param": param, "what": message})

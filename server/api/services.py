@@ -1,0 +1,56 @@
+"""What the routes work with, made once in `server.app` and handed to each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from router.router import Router
+from server.api.errors import NotReadyError
+from server.engine.types import Engine
+from server.generation import Generation
+from server.library import Library
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+@dataclass
+class Services:
+    """The rooms of one server."""
+
+    settings: Settings
+    engine: Engine
+    router: Router
+    library: Library
+    generation: Generation
+    metrics: Metrics
+    started: int
+    """Unix seconds."""
+    ready: bool = False
+    """Whether the router knows every expert of the registry again."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Short form of the base's fingerprint: OpenAI's `system_fingerprint`."""
+        return f"fp_{self.engine.base.manifest.fingerprint[:12]}"
+
+
+async def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+async def _ready_services(request: Request) -> Services:
+    services = await _services(request)
+    if not services.ready:
+        raise NotReadyError("the server is still starting; try again soon")
+    return services
+
+
+AnyServices = Annotated[Services, Depends(_services)]
+"""The services, whatever state they are in."""
+
+ReadyServices = Annotated[Services, Depends(_ready_services)]
+"""The services, once they can answer anything; 503 before."""

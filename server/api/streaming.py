@@ -1,0 +1,104 @@
+"""Server-sent events, and an eye on the client: one that has gone away stops costing anything."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.errors import describe
+from server.generation import Answer, Delta
+
+T = TypeVar("T")
+
+
+class ChunkWriter(Protocol):
+    """Wire chunks of an answer."""
+
+    def of(self, delta: Delta) -> Iterator[Mapping[str, Any]]: ...
+
+    def last(self) -> Iterator[Mapping[str, Any]]: ...
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, unless the client goes away first. The request's body must have been read.
+
+    Raises:
+        ClientDisconnect: the client went away, and the work was cancelled.
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """An answer as `text/event-stream`; closes the answer whatever happens.
+
+    Starlette's StreamingResponse leaves its iterator suspended when the client goes away, until the garbage
+    collector finds it; the engine would generate for nobody.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, first: Delta, chunks: ChunkWriter, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._answer = answer
+        self._first = first
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send_all(scope, send))
+        except (ClientDisconnect, OSError):  # servers differ in how they tell
+            describe(ClientDisconnect(), scope)
+        finally:
+            await self._answer.aclose()
+
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await self._send_events(send)
+        except OSError:
+            raise
+        except Exception as error:
+            # The status is out; OpenAI's clients raise on an event with an `error`.
+            await send(_event(describe(error, scope)[1]))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_events(self, send: Send) -> None:
+        for chunk in self._chunks.of(self._first):
+            await send(_event(chunk))
+        async for delta in self._answer:
+            for chunk in self._chunks.of(delta):
+                await send(_event(chunk))
+        for chunk in self._chunks.last():
+            await send(_event(chunk))
+        await send(_body(b"data: [DONE]\n\n"))
+
+
+def _event(content: Mapping[str, Any]) -> dict[str, Any]:
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _body(f"data: {text}\n\n".encode())
+
+
+def _body(data: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": True}

@@ -1,0 +1,115 @@
+"""A small HTTP client of a running server, for the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from store.errors import SwitchyardError
+
+Json = dict[str, Any]
+
+
+class ServerError(SwitchyardError):
+    """The server refused, or cannot be reached; the message is the server's own where there is one."""
+
+    code = "server_error"
+
+
+@dataclass
+class ChatTurn:
+    """An answer that is being streamed: iterate for its text; `mix` and `usage` are there once it has ended."""
+
+    pieces: Iterator[str]
+    mix: str = ""
+    usage: Json = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+
+class Client:
+    """Calls of the HTTP API; see docs/api.md.
+
+    Raises from every method:
+        ServerError: the server refused or is not there.
+    """
+
+    def __init__(self, server: str, api_key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A first answer may wait for a cold expert; an upload for its validation.
+        timeout = httpx.Timeout(10.0, read=600.0, write=600.0)
+        self._http = httpx.Client(base_url=server, headers=headers, timeout=timeout)
+
+    def push(self, file: Path, *, name: str | None, exemplars: Path | None) -> tuple[Json, bool]:
+        """Upload an expert file. Returns its record, and whether it was new."""
+        with file.open("rb") as body:
+            files: dict[str, Any] = {"file": (file.name, body, "application/octet-stream")}
+            if exemplars is not None:
+                files["exemplars"] = (exemplars.name, exemplars.read_bytes(), "application/jsonl")
+            response = self._send("POST", "/v1/experts", files=files, data={"name": name} if name else {})
+        return response.json(), response.status_code == httpx.codes.CREATED
+
+    def experts(self) -> list[Json]:
+        listed: list[Json] = self._send("GET", "/v1/experts").json()["data"]
+        return listed
+
+    def remove(self, name: str) -> None:
+        self._send("DELETE", f"/v1/experts/{quote(name, safe='')}")
+
+    def route(self, prompt: str) -> Json:
+        decision: Json = self._send("POST", "/v1/route", json={"prompt": prompt}).json()
+        return decision
+
+    def chat(self, messages: list[dict[str, str]], *, model: str, **options: Any) -> ChatTurn:
+        """Stream one answer; `options` are further fields of the request (`temperature`, `experts`, ...)."""
+        body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        turn = ChatTurn(iter(()))
+        turn.pieces = self._stream(turn, body | options)
+        return turn
+
+    def _stream(self, turn: ChatTurn, body: Json) -> Iterator[str]:
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.is_error:
+                    response.read()
+                    raise _refusal(response)
+                turn.mix = response.headers.get("x-switchyard-mix", "")
+                for line in response.iter_lines():
+                    data = line.removeprefix("data: ")
+                    if not line.startswith("data: ") or data == "[DONE]":
+                        continue
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise ServerError(chunk["error"]["message"], code=chunk["error"].get("code"))
+                    turn.usage = chunk.get("usage") or turn.usage
+                    for choice in chunk["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **request)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.is_error:
+            raise _refusal(response)
+        return response
+
+    def _unreachable(self, error: httpx.TransportError) -> ServerError:
+        return ServerError(f"no answer from {self._http.base_url}: {error}; is `switchyard serve` running there?")
+
+
+def _refusal(response: httpx.Response) -> ServerError:
+    try:
+        error = response.json()["error"]
+        return ServerError(error["message"], param=error.get("param"), code=error.get("code"))
+    except (ValueError, KeyError, TypeError):
+        return ServerError(f"the server answered {response.status_code} {response.reason_phrase}")

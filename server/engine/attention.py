@@ -1,0 +1,177 @@
+"""Attention over the paged cache for a ragged batch: all tokens of a step in one row, no padding in the model.
+
+The model code is transformers' own; this function is registered as its attention implementation and receives the
+step's layout through the forward call's keyword arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from server.engine.kv_cache import BLOCK_TOKENS, NULL_BLOCK, KVCache
+
+ATTENTION_NAME = "switchyard_paged"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's share of a step: rows `start:stop` of the batch continue a context of `context` tokens."""
+
+    start: int
+    stop: int
+    context: int
+    blocks: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Keys that the last row of the segment sees."""
+        return self.context + self.stop - self.start
+
+
+@dataclass
+class AttentionBatch:
+    """The layout of one step. `cache is None` means: segments stand alone and nothing is remembered."""
+
+    segments: list[Segment]
+    cache: KVCache | None
+    device: torch.device
+    decodes: list[Segment] = field(init=False)
+    """Segments of one row with a context: attended in one padded call."""
+    chunks: list[Segment] = field(init=False)
+    slots: torch.Tensor = field(init=False)
+    """`[rows]` int64: where in the cache (block × BLOCK_TOKENS + offset) each row's key and value go."""
+    table: torch.Tensor = field(init=False)
+    """`[decodes, blocks]` int64 block table, padded with `NULL_BLOCK`."""
+    lengths: torch.Tensor = field(init=False)
+    rows: torch.Tensor = field(init=False)
+    """`[decodes]` int64: batch rows of the decodes."""
+    _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_row = [s.context > 0 and s.stop - s.start == 1 for s in self.segments]
+        self.decodes = [s for s, decode in zip(self.segments, one_row, strict=True) if decode]
+        self.chunks = [s for s, decode in zip(self.segments, one_row, strict=True) if not decode]
+        if self.cache is None:
+            return
+        slots = [
+            segment.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+            for segment in self.segments
+            for position in range(segment.context, segment.length)
+        ]
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        if self.decodes:
+            width = max(-(-s.length // BLOCK_TOKENS) for s in self.decodes)
+            rows = [list(s.blocks[:width]) + [NULL_BLOCK] * (width - len(s.blocks)) for s in self.decodes]
+            self.table = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            self.lengths = torch.tensor([s.length for s in self.decodes], device=self.device)
+            self.rows = torch.tensor([s.start for s in self.decodes], dtype=torch.int64, device=self.device)
+
+    def decode_mask(self, window: int | None) -> torch.Tensor:
+        """`[decodes, 1, 1, keys]` bool: which cached keys each decode sees; the same for all layers of a window."""
+        if window not in self._masks:
+            position = torch.arange(self.table.shape[1] * BLOCK_TOKENS, device=self.device)
+            mask = position < self.lengths[:, None]
+            if window is not None:
+                mask &= position >= self.lengths[:, None] - window
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
+
+
+def _causal_mask(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor:
+    query = torch.arange(segment.context, segment.length, device=device)[:, None]
+    key = torch.arange(segment.length, device=device)[None, :]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Attention of `[b, heads, q, d]` over `[b, kv_heads, k, d]` (grouped heads), `mask` bool or None."""
+    if softcap is None:
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=gqa
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    batch: AttentionBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """One layer's attention for a step (transformers' attention interface).
+
+    Args:
+        query: `[1, heads, rows, head_dim]`, rotated; `key`, `value`: `[1, kv_heads, rows, head_dim]`.
+        batch: the step's layout.
+
+    Returns:
+        `[1, rows, heads, head_dim]`, and None for the attention weights.
+    """
+    del attention_mask  # the layout knows who sees whom
+    kv_heads, head_dim = key.shape[1], key.shape[3]
+    output = torch.empty_like(query)
+    if batch.cache is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+        keys.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, key[0].transpose(0, 1))
+        values.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, value[0].transpose(0, 1))
+    for segment in batch.chunks:
+        rows = slice(segment.start, segment.stop)
+        mask: torch.Tensor | None = None
+        if segment.context == 0:
+            k, v = key[:, :, rows], value[:, :, rows]
+            if sliding_window is not None and segment.length > sliding_window:
+                mask = _causal_mask(segment, sliding_window, query.device)
+        else:
+            blocks = list(segment.blocks[: -(-segment.length // BLOCK_TOKENS)])
+            k, v = (
+                cached[blocks].view(1, -1, kv_heads, head_dim)[:, : segment.length].transpose(1, 2)
+                for cached in (keys, values)
+            )
+            mask = _causal_mask(segment, sliding_window, query.device)
+        output[:, :, rows] = _attend(
+            query[:, :, rows], k, v, scaling=scaling, softcap=softcap, mask=mask, causal=mask is None
+        )
+    if batch.decodes:
+        count = len(batch.decodes)
+        k = keys[batch.table].view(count, -1, kv_heads, head_dim).transpose(1, 2)
+        v = values[batch.table].view(count, -1, kv_heads, head_dim).transpose(1, 2)
+        # Query heads of one group share a key head and see the same keys: they become that head's query rows.
+        grouped = query[0][:, batch.rows].transpose(0, 1).reshape(count, kv_heads, -1, head_dim)
+        attended = _attend(grouped, k, v, scaling=scaling, softcap=softcap, mask=batch.decode_mask(sliding_window))
+        output[0][:, batch.rows] = attended.reshape(count, -1, head_dim).transpose(0, 1)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,0 +1,409 @@
+"""The engine's public face: requests in, tokens out, one thread in between that owns the model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import TypeVarTuple, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from server.engine.attention import AttentionBatch, Segment
+from server.engine.kv_cache import KVCache
+from server.engine.loader import ExpertLoader
+from server.engine.merged import MergedWeights
+from server.engine.model import BaseModel, choose_device, choose_dtype
+from server.engine.residency import Residency
+from server.engine.sampler import sample
+from server.engine.scheduler import Scheduler, Work
+from server.engine.sequence import Event, Sequence
+from server.engine.tokenizer import ModelTokenizer
+from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, FinishReason, TokenEvent
+from store.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    ExpertUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+    SwitchyardError,
+)
+from store.mix import Mix
+
+log = logging.getLogger(__name__)
+
+_FEATURE_STEP = 4
+"""Routing features may take this many times `step_tokens` between two steps: they pass a fraction of the layers."""
+
+Command = Callable[[], None]
+Arguments = TypeVarTuple("Arguments")
+
+
+class EngineStream:
+    """One request's events, handed from the engine's thread to the event loop."""
+
+    def __init__(self, engine: TransformersEngine, request: EngineRequest, max_tokens: int) -> None:
+        self._engine = engine
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._done = False
+        self.sequence = Sequence(request, max_tokens, emit=self._emit)
+
+    def _emit(self, event: Event) -> None:
+        self._engine.deliver(self._events, event)
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._done:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            self._finish()
+            raise event
+        if event.finish is not None:
+            self._finish()
+        return event
+
+    async def aclose(self) -> None:
+        if not self._done:
+            self._finish()
+            self._engine.cancel(self.sequence)
+
+    def _finish(self) -> None:
+        self._done = True
+        self._engine.closed()
+
+
+class TransformersEngine:
+    """`Engine` over a transformers causal LM: ragged batches, paged cache, merged mode.
+
+    Construct it anywhere; `start` it on the event loop that will consume the tokens. Everything that touches the
+    model, the cache, the scheduler or the residency runs on the engine's own thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        settings: EngineSettings,
+        fetch_expert: Callable[[str], Path],
+        cache_dir: Path | None = None,
+    ) -> None:
+        """Load the base.
+
+        Args:
+            folder: safetensors checkpoint (`server.engine.model.resolve_base`).
+            name: what clients call the base.
+            fetch_expert: digest → local path of a validated expert file; may block, may raise ExpertUnavailableError.
+            cache_dir: where the base's fingerprint is remembered.
+
+        Raises:
+            CheckpointError: no usable model or tokenizer in the folder.
+            ValueError: a setting makes no sense for this base.
+        """
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        self._settings = settings
+        self._model = BaseModel(
+            folder, dtype=dtype, device=device, feature_layer=settings.feature_layer, cache_dir=cache_dir
+        )
+        self._tokenizer = ModelTokenizer(folder)
+        eos = self._tokenizer.eos_token_id
+        self._stop_tokens = self._model.stop_tokens | (frozenset() if eos is None else {eos})
+        self._cache = KVCache(self._model.kv_shape, settings.kv_bytes, device)
+        self._merged = MergedWeights(self._model.parameters)
+        self._scheduler = Scheduler(
+            self._cache,
+            max_batch=settings.max_batch,
+            step_tokens=settings.step_tokens,
+            turn_steps=settings.turn_steps,
+        )
+        loader = ExpertLoader(self._model.manifest, device, fetch_expert)
+        self._residency = Residency(loader, settings.expert_bytes, post=self._post)
+        self._base = BaseInfo(
+            name=name,
+            manifest=self._model.manifest,
+            context_length=min(self._model.context_length, self._cache.capacity_tokens),
+            feature_dim=self._model.hidden_size,
+            feature_layer=settings.feature_layer,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+        )
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._feature_jobs: deque[tuple[list[int], asyncio.Future[npt.NDArray[np.float32]]]] = deque()
+        self._outbox: list[tuple[asyncio.Queue[Event], Event]] = []
+        self._held: set[Sequence] = set()
+        """Sequences whose experts are pinned, or being waited for."""
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+        self._open = 0
+        self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self._stats = self._snapshot()
+
+    @property
+    def base(self) -> BaseInfo:
+        return self._base
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        return self._tokenizer
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        if self._thread is None:
+            return
+
+        def halt() -> None:
+            self._stopping = True
+
+        self._post(halt)
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._residency.close)
+
+    def submit(self, request: EngineRequest) -> EngineStream:
+        if not self.alive:
+            raise EngineDeadError("the engine is not running; restart the server")
+        if self._open >= self._settings.max_queue:
+            raise QueueFullError(f"{self._open} requests are waiting already; try again soon", retry_after=1)
+        if not request.prompt:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        room = self._base.context_length - len(request.prompt)
+        if room < 1 or (request.sampling.max_tokens or 1) > room:
+            raise ContextLengthError(
+                f"the context holds {self._base.context_length} tokens; the prompt has {len(request.prompt)} and "
+                f"{request.sampling.max_tokens or 1} more were asked for",
+                param="max_tokens" if room >= 1 else "messages",
+            )
+        stream = EngineStream(self, request, request.sampling.max_tokens or room)
+        self._open += 1
+        self._post(lambda: self._admit(stream.sequence))
+        return stream
+
+    async def features(self, texts: Items[str]) -> npt.NDArray[np.float32]:
+        if not self.alive:
+            raise EngineDeadError("the engine is not running; restart the server")
+        limit = self._settings.feature_tokens
+        loop = asyncio.get_running_loop()
+        prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(text)[:limit] for text in texts])
+        if not all(prompts):
+            raise InvalidRequestError("an empty text has no routing features", param="prompt")
+        jobs = [(prompt, loop.create_future()) for prompt in prompts]
+        self._post(lambda: self._feature_jobs.extend(jobs))
+        rows = await asyncio.gather(*(future for _, future in jobs))
+        return np.stack(rows) if rows else np.empty((0, self._base.feature_dim), dtype=np.float32)
+
+    async def drop_expert(self, digest: str) -> None:
+        self._post(lambda: self._residency.drop(digest))
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def check_integrity(self) -> tuple[str, str]:
+        """sha256 of the pristine weights now, and of what the model runs with now. For tests; call when idle."""
+        return self._merged.pristine_fingerprint(), self._merged.fingerprint()
+
+    # -- called by the streams, on the event loop
+
+    def cancel(self, sequence: Sequence) -> None:
+        self._post(lambda: self._end(sequence))
+
+    def closed(self) -> None:
+        self._open -= 1
+
+    def deliver(self, events: asyncio.Queue[Event], event: Event) -> None:
+        self._outbox.append((events, event))
+
+    # -- the engine's thread
+
+    def _post(self, command: Command) -> None:
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        if self._settings.threads is not None:
+            torch.set_num_threads(self._settings.threads)
+        failure: Exception = EngineDeadError("the server is shutting down")
+        try:
+            while not self._stopping:
+                self._receive()
+                self._serve_features()
+                self._step()
+                self._stats = self._snapshot()
+                self._flush()
+        except Exception:
+            log.exception("the engine's thread has failed")
+            failure = EngineDeadError("the engine has failed; restart the server")
+        for sequence in self._held:
+            sequence.emit(failure)
+        for _, future in self._feature_jobs:
+            self._on_loop(_fail, future, failure)
+        self._flush()
+
+    def _receive(self) -> None:
+        """Run what was posted; sleep while there is nothing else to do."""
+        idle = not self._feature_jobs and self._scheduler.idle and not self._outbox
+        while True:
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            command()
+
+    def _flush(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._on_loop(_deliver, outbox)
+
+    def _on_loop(self, function: Callable[[Unpack[Arguments]], None], *arguments: *Arguments) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._held.add(sequence)
+
+        def ready(error: SwitchyardError | None) -> None:
+            if error is not None:
+                self._held.discard(sequence)
+                sequence.emit(error)
+            elif sequence in self._held:
+                self._scheduler.add(sequence)
+            else:  # cancelled while its experts were loading
+                self._residency.release(sequence.mix)
+
+        self._residency.request(sequence.mix, ready)
+
+    def _end(self, sequence: Sequence, error: SwitchyardError | None = None) -> None:
+        """Finish or cancel a sequence and free what it holds; a second call does nothing."""
+        if sequence not in self._held:
+            return
+        self._held.discard(sequence)
+        if self._scheduler.remove(sequence):
+            self._residency.release(sequence.mix)
+        if error is not None:
+            sequence.emit(error)
+
+    def _serve_features(self) -> None:
+        budget = _FEATURE_STEP * self._settings.step_tokens
+        jobs: list[tuple[list[int], asyncio.Future[npt.NDArray[np.float32]]]] = []
+        while self._feature_jobs and (not jobs or budget >= len(self._feature_jobs[0][0])):
+            jobs.append(self._feature_jobs.popleft())
+            budget -= len(jobs[-1][0])
+        if not jobs:
+            return
+        try:
+            rows = self._model.features([prompt for prompt, _ in jobs]).numpy()
+        except Exception as error:
+            log.exception("routing features failed")
+            for _, future in jobs:
+                self._on_loop(_fail, future, SwitchyardError(f"routing features failed: {type(error).__name__}"))
+            return
+        for (_, future), row in zip(jobs, rows, strict=True):
+            self._on_loop(_resolve, future, row)
+
+    def _step(self) -> None:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return
+        mix, work = plan
+        try:
+            self._merged.apply(mix, self._residency.experts)
+            sampled = self._forward(work)
+        except Exception:
+            # One batch's failure (out of memory, a broken expert) ends that batch, not the server.
+            log.exception("a step failed; its %d requests end with an error", len(work))
+            for item in work:
+                self._end(item.sequence, SwitchyardError("the engine failed on this batch; see the server's log"))
+            return
+        self._steps += 1
+        self._postprocess(mix, work, sampled)
+
+    def _forward(self, work: list[Work]) -> list[int | None]:
+        tokens: list[int] = []
+        segments: list[Segment] = []
+        rows: list[int] = []
+        for item in work:
+            sequence, start = item.sequence, len(tokens)
+            tokens += sequence.tokens[sequence.computed : sequence.computed + item.count]
+            segments.append(Segment(start, len(tokens), sequence.computed, tuple(sequence.blocks)))
+            if item.samples:
+                rows.append(len(tokens) - 1)
+        layout = AttentionBatch(segments, self._cache, self._model.device)
+        logits = self._model.forward(tokens, layout, rows)
+        return sample(logits, [item.sequence for item in work if item.samples])
+
+    def _postprocess(self, mix: Mix, work: list[Work], sampled: list[int | None]) -> None:
+        tokens = iter(sampled)
+        for item in work:
+            sequence, samples = item.sequence, item.samples
+            self._prompt_tokens += max(0, min(len(sequence.request.prompt) - sequence.computed, item.count))
+            sequence.computed += item.count
+            if not samples:
+                continue
+            token = next(tokens)
+            if token is None:
+                name = "the base" if mix.is_base else "this mix of experts"
+                self._end(sequence, ExpertUnavailableError(f"{name} produced values that are not finite"))
+                continue
+            self._generated_tokens += 1
+            event = sequence.append(token, self._stop_tokens)
+            if event.finish is None and len(sequence.tokens) >= self._base.context_length:
+                event = TokenEvent(event.token, FinishReason.LENGTH)
+            if event.finish is not None:
+                self._end(sequence)
+            sequence.emit(event)
+
+    def _snapshot(self) -> EngineStats:
+        residency, merged = self._residency, self._merged
+        running = self._scheduler.running
+        return EngineStats(
+            running=running,
+            waiting=len(self._held) - running,
+            kv_bytes_used=self._cache.used_bytes,
+            kv_bytes_total=self._cache.total_bytes,
+            resident_experts=residency.count,
+            resident_bytes=residency.used_bytes,
+            resident_bytes_limit=residency.budget_bytes,
+            expert_loads=residency.loads,
+            expert_evictions=residency.evictions,
+            expert_load_seconds=residency.load_seconds,
+            mix_switches=merged.switches,
+            patch_seconds=merged.seconds,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._scheduler.preemptions,
+            steps=self._steps,
+        )
+
+
+def _deliver(outbox: list[tuple[asyncio.Queue[Event], Event]]) -> None:
+    for events, event in outbox:
+        events.put_nowait(event)
+
+
+def _resolve(future: asyncio.Future[npt.NDArray[np.float32]], row: npt.NDArray[np.float32]) -> None:
+    if not future.done():
+        future.set_result(row)
+
+
+def _fail(future: asyncio.Future[npt.NDArray[np.float32]], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

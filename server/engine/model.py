@@ -1,0 +1,229 @@
+"""The base model: found, loaded, checked, and run one ragged batch at a time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment
+from server.engine.gguf import convert_gguf
+from server.engine.kv_cache import KVShape
+from store.errors import CheckpointError
+from store.fingerprint import manifest_of
+from store.manifest import BaseManifest
+
+log = logging.getLogger(__name__)
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_PROBE_TOKENS = 24
+_PROBE_TOLERANCE = {torch.float32: 1e-3}
+_PROBE_TOLERANCE_REDUCED = 0.1
+"""Rounding differs by a few percent in 16 bits; an architecture that ignores the interface is off by far more."""
+
+
+def resolve_base(spec: str, cache_dir: Path) -> Path:
+    """Turn a base specification into a local checkpoint folder.
+
+    Args:
+        spec: a folder with `config.json` and safetensors, a `.gguf` file (converted once under `cache_dir`), or a
+            hub id such as `org/model` (downloaded to the hub's own cache).
+
+    Raises:
+        CheckpointError: nothing of the kind is there.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"there is no GGUF file {path}", param="base")
+        return convert_gguf(path, cache_dir)
+    if path.is_absolute() or spec.startswith(".") or spec.count("/") != 1:
+        raise CheckpointError(f"{spec} is no folder, no .gguf file and no hub id (org/model)", param="base")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"the base {spec} could not be downloaded: {error}", param="base") from error
+
+
+def choose_device(device: str) -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`"auto"` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise ValueError(f"dtype must be auto, {', '.join(known)}; not {dtype}")
+    return known[dtype]
+
+
+class BaseModel:
+    """A causal LM of transformers, run without padding over the paged cache, plus its early layers for routing.
+
+    Attributes:
+        parameters: every parameter by its checkpoint name (tied ones once). The merged mode swaps what they point to.
+        stop_tokens: ids that end the model's turn.
+        context_length: most tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, feature_layer: int, cache_dir: Path | None
+    ) -> None:
+        """Load and check the base.
+
+        Raises:
+            CheckpointError: the folder holds no model that this engine can run.
+        """
+        self.manifest: BaseManifest = manifest_of(folder, cache_dir)
+        self.device, self.dtype = device, dtype
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"transformers cannot load the base: {error}", param="base") from error
+        self._model: PreTrainedModel = model.requires_grad_(False)  # from_pretrained has set eval mode
+        nn.Module.to(self._model, device)
+        self.parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
+        absent = sorted(set(self.manifest.tensors) - set(self.parameters) - set(dict(self._model.named_buffers())))
+        if absent:
+            raise CheckpointError(
+                f"this architecture renames or fuses its weights when loaded ({absent[0]} and {len(absent) - 1} more "
+                "have no parameter of that name), so experts could not be applied to it",
+                param="base",
+            )
+        text = config.get_text_config()
+        self.context_length: int = text.max_position_embeddings
+        self.hidden_size: int = text.hidden_size
+        self._vocabulary: int = text.vocab_size
+        self.kv_shape = KVShape(
+            layers=text.num_hidden_layers,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            dtype=dtype,
+        )
+        self.stop_tokens = _stop_tokens(folder, text)
+        self.feature_layer = feature_layer
+        self._early = self._early_layers(feature_layer)
+        self._check_attention()
+
+    @torch.inference_mode()
+    def forward(self, tokens: list[int], batch: AttentionBatch, logit_rows: list[int]) -> torch.Tensor:
+        """Run one step.
+
+        Args:
+            tokens: ids of all rows, segment after segment.
+            batch: the rows' layout; its cache receives their keys and values.
+            logit_rows: rows whose next-token logits are wanted.
+
+        Returns:
+            `[len(logit_rows), vocabulary]` float32.
+        """
+        ids = torch.tensor([tokens], device=self.device)
+        wanted = torch.tensor(logit_rows, dtype=torch.int64, device=self.device)
+        output = self._model(
+            input_ids=ids, position_ids=self._positions(batch), use_cache=False, logits_to_keep=wanted, batch=batch
+        )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    @torch.inference_mode()
+    def features(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Routing features: the pristine base's hidden states after `feature_layer` layers, mean over the prompt.
+
+        The first token is left out of the mean (it is an attention sink whose state says nothing of the text),
+        unless it is the only one.
+
+        Args:
+            prompts: token ids, at least one each.
+
+        Returns:
+            `[len(prompts), hidden_size]` float32 on the CPU.
+        """
+        segments, start = [], 0
+        for prompt in prompts:
+            segments.append(Segment(start, start + len(prompt), 0, ()))
+            start += len(prompt)
+        batch = AttentionBatch(segments, None, self.device)
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
+        hidden = self._early(input_ids=ids, position_ids=self._positions(batch), use_cache=False, batch=batch)
+        states = hidden.last_hidden_state[0].float()
+        return torch.stack([states[min(s.start + 1, s.stop - 1) : s.stop].mean(dim=0) for s in segments]).cpu()
+
+    def _positions(self, batch: AttentionBatch) -> torch.Tensor:
+        positions = [position for s in batch.segments for position in range(s.context, s.length)]
+        return torch.tensor([positions], device=self.device)
+
+    def _early_layers(self, layers: int) -> nn.Module:
+        """The decoder cut after `layers` layers, in modules of its own that share the pristine weights' memory.
+
+        Merged mode points the model's parameters elsewhere and never writes to pristine memory, so features do not
+        depend on what is patched.
+        """
+        decoder: nn.Module = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        stack = getattr(decoder, "layers", None)
+        if not isinstance(stack, nn.ModuleList) or not hasattr(decoder, "norm") or layers > len(stack):
+            raise CheckpointError(
+                f"{type(decoder).__name__} has no stack of at least {layers} layers followed by a norm",
+                param="feature_layer",
+            )
+        shared: dict[int, object] = {
+            id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in decoder.parameters()
+        }
+        kept = nn.ModuleList(stack[:layers])
+        shared[id(stack)] = copy.deepcopy(kept, shared)
+        early: nn.Module = copy.deepcopy(decoder, shared)
+        early.norm = nn.Identity()
+        return early
+
+    def _check_attention(self) -> None:
+        """Compare our ragged attention with transformers' own on a short prompt, so that an architecture which
+        ignores the attention interface is refused at start instead of answering wrongly."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self._vocabulary, (_PROBE_TOKENS,), generator=generator).tolist()
+        layout = AttentionBatch([Segment(0, len(tokens), 0, ())], None, self.device)
+        ours = self.forward(tokens, layout, [len(tokens) - 1])
+        self._model.set_attn_implementation("eager")
+        try:
+            with torch.inference_mode():
+                reference = self._model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
+        finally:
+            self._model.set_attn_implementation(ATTENTION_NAME)
+        expected = reference.logits[0, -1:].float()
+        error = float((ours - expected).norm() / expected.norm())
+        if not error < _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_REDUCED):
+            raise CheckpointError(
+                f"this architecture does not compute the same over the paged cache (relative error {error:.2g})",
+                param="base",
+            )
+
+
+def _stop_tokens(folder: Path, config: object) -> frozenset[int]:
+    try:
+        declared = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        declared = None
+    if declared is None:
+        declared = getattr(config, "eos_token_id", None)
+    if declared is None:
+        return frozenset()
+    return frozenset([declared] if isinstance(declared, int) else declared)

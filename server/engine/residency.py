@@ -1,0 +1,230 @@
+"""Which experts are decoded in device memory: bounded in bytes, pinned while in use, least recently used first out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from server.engine.merged import DecodedExpert
+from store.errors import ExpertUnavailableError, SwitchyardError
+from store.mix import Mix
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Ready = Callable[[SwitchyardError | None], None]
+
+
+class ExpertSource(Protocol):
+    """Where decoded experts come from. Called on the residency's own thread; both may block."""
+
+    def decoded_bytes(self, digest: str) -> int:
+        """Bytes that `load` will take on the device, known without decoding."""
+        ...
+
+    def load(self, digest: str) -> DecodedExpert: ...
+
+
+@dataclass
+class _Ticket:
+    """A mix that waits for its experts."""
+
+    mix: Mix
+    ready: Ready
+    missing: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Slot:
+    """An expert that is resident or has its bytes reserved while it is being decoded."""
+
+    nbytes: int
+    pins: int = 0
+    expert: DecodedExpert | None = None
+    doomed: bool = False
+    waiters: list[_Ticket] = field(default_factory=list)
+
+
+class Residency:
+    """Grants mixes: `ready(None)` is called with every expert of the mix resident and pinned.
+
+    All methods run on the engine's thread. Loads run on one thread of their own and come back through `post`, so
+    running streams never wait for them. A mix reserves the room for all its experts at once: two mixes that each hold
+    half of the memory while waiting for the other half cannot happen. Mixes whose experts are all resident pass by
+    those that wait for room.
+    """
+
+    def __init__(self, source: ExpertSource, budget_bytes: int, post: Callable[[Callable[[], None]], None]) -> None:
+        """Args:
+        post: runs a function on the engine's thread, soon.
+        """
+        self._source = source
+        self._post = post
+        self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._measuring: set[str] = set()
+        self._queue: deque[_Ticket] = deque()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert-loader")
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self.loads = 0
+        self.evictions = 0
+        self.load_seconds = 0.0
+
+    @property
+    def experts(self) -> Mapping[str, DecodedExpert]:
+        """Every resident expert by digest."""
+        return {digest: slot.expert for digest, slot in self._slots.items() if slot.expert is not None}
+
+    @property
+    def count(self) -> int:
+        return sum(slot.expert is not None for slot in self._slots.values())
+
+    def request(self, mix: Mix, ready: Ready) -> None:
+        """Call `ready(None)` once all experts of `mix` are pinned (perhaps before this returns), or
+        `ready(error)` if that cannot be."""
+        if self._all_resident(mix):
+            self._pin(mix)
+            ready(None)
+            return
+        self._queue.append(_Ticket(mix, ready))
+        self._pump()
+
+    def release(self, mix: Mix) -> None:
+        """Undo one granted `request`."""
+        for digest, _ in mix.parts:
+            self._slots[digest].pins -= 1
+            self._evict_if_doomed(digest)
+        self._pump()
+
+    def drop(self, digest: str) -> None:
+        """Forget an expert as soon as nothing uses it."""
+        slot = self._slots.get(digest)
+        if slot is None:
+            return
+        slot.doomed = True
+        self._evict_if_doomed(digest)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _all_resident(self, mix: Mix) -> bool:
+        return all((slot := self._slots.get(digest)) and slot.expert for digest, _ in mix.parts)
+
+    def _pin(self, mix: Mix) -> None:
+        for digest, _ in mix.parts:
+            slot = self._slots[digest]
+            slot.pins += 1
+            slot.doomed = False
+            self._slots.move_to_end(digest)
+
+    def _pump(self) -> None:
+        """Start what fits, in order of arrival."""
+        while self._queue and self._grant(self._queue[0]):
+            self._queue.popleft()
+
+    def _grant(self, ticket: _Ticket) -> bool:
+        """Reserve and load what `ticket` misses; False if it must wait for sizes or for room."""
+        absent = [digest for digest, _ in ticket.mix.parts if digest not in self._slots]
+        unmeasured = [digest for digest in absent if digest not in self._sizes]
+        if unmeasured:
+            self._measure(unmeasured)
+            return False
+        needed = sum(self._sizes[digest] for digest in absent)
+        wanted = {digest for digest, _ in ticket.mix.parts}
+        own = sum(self._slots[digest].nbytes for digest in wanted if digest in self._slots)
+        if needed + own > self.budget_bytes:
+            message = f"this mix needs {needed + own} bytes of expert memory; expert_bytes allows {self.budget_bytes}"
+            ticket.ready(ExpertUnavailableError(message, param="experts"))
+            return True
+        idle = [d for d, slot in self._slots.items() if slot.pins == 0 and slot.expert and d not in wanted]
+        for digest in idle:
+            if self.used_bytes + needed <= self.budget_bytes:
+                break
+            self._evict(digest)
+        if self.used_bytes + needed > self.budget_bytes:
+            return False
+        for digest in absent:
+            self._slots[digest] = _Slot(self._sizes[digest])
+            self.used_bytes += self._sizes[digest]
+            self._start(digest)
+        self._pin(ticket.mix)
+        ticket.missing = {digest for digest in wanted if self._slots[digest].expert is None}
+        for digest in ticket.missing:
+            self._slots[digest].waiters.append(ticket)
+        if not ticket.missing:
+            ticket.ready(None)
+        return True
+
+    def _evict(self, digest: str) -> None:
+        self.used_bytes -= self._slots.pop(digest).nbytes
+        self.evictions += 1
+
+    def _evict_if_doomed(self, digest: str) -> None:
+        slot = self._slots.get(digest)
+        if slot is not None and slot.doomed and slot.pins == 0 and slot.expert is not None:
+            self._evict(digest)
+
+    def _measure(self, digests: list[str]) -> None:
+        for digest in digests:
+            if digest not in self._measuring:
+                self._measuring.add(digest)
+                self._submit(self._source.decoded_bytes, digest, self._measured)
+
+    def _submit(self, call: Callable[[str], Result], digest: str, then: Callable[[str, Future[Result]], None]) -> None:
+        future = self._pool.submit(call, digest)
+        future.add_done_callback(lambda done: self._post(lambda: then(digest, done)))
+
+    def _measured(self, digest: str, done: Future[int]) -> None:
+        self._measuring.discard(digest)
+        error = done.exception()
+        if error is None:
+            self._sizes[digest] = done.result()
+        else:
+            refused = _unavailable(digest, error)
+            for ticket in [t for t in self._queue if any(d == digest for d, _ in t.mix.parts)]:
+                self._queue.remove(ticket)
+                ticket.ready(refused)
+        self._pump()
+
+    def _start(self, digest: str) -> None:
+        started = time.perf_counter()
+        self._submit(self._source.load, digest, lambda digest, done: self._loaded(digest, done, started))
+
+    def _loaded(self, digest: str, done: Future[DecodedExpert], started: float) -> None:
+        slot = self._slots[digest]
+        waiters, slot.waiters = slot.waiters, []
+        error = done.exception()
+        if error is None:
+            slot.expert = done.result()
+            self.loads += 1
+            self.load_seconds += time.perf_counter() - started
+            for ticket in waiters:
+                ticket.missing.discard(digest)
+                if not ticket.missing:
+                    ticket.ready(None)
+            self._evict_if_doomed(digest)
+        else:
+            refused = _unavailable(digest, error)
+            for ticket in waiters:
+                for other in ticket.missing - {digest}:
+                    self._slots[other].waiters.remove(ticket)
+                for part, _ in ticket.mix.parts:
+                    self._slots[part].pins -= 1
+                    self._evict_if_doomed(part)
+            self.used_bytes -= self._slots.pop(digest).nbytes
+            for ticket in waiters:
+                ticket.ready(refused)
+        self._pump()
+
+
+def _unavailable(digest: str, error: BaseException) -> SwitchyardError:
+    if isinstance(error, SwitchyardError):
+        return error
+    log.error("loading expert %s failed", digest[:12], exc_info=error)
+    return ExpertUnavailableError(f"expert {digest[:12]} could not be loaded", param="model")

@@ -1,0 +1,54 @@
+"""The model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from server.engine.types import Message
+from store.errors import ChatTemplateError, CheckpointError
+
+
+class ModelTokenizer:
+    """transformers' tokenizer behind the `Tokenizer` protocol, made safe for threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises:
+        CheckpointError: the folder holds no tokenizer.
+        """
+        try:
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"transformers cannot load the base's tokenizer: {error}", param="base") from error
+        # The Rust tokenizer borrows itself mutably when options change; two threads at once would raise.
+        self._lock = threading.Lock()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        with self._lock:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            raise ChatTemplateError("this base has no chat template; use /v1/completions", param="messages")
+        try:
+            with self._lock:
+                text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}", param="messages") from error
+        # The template has written every special token itself.
+        return self.encode(str(text), special=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        with self._lock:
+            text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)

@@ -1,0 +1,196 @@
+"""What crosses the engine's door. Free of torch, so that the HTTP surface runs without it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from store.manifest import BaseManifest
+from store.mix import BASE_MIX, Mix
+
+Message = dict[str, str]
+"""One chat turn: `{"role": ..., "content": ...}`."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """The model ended its turn, or a stop string was met."""
+    LENGTH = "length"
+    """`max_tokens` or the context was used up."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. `temperature == 0` is greedy; `seed is None` draws from the system's entropy."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One sequence to generate: prompt token ids, how to sample, and which mix answers."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    mix: Mix = BASE_MIX
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step's result for one request.
+
+    `token` is the id of a token that belongs to the answer, or None where the model ended its turn (the
+    end-of-turn token is not part of the answer). The last event of a request carries `finish`.
+    """
+
+    token: int | None
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What the rest of the server must know of the base model."""
+
+    name: str
+    manifest: BaseManifest
+    context_length: int
+    feature_dim: int
+    feature_layer: int
+    """How many of the base's layers the routing features pass through."""
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the engine runs. Bytes bound every pool."""
+
+    dtype: str = "auto"
+    """"auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16" or "float16"."""
+    device: str = "auto"
+    """"auto" (cuda where there is one), "cpu", "cuda", "cuda:1", ..."""
+    kv_bytes: int = 1 << 30
+    """Memory for the key/value cache."""
+    expert_bytes: int = 2 << 30
+    """Memory for decoded experts."""
+    max_batch: int = 32
+    """Most sequences in one step."""
+    max_queue: int = 256
+    """Most requests waiting or running before `QueueFullError`."""
+    step_tokens: int = 512
+    """Most tokens in one step: bounds how long a long prompt can hold up running streams."""
+    turn_steps: int = 32
+    """Steps a mix may run before another mix that waits gets its turn."""
+    threads: int | None = None
+    """CPU threads for torch; None leaves torch's choice."""
+    feature_layer: int = 4
+    """How many of the base's layers the routing features pass through."""
+    feature_tokens: int = 256
+    """Most tokens of a prompt that routing looks at."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for `/metrics` and `/ready`."""
+
+    running: int
+    waiting: int
+    kv_bytes_used: int
+    kv_bytes_total: int
+    resident_experts: int
+    resident_bytes: int
+    resident_bytes_limit: int
+    expert_loads: int
+    expert_evictions: int
+    expert_load_seconds: float
+    mix_switches: int
+    patch_seconds: float
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+
+
+class TokenStream(Protocol):
+    """The tokens of one request as they come. `aclose` cancels what is left; it may be called at any time."""
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+    async def __anext__(self) -> TokenEvent: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """The model's own tokenizer and chat template. Called from threads of the API; must be thread-safe."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of raw text; `special` adds what the model puts around plain text, if anything (e.g. BOS)."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, ready for the assistant's turn.
+
+        Raises:
+            ChatTemplateError: the model has no chat template, or the template refuses the messages.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; an incomplete UTF-8 sequence ends in U+FFFD."""
+        ...
+
+
+class Engine(Protocol):
+    """The public face of the engine. Safe to call from any asyncio task of one event loop."""
+
+    @property
+    def base(self) -> BaseInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    async def start(self) -> None:
+        """Start the engine's thread. Call once, from the event loop that will consume the tokens."""
+        ...
+
+    async def stop(self) -> None:
+        """Finish nothing more, release the thread and the memory."""
+        ...
+
+    def submit(self, request: EngineRequest) -> TokenStream:
+        """Queue a request at once (before the first `anext`) and return its tokens as they come.
+
+        Closing the stream (`aclose`) cancels the request; it costs no compute after the step in progress.
+
+        Raises:
+            QueueFullError: too many requests wait already (carries `retry_after` seconds).
+            ContextLengthError: the prompt leaves no room for one more token.
+        While iterating:
+            ExpertUnavailableError: an expert of the mix could not be read or does not fit.
+            EngineDeadError: the engine's thread has failed.
+        """
+        ...
+
+    async def features(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Routing features, `[len(texts), feature_dim]` float32, from the pristine base whatever is patched in."""
+        ...
+
+    async def drop_expert(self, digest: str) -> None:
+        """Forget the decoded form of an expert as soon as no request uses it."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine's thread has died or was stopped."""
+        ...

@@ -1,0 +1,297 @@
+"""Where route, mix, engine and tokens meet: a request becomes text, piece by piece. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.router import Router
+from server.engine.types import Engine, EngineRequest, FinishReason, SamplingParams, TokenEvent, TokenStream
+from server.metrics import Metrics
+from server.prompts import Prompt
+from server.text import IncrementalDecoder, StopMatcher
+from store.errors import ContextLengthError, InvalidRequestError, NotFoundError
+from store.mix import BASE_MIX, WEIGHT_DECIMALS, Mix
+from store.registry import ExpertRecord, Registry
+
+AUTO = "auto"
+"""The model name that asks for routing."""
+
+_INLINE_CHARACTERS = 4096
+"""Longer prompts are tokenised in a thread, so that they do not hold up other streams."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client wants: `n` answers to each prompt, by a model's name or by an explicit mix."""
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    experts: tuple[tuple[str, float], ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One expert of a mix, as it is told to the client."""
+
+    name: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which mix answers one prompt, and why."""
+
+    mix: Mix
+    parts: tuple[Part, ...]
+    reason: str
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of one choice: the text that has become certain, and how many tokens were spent on it."""
+
+    choice: int
+    text: str
+    tokens: int
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One finished answer."""
+
+    text: str
+    finish: FinishReason
+
+
+class Generation:
+    """Turns requests into answers."""
+
+    def __init__(
+        self, engine: Engine, registry: Registry, router: Router, metrics: Metrics, *, max_n: int, max_sequences: int
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._router = router
+        self._metrics = metrics
+        self._max_n = max_n
+        self._max_sequences = max_sequences
+
+    async def start(self, request: Request) -> Answer:
+        """Route the request and queue it in the engine; the answer must be closed.
+
+        Raises:
+            InvalidRequestError: a limit is exceeded, a prompt is empty or too long, or fields contradict each other.
+            NotFoundError: no such model or expert.
+            QueueFullError: the engine has no room; nothing of the request is queued.
+        """
+        began = time.monotonic()
+        self._check_limits(request)
+        routes = await self._routes(request)
+        prompts = [await self._encode(prompt) for prompt in request.prompts]
+        streams: list[TokenStream] = []
+        try:
+            for prompt, tokens, route in zip(request.prompts, prompts, routes, strict=True):
+                for i in range(request.n):
+                    streams.append(self._submit(prompt, tokens, route.mix, _nth(request.sampling, i)))
+        except BaseException:
+            for stream in streams:
+                await stream.aclose()
+            raise
+        self._count(routes)
+        texts = [
+            _ChoiceText(IncrementalDecoder(self._engine.tokenizer.decode, tokens), StopMatcher(request.stop))
+            for tokens in prompts
+            for _ in range(request.n)
+        ]
+        return Answer(routes, sum(map(len, prompts)), list(zip(streams, texts, strict=True)), self._metrics, began)
+
+    def _check_limits(self, request: Request) -> None:
+        if request.n > self._max_n:
+            raise InvalidRequestError(f"n is {request.n}, the limit is {self._max_n}", param="n")
+        if len(request.prompts) * request.n > self._max_sequences:
+            raise InvalidRequestError(
+                f"{len(request.prompts)} prompts × n={request.n} exceed the limit of {self._max_sequences} answers",
+                param=request.prompts[0].param,
+            )
+
+    async def _routes(self, request: Request) -> tuple[Route, ...]:
+        """The route of each prompt."""
+        if request.model == AUTO and not request.experts:
+            return tuple(await asyncio.gather(*(self._routed(prompt) for prompt in request.prompts)))
+        return (await self._called(request),) * len(request.prompts)
+
+    async def _routed(self, prompt: Prompt) -> Route:
+        decision = await self._router.route(prompt.question(self._engine.tokenizer))
+        if decision.distance is not None:
+            self._metrics.router_distance.observe(decision.distance)
+        if decision.mix.is_base:
+            self._metrics.router_fallbacks.inc()
+        parts = tuple(Part(name, digest, weight) for name, digest, weight in decision.parts)
+        return Route(decision.mix, parts, decision.reason, decision.distance)
+
+    async def _called(self, request: Request) -> Route:
+        """The route of a request that says itself who answers."""
+        if request.experts:
+            if request.model not in (AUTO, self._engine.base.name):
+                await self._expert(request.model, "model")
+                raise InvalidRequestError(
+                    f"experts is an explicit mix: set model to {AUTO!r} or the base, not to an expert", param="experts"
+                )
+            return await self._explicit(request.experts)
+        if request.model == self._engine.base.name:
+            return Route(BASE_MIX, (), "base_requested")
+        expert = await self._expert(request.model, "model")
+        return Route(Mix.of({expert.digest: 1.0}), (Part(expert.name, expert.digest, 1.0),), "expert_requested")
+
+    async def _explicit(self, experts: Sequence[tuple[str, float]]) -> Route:
+        parts: list[Part] = []
+        weights: dict[str, float] = {}
+        for i, (name, weight) in enumerate(experts):
+            expert = await self._expert(name, f"experts[{i}].id")
+            parts.append(Part(name, expert.digest, round(weight, WEIGHT_DECIMALS)))
+            # Two names may point to the same content.
+            weights[expert.digest] = weights.get(expert.digest, 0.0) + weight
+        return Route(Mix.of(weights), tuple(part for part in parts if part.weight), "mix_requested")
+
+    async def _expert(self, name: str, param: str) -> ExpertRecord:
+        try:
+            return await asyncio.to_thread(self._registry.get, name)
+        except NotFoundError as error:
+            raise NotFoundError(f"the model {name!r} does not exist", param=param) from error
+
+    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        tokenizer = self._engine.tokenizer
+        if prompt.characters > _INLINE_CHARACTERS:
+            tokens = await asyncio.to_thread(prompt.encode, tokenizer)
+        else:
+            tokens = prompt.encode(tokenizer)
+        if not tokens:
+            raise InvalidRequestError("the prompt has no tokens", param=prompt.param)
+        return tuple(tokens)
+
+    def _submit(self, prompt: Prompt, tokens: tuple[int, ...], mix: Mix, sampling: SamplingParams) -> TokenStream:
+        try:
+            return self._engine.submit(EngineRequest(tokens, sampling, mix))
+        except ContextLengthError as error:  # the engine does not know which field the tokens came from
+            raise ContextLengthError(error.message, param=prompt.param) from error
+
+    def _count(self, routes: Sequence[Route]) -> None:
+        for route in routes:
+            self._metrics.mix_size.observe(len(route.mix.parts))
+            for part in route.parts:
+                self._metrics.count_expert(part.name)
+
+
+class Answer:
+    """A request at work: an async iterator of the pieces of all its choices, in the order in which they come.
+
+    Close it, whatever happens: that is what frees the engine.
+    """
+
+    def __init__(
+        self,
+        routes: tuple[Route, ...],
+        prompt_tokens: int,
+        choices: Sequence[tuple[TokenStream, _ChoiceText]],
+        metrics: Metrics,
+        began: float,
+    ) -> None:
+        self.routes = routes
+        """The route of each prompt."""
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        """Tokens spent so far on all choices."""
+        self.choices = len(choices)
+        self._metrics = metrics
+        self._began = began
+        self._unfinished = len(choices)
+        self._pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._streams = [stream for stream, _ in choices]
+        self._pumps = [asyncio.create_task(self._pump(i, *choice)) for i, choice in enumerate(choices)]
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if not self._unfinished:
+            raise StopAsyncIteration
+        piece = await self._pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        self.completion_tokens += piece.tokens
+        if piece.finish is not None:
+            self._unfinished -= 1
+        return piece
+
+    async def collect(self) -> list[Choice]:
+        """All choices, finished."""
+        texts = [""] * self.choices
+        ends = [FinishReason.STOP] * self.choices
+        async for piece in self:
+            texts[piece.choice] += piece.text
+            ends[piece.choice] = piece.finish or ends[piece.choice]
+        return [Choice(text, finish) for text, finish in zip(texts, ends, strict=True)]
+
+    async def aclose(self) -> None:
+        """Cancel what still runs."""
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for stream in self._streams:  # a pump that was cancelled before it began has closed nothing
+            await stream.aclose()
+
+    async def _pump(self, choice: int, stream: TokenStream, text: _ChoiceText) -> None:
+        previous: float | None = None
+        try:
+            async for event in stream:
+                now = time.monotonic()
+                if previous is None:
+                    self._metrics.time_to_first_token.observe(now - self._began)
+                else:
+                    self._metrics.inter_token.observe(now - previous)
+                previous = now
+                piece, finish = text.push(event)
+                self._pieces.put_nowait(Delta(choice, piece, int(event.token is not None), finish))
+                if finish is not None:
+                    self._metrics.end_to_end.observe(now - self._began)
+                    return
+            raise RuntimeError("the engine ended an answer without a reason")
+        except Exception as error:
+            self._pieces.put_nowait(error)
+        finally:
+            await stream.aclose()
+
+
+class _ChoiceText:
+    """The text of one choice: decoding, then stop strings."""
+
+    def __init__(self, decoder: IncrementalDecoder, stops: StopMatcher) -> None:
+        self._decoder = decoder
+        self._stops = stops
+
+    def push(self, event: TokenEvent) -> tuple[str, FinishReason | None]:
+        """The text that this event makes certain, and why the choice ends here, if it does."""
+        text = "" if event.token is None else self._decoder.push(event.token)
+        if event.finish is not None:
+            text += self._decoder.flush()
+        text = self._stops.push(text)
+        if self._stops.matched:
+            return text, FinishReason.STOP
+        if event.finish is not None:
+            text += self._stops.flush()
+        return text, event.finish
+
+
+def _nth(sampling: SamplingParams, i: int) -> SamplingParams:
+    """The sampling of the i-th of `n` choices: with a seed, each has its own, the same in every run."""
+    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + i)

@@ -1,0 +1,95 @@
+"""What is to be answered, in each of the forms that the API accepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.engine.types import Message, Tokenizer
+from store.errors import InvalidRequestError
+
+
+class Prompt(Protocol):
+    """One prompt: how it becomes tokens, and which text of it says what it is about."""
+
+    @property
+    def param(self) -> str:
+        """The request field it came from."""
+        ...
+
+    @property
+    def characters(self) -> int:
+        """How much text there is to tokenise."""
+        ...
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]: ...
+
+    def question(self, tokenizer: Tokenizer) -> str:
+        """The text that routing looks at."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation; routing looks at its last user message."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def param(self) -> str:
+        return "messages"
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message["content"]) for message in self.messages)
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode_chat(self.messages)
+
+    def question(self, _: Tokenizer) -> str:
+        for message in reversed(self.messages):
+            if message["role"] == "user":
+                return message["content"]
+        raise InvalidRequestError("routing needs a message from the user", param="messages")
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Plain text to continue."""
+
+    text: str
+
+    @property
+    def param(self) -> str:
+        return "prompt"
+
+    @property
+    def characters(self) -> int:
+        return len(self.text)
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode(self.text)
+
+    def question(self, _: Tokenizer) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids to continue."""
+
+    tokens: tuple[int, ...]
+
+    @property
+    def param(self) -> str:
+        return "prompt"
+
+    @property
+    def characters(self) -> int:
+        return 0
+
+    def encode(self, _: Tokenizer) -> list[int]:
+        return list(self.tokens)
+
+    def question(self, tokenizer: Tokenizer) -> str:
+        return tokenizer.decode(self.tokens)

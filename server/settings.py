@@ -1,0 +1,127 @@
+"""Every setting of the server, once: a command-line flag and an environment variable `SWITCHYARD_*` each."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.engine.types import EngineSettings
+
+
+def _xdg(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / default) / "switchyard"
+
+
+class Settings(BaseSettings):
+    """How one server runs. Values come from keyword arguments first, then from `SWITCHYARD_*`."""
+
+    # Keys must not show in the message of a validation error.
+    model_config = SettingsConfigDict(env_prefix="SWITCHYARD_", env_ignore_empty=True, hide_input_in_errors=True)
+
+    base: str = Field(description="The base model: a checkpoint folder, a GGUF file or a hub id.")
+    base_name: str | None = Field(
+        None, min_length=1, max_length=200, description="What clients call the base; default: the last part of BASE."
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: _xdg("XDG_DATA_HOME", ".local/share"),
+        description="Folder of the experts; what is in it survives restarts.",
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache"),
+        description="Folder of what can be made again: a converted base, fingerprints, routing features.",
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs API keys.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_keys: Annotated[frozenset[SecretStr], NoDecode] = Field(
+        frozenset(), description="API keys, separated by commas; every route but /health and /ready asks for one."
+    )
+    allow_anonymous: bool = Field(False, description="Listen beyond loopback without API keys: anyone may do anything.")
+
+    max_upload_bytes: ByteSize = Field(
+        ByteSize(2 << 30), gt=0, description="Largest upload to POST /v1/experts, e.g. 500MB or 2GiB."
+    )
+    max_body_bytes: ByteSize = Field(ByteSize(8 << 20), gt=0, description="Largest body of every other request.")
+    max_n: int = Field(16, ge=1, description="Largest `n` of one request.")
+    max_sequences: int = Field(128, ge=1, description="Most answers one request may ask for: prompts × n.")
+
+    dtype: str = Field(
+        EngineSettings.dtype,
+        description="Type of the base's weights: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.",
+    )
+    device: str = Field(EngineSettings.device, description="Where the base runs: auto, cpu, cuda, cuda:1, ...")
+    kv_bytes: ByteSize = Field(
+        ByteSize(EngineSettings.kv_bytes), gt=0, description="Memory for the key/value cache, e.g. 1GiB."
+    )
+    expert_bytes: ByteSize = Field(
+        ByteSize(EngineSettings.expert_bytes), gt=0, description="Memory for decoded experts, e.g. 2GiB."
+    )
+    max_batch: int = Field(EngineSettings.max_batch, ge=1, description="Most sequences in one step.")
+    max_queue: int = Field(
+        EngineSettings.max_queue, ge=1, description="Most requests waiting or running before the server answers 429."
+    )
+    step_tokens: int = Field(
+        EngineSettings.step_tokens,
+        ge=1,
+        description="Most tokens in one step: bounds how long a long prompt can hold up running streams.",
+    )
+    turn_steps: int = Field(
+        EngineSettings.turn_steps, ge=1, description="Steps a mix may run before another mix that waits gets its turn."
+    )
+    threads: int | None = Field(
+        EngineSettings.threads, ge=1, description="CPU threads of the engine; default: torch's choice."
+    )
+    feature_layer: int = Field(
+        EngineSettings.feature_layer, ge=0, description="How many layers of the base routing features pass through."
+    )
+    feature_tokens: int = Field(
+        EngineSettings.feature_tokens, ge=1, description="Most tokens of a prompt that routing looks at."
+    )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return frozenset(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Settings:
+        if any(not key.get_secret_value().strip() for key in self.api_keys):
+            raise ValueError("an API key is empty")
+        if not (self.on_loopback or self.api_keys or self.allow_anonymous):
+            raise ValueError(
+                f"refusing to listen on {self.host} without API keys: set api_keys (SWITCHYARD_API_KEYS), "
+                "listen on 127.0.0.1, or set allow_anonymous if everyone who can reach this address is trusted"
+            )
+        return self
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
+
+    @property
+    def served_base_name(self) -> str:
+        """What clients call the base."""
+        return self.base_name or Path(self.base).name.removesuffix(".gguf")
+
+    def engine(self) -> EngineSettings:
+        """The engine's part of the settings."""
+        return EngineSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineSettings)})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, as written, can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,88 @@
+"""Tokens to text as they come: characters are never torn, stop strings may span tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_REPLACEMENT = "\ufffd"
+_CONTEXT_TOKENS = 6
+"""Tokens of the prompt that the first decode sees: what a word looks like may depend on the one before it."""
+_HELD_TOKENS = 8
+"""A character has at most 4 bytes, so after this many undecodable tokens the replacement characters are real."""
+
+
+class IncrementalDecoder:
+    """Text of a growing token sequence, piece by piece.
+
+    A suffix of tokens does not decode to the suffix of the text (SentencePiece drops a leading space, a byte token
+    is half a character), so each piece is the difference between two decodes that start at the same, settled token.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> None:
+        self._decode = decode
+        self._window = list(prompt[-_CONTEXT_TOKENS:])
+        self._settled = len(self._window)
+        """Tokens at the front of the window whose text has been given out."""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is still incomplete."""
+        self._window.append(token)
+        given, text = self._given(), self._decode(self._window)
+        held = len(self._window) - self._settled
+        if text.endswith(_REPLACEMENT) and held < _HELD_TOKENS:
+            return ""
+        if text == given:  # special tokens have no text; a run of them must not make the window grow
+            del self._window[self._settled :]
+        if len(text) <= len(given):
+            return ""
+        self._window = self._window[self._settled :]
+        self._settled = len(self._window)
+        return text[len(given) :]
+
+    def flush(self) -> str:
+        """What is left when no more tokens come, an incomplete character included."""
+        return self._decode(self._window)[len(self._given()) :]
+
+    def _given(self) -> str:
+        return self._decode(self._window[: self._settled])
+
+
+class StopMatcher:
+    """Passes text on until one of the stop strings is complete; the stop string itself is not passed on.
+
+    Text that may be the beginning of a stop string is held back. The result does not depend on how the text is cut
+    into pieces: the stop string that is complete first wins, and among those the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.matched = False
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is safe to pass on; sets `matched` once a stop string is complete."""
+        if not text:
+            return ""
+        text = self._held + text
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.matched, self._held = True, ""
+            return text[: min(ends)[1]]
+        safe = len(text) - self._pending(text)
+        self._held = text[safe:]
+        return text[:safe]
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _pending(self, text: str) -> int:
+        """Length of the longest suffix of the text with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        return next(
+            (size for size in range(min(longest, len(text)), 0, -1) if text[-size:].startswith(self._heads(size))), 0
+        )
+
+    def _heads(self, size: int) -> tuple[str, ...]:
+        return tuple(stop[:size] for stop in self._stops if len(stop) > size)

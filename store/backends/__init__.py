@@ -1,0 +1,80 @@
+"""Where bytes live: one small protocol, so that the registry does not know whether it is a disk or Redis."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from enum import Enum
+from pathlib import Path
+from typing import Final, Protocol
+
+
+class Expect(Enum):
+    """What `BlobStore.put_record` may find under a name, besides exact bytes."""
+
+    ANYTHING = "anything"
+    ABSENT = "absent"
+
+
+ANYTHING: Final = Expect.ANYTHING
+ABSENT: Final = Expect.ABSENT
+
+
+class BlobStore(Protocol):
+    """Immutable blobs by sha256, and small mutable records by name.
+
+    Safe to use from many threads and processes at once. What a call has acknowledged survives the process, killed at
+    any instant; what it has not is invisible. Every method raises StoreError where the medium fails.
+    """
+
+    def quarantine(self) -> Path:
+        """A folder for bytes that are not trusted yet, on the filesystem that `put_blob` takes them over from.
+
+        It belongs to this process and is emptied after its death.
+        """
+        ...
+
+    def put_blob(self, path: Path, digest: str) -> None:
+        """Take over a file of the quarantine as the blob `digest` (hex sha256 of its bytes, the caller's word for it).
+
+        Replaces a blob of that digest, and so heals a damaged one. On an error the file stays where it was.
+        """
+        ...
+
+    def fetch(self, digest: str) -> Path:
+        """A local file with exactly the bytes of that digest, verified.
+
+        Raises:
+            ExpertUnavailableError: there is no such blob, or its bytes are damaged.
+        """
+        ...
+
+    def delete_blob(self, digest: str) -> None:
+        """Forget a blob; no error if there is none."""
+        ...
+
+    def blobs(self) -> set[str]:
+        """Digests of all blobs."""
+        ...
+
+    def put_record(self, name: str, data: bytes, *, expected: bytes | Expect) -> bool:
+        """Set a record if what is there is `expected` (compare and set). False, and nothing changed, if it is not."""
+        ...
+
+    def get_record(self, name: str) -> bytes | None:
+        """The record of that name, or None."""
+        ...
+
+    def delete_record(self, name: str) -> bool:
+        """Remove a record; False if there was none."""
+        ...
+
+    def records(self) -> dict[str, bytes]:
+        """All records by name."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """One writer at a time, over all threads and processes: for steps that span a blob and its record.
+
+        Reentrant in a thread. A holder that dies lets go. Readers need not enter.
+        """
+        ...

@@ -1,0 +1,229 @@
+"""The embedded store: a folder.
+
+    blobs/ab/abcd…      immutable, named by sha256
+    records/NAME.json   small, replaced atomically
+    quarantine/ID/      bytes on their way in; one folder per process, held by a lock on its file `.lock`
+    lock                held while anything is changed
+
+Everything enters by rename, after an fsync of the file and before one of the folder (a rename is durable only once the
+folder is). The locks are flock: the kernel drops them when their holder dies, whatever way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from store.backends import ABSENT, ANYTHING, Expect
+from store.errors import ExpertUnavailableError, StoreError
+from store.expert_header import DIGEST_PATTERN, NAME_PATTERN
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+class DiskStore:
+    """`BlobStore` in a folder, which is created if need be.
+
+    Args:
+        root: the folder; all of it must be on one filesystem, which must support rename and flock.
+
+    Raises:
+        StoreError: the folder cannot be created or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._thread_lock = threading.RLock()
+        self._depth = 0
+        self._verified: dict[str, tuple[int, int, int]] = {}
+        with _reported("open the store"):
+            for folder in ("blobs", "records", "quarantine"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+            self._lock_file = (root / "lock").open("ab")
+        with self.exclusive(), _reported("open the store"):
+            self._clear_quarantine()
+            self._quarantine = Path(tempfile.mkdtemp(dir=root / "quarantine"))
+            self._quarantine_lock = (self._quarantine / ".lock").open("ab")
+            fcntl.flock(self._quarantine_lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Empty this process's quarantine and let go of the locks; the store is not used afterwards."""
+        shutil.rmtree(self._quarantine, ignore_errors=True)
+        self._quarantine_lock.close()
+        self._lock_file.close()
+
+    def quarantine(self) -> Path:
+        """See `BlobStore.quarantine`."""
+        return self._quarantine
+
+    def put_blob(self, path: Path, digest: str) -> None:
+        """See `BlobStore.put_blob`."""
+        target = self._blob(digest)
+        with self.exclusive(), _reported("store the file"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.chmod(0o444)
+            target.parent.mkdir(exist_ok=True)
+            _sync_folder(target.parent.parent)
+            path.replace(target)
+            _sync_folder(target.parent)
+            self._verified.pop(digest, None)
+
+    def fetch(self, digest: str) -> Path:
+        """See `BlobStore.fetch`. Hashes a blob the first time, and again when its file has changed."""
+        path = self._blob(digest)
+        try:
+            with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                if self._verified.get(digest) != seen:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        raise ExpertUnavailableError(
+                            f"the stored bytes of {digest[:12]}… are damaged; upload the expert again"
+                        )
+                    self._verified[digest] = seen
+        except FileNotFoundError:
+            raise ExpertUnavailableError(
+                f"the stored bytes of {digest[:12]}… are gone; upload the expert again"
+            ) from None
+        except OSError as error:
+            raise ExpertUnavailableError(
+                f"the stored bytes of {digest[:12]}… cannot be read: {_reason(error)}"
+            ) from None
+        return path
+
+    def delete_blob(self, digest: str) -> None:
+        """See `BlobStore.delete_blob`."""
+        target = self._blob(digest)
+        with self.exclusive(), _reported("delete the file"):
+            self._verified.pop(digest, None)
+            target.unlink(missing_ok=True)
+            if target.parent.exists():
+                _sync_folder(target.parent)
+
+    def blobs(self) -> set[str]:
+        """See `BlobStore.blobs`."""
+        with _reported("list the store"):
+            names = {path.name for path in (self._root / "blobs").glob("*/*")}
+        return {name for name in names if DIGEST_PATTERN.fullmatch(name)}
+
+    def put_record(self, name: str, data: bytes, *, expected: bytes | Expect) -> bool:
+        """See `BlobStore.put_record`."""
+        target = self._record(name)
+        with self.exclusive():
+            current = self.get_record(name)
+            if expected is ABSENT and current is not None:
+                return False
+            if expected is not ABSENT and expected is not ANYTHING and current != expected:
+                return False
+            with _reported("store the record"):
+                temporary = self._quarantine / f".record-{name}"
+                try:
+                    with temporary.open("wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    temporary.replace(target)
+                finally:
+                    with suppress(OSError):
+                        temporary.unlink(missing_ok=True)
+                _sync_folder(target.parent)
+        return True
+
+    def get_record(self, name: str) -> bytes | None:
+        """See `BlobStore.get_record`."""
+        with _reported("read the record"):
+            try:
+                return self._record(name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def delete_record(self, name: str) -> bool:
+        """See `BlobStore.delete_record`."""
+        target = self._record(name)
+        with self.exclusive(), _reported("delete the record"):
+            try:
+                target.unlink()
+            except FileNotFoundError:
+                return False
+            _sync_folder(target.parent)
+        return True
+
+    def records(self) -> dict[str, bytes]:
+        """See `BlobStore.records`."""
+        with _reported("list the store"):
+            names = sorted(path.stem for path in (self._root / "records").glob("*.json"))
+        found = ((name, self.get_record(name)) for name in names if NAME_PATTERN.fullmatch(name))
+        return {name: data for name, data in found if data is not None}
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """See `BlobStore.exclusive`."""
+        with self._thread_lock:
+            if self._depth == 0:
+                with _reported("lock the store"):
+                    fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    def _clear_quarantine(self) -> None:
+        """Remove what dead processes left. A folder's lock can be taken only if its owner is gone."""
+        for folder in (self._root / "quarantine").iterdir():
+            try:
+                with (folder / ".lock").open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except FileNotFoundError:
+                pass  # killed between making the folder and its lock: both happen under the store's lock
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _blob(self, digest: str) -> Path:
+        if not DIGEST_PATTERN.fullmatch(digest):
+            raise StoreError("not a sha256 digest")
+        return self._root / "blobs" / digest[:2] / digest
+
+    def _record(self, name: str) -> Path:
+        if not NAME_PATTERN.fullmatch(name):
+            raise StoreError("not a valid record name")
+        return self._root / "records" / f"{name}.json"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    return _REASONS.get(error.errno or 0) or error.strerror or "input/output error"
+
+
+@contextmanager
+def _reported(action: str) -> Iterator[None]:
+    """Turn the system's errors into ours; the message names no paths, since clients see it."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot {action}: {_reason(error)}") from error

@@ -1,0 +1,1 @@
+"""Lossy and lossless codes for one tensor of a task vector."""

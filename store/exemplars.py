@@ -1,0 +1,74 @@
+"""Exemplars as users send them: JSON lines of prompts, in the shapes people have at hand."""
+
+from __future__ import annotations
+
+from store.errors import InvalidRequestError, TooLargeError
+from store.strict_json import FieldError, parse_json
+
+MAX_LINES = 4096
+MAX_BYTES = 1 << 20
+
+
+def parse_exemplars(data: bytes) -> list[str]:
+    """Read exemplars from JSON lines.
+
+    Each line is `{"prompt": ...}`, `{"text": ...}`, `{"messages": [...]}` (the last user message counts) or a bare JSON
+    string. Other keys are ignored, empty lines are skipped, repetitions are dropped; the order is kept.
+
+    Args:
+        data: at most `MAX_BYTES` bytes of UTF-8, at most `MAX_LINES` lines.
+
+    Raises:
+        TooLargeError: there is more.
+        InvalidRequestError: a line is none of these; the message gives its number.
+    """
+    if len(data) > MAX_BYTES:
+        raise TooLargeError(f"exemplars have {len(data)} bytes, at most {MAX_BYTES} are allowed", param="exemplars")
+    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+    if len(lines) > MAX_LINES:
+        raise InvalidRequestError(f"exemplars have {len(lines)} lines, at most {MAX_LINES} fit", param="exemplars")
+    found: dict[str, None] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = _prompt_of(parse_json(line, "the line"))
+        except FieldError as error:
+            raise _fault(number, f"{error.field} {error.message}") from None
+        if text is None:
+            raise _fault(number, 'give {"prompt": TEXT}, {"text": TEXT}, {"messages": [...]} or a JSON string')
+        if not text.strip():
+            raise _fault(number, "the prompt is empty")
+        found[text] = None
+    if not found:
+        raise InvalidRequestError("the exemplars hold no prompt", param="exemplars")
+    return list(found)
+
+
+def _fault(number: int, what: str) -> InvalidRequestError:
+    return InvalidRequestError(f"exemplars, line {number}: {what}", param="exemplars")
+
+
+def _prompt_of(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        return None
+    for key in ("prompt", "text"):
+        if key in value:
+            return value[key] if isinstance(value[key], str) else None
+    messages = value.get("messages")
+    if not isinstance(messages, list):
+        return None
+    turns = [turn for turn in messages if isinstance(turn, dict) and turn.get("role") == "user"]
+    return _text_of(turns[-1].get("content")) if turns else None
+
+
+def _text_of(content: object) -> str | None:
+    """A message's content: a string, or the API's list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "\n".join(text for text in texts if isinstance(text, str)) if texts else None

@@ -1,0 +1,263 @@
+"""The expert file, version 1: one safetensors file that holds one compressed fine-tune. NumPy only; no torch.
+
+docs/expert-file.md is the specification. Nothing of a file is used before it is checked, and no count that a file
+claims is believed beyond what the base's own shapes allow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from store.deltas import Delta
+from store.encodings import Encoded
+from store.errors import ExpertFileError, InvalidRequestError, StoreError, WrongBaseError
+from store.expert_header import (
+    DenseEntry,
+    ExpertHeader,
+    ExpertInfo,
+    TensorEntry,
+    TernaryEntry,
+    density_of,
+    header_from_json,
+    header_to_json,
+)
+from store.manifest import BaseManifest
+from store.packed import PackedDense, PackedTensor, PackedTernary
+from store.strict_json import FieldError
+from store.tensor_file import TensorSpan, TensorTable, read_tensor_table
+
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "DenseEntry",
+    "ExpertHeader",
+    "ExpertInfo",
+    "TernaryEntry",
+    "digest_of",
+    "read_deltas",
+    "read_header",
+    "validate",
+    "write_expert",
+]
+
+MAX_HEADER_BYTES = 1 << 20
+_METADATA_KEY = "switchyard"
+
+
+def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTensor], base: BaseManifest) -> ExpertHeader:
+    """Write an expert file, whole or not at all. Equal arguments give equal bytes.
+
+    Args:
+        path: where to; replaced if it exists.
+        info: what to say about the expert.
+        tensors: name → packed tensor; names and shapes as in `base`.
+        base: the model the expert was made for.
+
+    Returns:
+        The header as written.
+
+    Raises:
+        InvalidRequestError: the header would break a rule of the format (too many exemplars, a bad name, ...).
+        StoreError: the file cannot be written.
+    """
+    # bfloat16 first keeps every tensor aligned to its element size.
+    order = sorted(tensors, key=lambda name: (isinstance(tensors[name], PackedTernary), name))
+    entries = {name: _entry_of(tensors[name]) for name in order}
+    data_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    header = ExpertHeader(
+        **vars(info),
+        base_fingerprint=base.fingerprint,
+        density=density_of(entries),
+        bits_per_param=_bits_per_param(data_bytes, base),
+        tensors=entries,
+    )
+    text = header_to_json(header)
+    table: dict[str, object] = {"__metadata__": {_METADATA_KEY: text}}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        dtype, shape = ("BF16", tensor.shape) if isinstance(tensor, PackedDense) else ("U8", (tensor.nbytes,))
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    try:
+        header_from_json(text)
+        _check_shapes(header, base)
+        if len(raw) > MAX_HEADER_BYTES:
+            raise FieldError(
+                f"would be {len(raw)} bytes long, at most {MAX_HEADER_BYTES} are allowed: give fewer exemplars",
+                "header",
+            )
+    except FieldError as error:
+        raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
+    payloads = (tensors[name].payload for name in order)
+    _write_atomically(path, struct.pack("<Q", len(raw)) + raw, payloads)
+    return header
+
+
+def read_header(path: Path) -> ExpertHeader:
+    """Read the header of an expert file and check all of it that needs neither the base nor the payloads.
+
+    Raises:
+        ExpertFileError: the file breaks a rule of the format; `param` is the tensor or the field.
+    """
+    with _open(path) as file:
+        return _read(file)[0]
+
+
+def validate(path: Path, base: BaseManifest) -> ExpertHeader:
+    """Check everything there is to check, decoding every tensor once, one at a time.
+
+    Raises:
+        WrongBaseError: the expert was made for another base.
+        ExpertFileError: the file is corrupt, hostile or unsupported; `param` is the tensor or the field.
+    """
+    with _open(path) as file:
+        header, table = _read_for(file, base)
+        for _ in _decode(file, header, table):
+            pass
+    return header
+
+
+def read_deltas(path: Path, base: BaseManifest) -> Iterator[tuple[str, Delta]]:
+    """Decode an expert tensor by tensor, `(name, delta)`, under the checks of `validate`.
+
+    Raises:
+        WrongBaseError, ExpertFileError: as `validate`, at the first `next` or at the tensor at fault.
+    """
+    with _open(path) as file:
+        header, table = _read_for(file, base)
+        yield from _decode(file, header, table)
+
+
+def digest_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes: an expert's identity.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"cannot read {path.name}: {error.strerror}") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ExpertFileError(f"cannot read {path.name}: {error.strerror}", param="file") from None
+
+
+def _read(file: BinaryIO) -> tuple[ExpertHeader, TensorTable]:
+    try:
+        table = read_tensor_table(file, max_header=MAX_HEADER_BYTES)
+        text = table.metadata.get(_METADATA_KEY)
+        if text is None:
+            raise FieldError(
+                "has no Switchyard metadata: this is not an expert file; make one with `switchyard compress`", "header"
+            )
+        header = header_from_json(text)
+        if missing := header.tensors.keys() ^ table.tensors.keys():
+            raise FieldError("is not both described and stored", min(missing))
+        for name, entry in header.tensors.items():
+            _check_span(name, entry, table.tensors[name])
+    except FieldError as error:
+        _fail(error)
+    return header, table
+
+
+def _read_for(file: BinaryIO, base: BaseManifest) -> tuple[ExpertHeader, TensorTable]:
+    header, table = _read(file)
+    if header.base_fingerprint != base.fingerprint:
+        raise WrongBaseError(
+            f"the expert was made for the base {header.base_fingerprint[:12]}…, this one is {base.fingerprint[:12]}…; "
+            "compress the fine-tune again with this base, or serve the base it was made for",
+            param="base_fingerprint",
+        )
+    try:
+        _check_shapes(header, base)
+        bits = _bits_per_param(table.data_bytes, base)
+        if not math.isclose(header.bits_per_param, bits, rel_tol=1e-6):
+            raise FieldError(f"is {header.bits_per_param}, the file has {bits:.6g}", "bits_per_param")
+    except FieldError as error:
+        _fail(error)
+    return header, table
+
+
+def _check_span(name: str, entry: TensorEntry, span: TensorSpan) -> None:
+    if isinstance(entry, DenseEntry):
+        if span.dtype != "BF16" or span.shape != entry.shape:
+            raise FieldError(f"is stored as {span.dtype} {list(span.shape)}, not BF16 {list(entry.shape)}", name)
+    elif span.dtype != "U8" or len(span.shape) != 1:
+        raise FieldError(f"is stored as {span.dtype} {list(span.shape)}; an encoded tensor is U8 with one axis", name)
+    elif not entry.nnz <= 8 * span.nbytes <= 2 * entry.numel + 64:
+        # No encoding is larger than the bitmap, nor smaller than its signs.
+        raise FieldError(f"has {span.nbytes} payload bytes for {entry.nnz} of {entry.numel} elements", name)
+
+
+def _check_shapes(header: ExpertHeader, base: BaseManifest) -> None:
+    for name, entry in header.tensors.items():
+        shape = base.tensors.get(name)
+        if shape is None:
+            raise FieldError("is no tensor of this base", name)
+        if entry.shape != shape:
+            raise FieldError(f"has the shape {list(entry.shape)}, the base's has {list(shape)}", name)
+
+
+def _decode(file: BinaryIO, header: ExpertHeader, table: TensorTable) -> Iterator[tuple[str, Delta]]:
+    for name, span in table.tensors.items():
+        entry = header.tensors[name]
+        file.seek(span.start)
+        payload = file.read(span.nbytes)
+        if len(payload) != span.nbytes:
+            raise ExpertFileError(f"tensor {name} ends beyond the end of the file: it is cut short", param=name)
+        if isinstance(entry, DenseEntry):
+            yield name, PackedDense(entry.shape, payload).decode(name)
+        else:
+            encoded = Encoded(entry.encoding, entry.params, payload)
+            yield name, PackedTernary(entry.shape, entry.nnz, entry.scale, encoded).decode(name)
+
+
+def _entry_of(tensor: PackedTensor) -> TensorEntry:
+    if isinstance(tensor, PackedDense):
+        return DenseEntry(tensor.shape)
+    return TernaryEntry(tensor.shape, tensor.nnz, tensor.scale, tensor.encoded.name, tensor.encoded.params)
+
+
+def _bits_per_param(data_bytes: int, base: BaseManifest) -> float:
+    return 8 * data_bytes / max(1, sum(math.prod(shape) for shape in base.tensors.values()))
+
+
+def _write_atomically(path: Path, head: bytes, payloads: Iterator[bytes]) -> None:
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(head)
+            for payload in payloads:
+                file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path.name}: {error.strerror}") from None
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _fail(error: FieldError) -> NoReturn:
+    raise ExpertFileError(f"{error.field} {error.message}", param=error.field) from None

@@ -1,0 +1,239 @@
+"""The expert file's own header: what it says, as a value and as JSON. Checks all that needs no base and no payload."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from store.encodings import BITMAP, MAX_K, MIN_K, RICE
+from store.strict_json import FieldError, Fields, parse_json
+from store.tensor_file import MAX_NUMEL, MAX_RANK
+
+FORMAT_VERSION = 1
+KNOWN_FEATURES: frozenset[str] = frozenset()
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
+MAX_EXEMPLARS = 1024
+MAX_EXEMPLAR_BYTES = 8192
+MAX_DESCRIPTION_BYTES = 2000
+MAX_TOOL_BYTES = 100
+_CODEC_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_MAX_CODEC_PARAMS = 32
+_MAX_SCALE = float(np.finfo(np.float32).max)
+
+CodecParams = Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True)
+class TernaryEntry:
+    """How one ternary tensor is stored: `nnz` of its elements are ±`scale`; see `store.encodings` for the rest."""
+
+    shape: tuple[int, ...]
+    nnz: int
+    scale: float
+    encoding: str
+    params: dict[str, int]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class DenseEntry:
+    """A tensor stored whole in bfloat16."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+TensorEntry = TernaryEntry | DenseEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertInfo:
+    """What the maker of an expert says about it.
+
+    Attributes:
+        codec, codec_params: the method, and the settings it was used with; informative, decoding needs neither.
+        tool: what wrote the file, and its version.
+        created: seconds since 1970, or None: equal input then gives equal bytes.
+        name: the name it would like to be served under, or None; matches `NAME_PATTERN`.
+        description: one line for people.
+        exemplars: example prompts that tell what the expert is for.
+    """
+
+    codec: str
+    codec_params: CodecParams = field(default_factory=dict)
+    tool: str
+    created: int | None = None
+    name: str | None = None
+    description: str = ""
+    exemplars: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertHeader(ExpertInfo):
+    """The header of an expert file.
+
+    Attributes:
+        base_fingerprint: hex sha256 of the base's weights (`store.fingerprint`).
+        density: nonzeros of the ternary tensors / elements of the ternary tensors; 0 without any.
+        bits_per_param: bits in the data section / parameters of the whole base, stored or not.
+        tensors: name → how it is stored.
+        required_features: words a reader must know, or refuse the file.
+    """
+
+    base_fingerprint: str
+    density: float
+    bits_per_param: float
+    tensors: dict[str, TensorEntry]
+    required_features: tuple[str, ...] = ()
+
+
+def check_info(info: ExpertInfo) -> None:
+    """Raise FieldError if a header could not carry `info`: to be told before an hour of work, not after."""
+    empty = ExpertHeader(**vars(info), base_fingerprint="0" * 64, density=0.0, bits_per_param=0.0, tensors={})
+    header_from_json(header_to_json(empty))
+
+
+def density_of(tensors: Mapping[str, TensorEntry]) -> float:
+    """The density as `ExpertHeader` defines it."""
+    ternary = [entry for entry in tensors.values() if isinstance(entry, TernaryEntry)]
+    return sum(entry.nnz for entry in ternary) / max(1, sum(entry.numel for entry in ternary))
+
+
+def header_to_json(header: ExpertHeader) -> str:
+    """The header as compact JSON; equal headers give equal text."""
+    document: dict[str, object] = {
+        "format": FORMAT_VERSION,
+        "base_fingerprint": header.base_fingerprint,
+        "codec": header.codec,
+        "codec_params": dict(sorted(header.codec_params.items())),
+        "density": header.density,
+        "bits_per_param": header.bits_per_param,
+        "tool": header.tool,
+        "required_features": list(header.required_features),
+    }
+    if header.created is not None:
+        document["created"] = header.created
+    if header.name is not None:
+        document["name"] = header.name
+    if header.description:
+        document["description"] = header.description
+    if header.exemplars:
+        document["exemplars"] = list(header.exemplars)
+    document["tensors"] = {name: _entry_to_json(entry) for name, entry in header.tensors.items()}
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _entry_to_json(entry: TensorEntry) -> dict[str, object]:
+    if isinstance(entry, DenseEntry):
+        return {"kind": "dense", "shape": list(entry.shape), "numel": entry.numel}
+    return {
+        "kind": "ternary",
+        "shape": list(entry.shape),
+        "numel": entry.numel,
+        "nnz": entry.nnz,
+        "scale": entry.scale,
+        "encoding": entry.encoding,
+        **entry.params,
+    }
+
+
+def header_from_json(text: str) -> ExpertHeader:
+    """Parse and check the JSON header.
+
+    Unknown keys are ignored: a change that an old reader must not ignore comes with a required feature.
+
+    Raises:
+        FieldError: naming the field or the tensor.
+    """
+    fields = Fields(parse_json(text.encode("utf-8"), "switchyard"), "switchyard")
+    version = fields.integer("format", low=0, high=2**31)
+    if version != FORMAT_VERSION:
+        fields.fail("format", f"is {version}; this Switchyard reads version {FORMAT_VERSION}")
+    features = fields.strings("required_features", max_items=64, max_bytes=100)
+    if unknown := sorted(set(features) - KNOWN_FEATURES):
+        fields.fail("required_features", f"asks for {', '.join(unknown)}: this file needs a newer Switchyard")
+    entries = fields.child("tensors")
+    tensors = {name: _entry_from_json(entries.get(name), name) for name in entries.names()}
+    density = fields.number("density", low=0.0, high=1.0)
+    if not math.isclose(density, density_of(tensors), rel_tol=1e-6):
+        fields.fail("density", f"is {density}, the tensors' counts give {density_of(tensors):.6g}")
+    return ExpertHeader(
+        base_fingerprint=fields.text("base_fingerprint", max_bytes=64, pattern=DIGEST_PATTERN),
+        codec=fields.text("codec", max_bytes=32, pattern=_CODEC_PATTERN),
+        codec_params=_codec_params(fields),
+        density=density,
+        bits_per_param=fields.number("bits_per_param", low=0.0, high=1024.0),
+        tool=fields.text("tool", max_bytes=MAX_TOOL_BYTES),
+        created=fields.integer("created", low=0, high=2**53) if fields.has("created") else None,
+        name=fields.text("name", max_bytes=64, pattern=NAME_PATTERN) if fields.has("name") else None,
+        description=fields.text("description", max_bytes=MAX_DESCRIPTION_BYTES) if fields.has("description") else "",
+        exemplars=fields.strings("exemplars", max_items=MAX_EXEMPLARS, max_bytes=MAX_EXEMPLAR_BYTES)
+        if fields.has("exemplars")
+        else (),
+        tensors=tensors,
+        required_features=features,
+    )
+
+
+def _codec_params(fields: Fields) -> dict[str, str | int | float | bool]:
+    params = fields.child("codec_params")
+    if len(params.names()) > _MAX_CODEC_PARAMS:
+        fields.fail("codec_params", f"has more than {_MAX_CODEC_PARAMS} entries")
+    result: dict[str, str | int | float | bool] = {}
+    for key in params.names():
+        value = params.get(key)
+        if isinstance(value, str):
+            params.text(key, max_bytes=200)
+        elif isinstance(value, int | float):
+            if not abs(value) < 2**53:
+                params.fail(key, "must be smaller than 2^53")
+        else:
+            params.fail(key, "must be a string, a number or a boolean")
+        result[key] = value
+    return result
+
+
+def _entry_from_json(value: object, name: str) -> TensorEntry:
+    try:
+        entry = Fields(value, name)
+        kind = entry.text("kind", max_bytes=32)
+        shape = entry.shape("shape", max_rank=MAX_RANK, max_numel=MAX_NUMEL)
+        numel = entry.integer("numel", low=1, high=MAX_NUMEL)
+        if numel != math.prod(shape):
+            entry.fail("numel", f"is {numel}, its shape has {math.prod(shape)} elements")
+        if kind == "dense":
+            return DenseEntry(shape)
+        if kind != "ternary":
+            entry.fail("kind", f"is {kind}; this Switchyard knows ternary and dense")
+        encoding = entry.text("encoding", max_bytes=32)
+        if encoding not in (BITMAP, RICE):
+            entry.fail("encoding", f"is {encoding}; this Switchyard knows {BITMAP} and {RICE}")
+        return TernaryEntry(
+            shape,
+            nnz=entry.integer("nnz", low=1, high=numel),
+            scale=_scale(entry),
+            encoding=encoding,
+            params={"k": entry.integer("k", low=MIN_K, high=MAX_K)} if encoding == RICE else {},
+        )
+    except FieldError as error:
+        where = "" if error.field == name else f"{error.field} "
+        raise FieldError(where + error.message, name) from None
+
+
+def _scale(entry: Fields) -> float:
+    scale = entry.number("scale", low=0.0, high=_MAX_SCALE)
+    if scale == 0.0 or float(np.float32(scale)) != scale:
+        entry.fail("scale", "must be a float32 value above zero")
+    return scale

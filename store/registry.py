@@ -1,0 +1,279 @@
+"""Names → experts: the one way to find an expert."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from store.backends import ABSENT, BlobStore
+from store.errors import ConflictError, ExpertUnavailableError, InvalidRequestError, NotFoundError, StoreError
+from store.exemplars import parse_exemplars
+from store.expert_file import digest_of, read_header, validate
+from store.expert_header import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN, ExpertHeader
+from store.manifest import BaseManifest
+from store.strict_json import FieldError, Fields, parse_json
+
+__all__ = ["ExpertRecord", "Registry", "parse_exemplars"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """A published expert.
+
+    Attributes:
+        name: what requests call it.
+        digest: hex sha256 of its file; what caches and mixes call it.
+        bytes: size of its file.
+        created: when it was published, seconds since 1970.
+        base_fingerprint: the base it was made for.
+        codec, density, bits_per_param, description: from its header.
+        exemplar_count: how many exemplars routing may learn from.
+        exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
+    """
+
+    name: str
+    digest: str
+    bytes: int
+    created: int
+    base_fingerprint: str
+    codec: str
+    density: float
+    bits_per_param: float
+    description: str
+    exemplar_count: int
+    exemplars_digest: str | None
+
+    @property
+    def blobs(self) -> set[str]:
+        """Digests of all blobs that belong to this record."""
+        return {self.digest} | ({self.exemplars_digest} if self.exemplars_digest else set())
+
+
+class Registry:
+    """The experts of one base in a store. Thread-safe; sees at once what other processes publish and remove.
+
+    Experts that the store holds for other bases keep their names but are not listed or served. A damaged record is
+    logged and counts as absent: it must not hide the others, and can be published over.
+
+    Args:
+        store: where the bytes are.
+        base: what experts are checked against.
+        reserved: names no expert may take: the base's own, "auto".
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+
+    def __init__(self, store: BlobStore, base: BaseManifest, reserved: frozenset[str]) -> None:
+        self._store = store
+        self._base = base
+        self._reserved = reserved
+        self._collect_garbage()
+
+    def publish(
+        self, path: Path, *, name: str | None = None, exemplars: Sequence[str] | None = None
+    ) -> tuple[ExpertRecord, bool]:
+        """Validate a quarantined file and publish it; live at once, durable on return.
+
+        Args:
+            path: the file, in the store's quarantine. Gone on return; left to the caller on an error.
+            name: what to call it; None takes the name in its header, or "expert-" and 12 digits of its digest.
+            exemplars: prompts that win over those in its header; None leaves them as they are.
+
+        Returns:
+            The record, and whether it is new. Publishing what is already there is no error.
+
+        Raises:
+            ExpertFileError, WrongBaseError: the file is not a sound expert of this base.
+            InvalidRequestError: the name is malformed or reserved (`param` is "name").
+            ConflictError: the name belongs to another expert, or to this one with other exemplars.
+            StoreError: the store failed; nothing was published.
+        """
+        header = validate(path, self._base)
+        exemplars = None if exemplars is None else list(dict.fromkeys(exemplars))
+        digest = digest_of(path)
+        chosen = self._checked_name(name or header.name or f"expert-{digest[:12]}")
+        own = None if exemplars is None or tuple(exemplars) == header.exemplars else _exemplar_bytes(exemplars)
+        record = ExpertRecord(
+            name=chosen,
+            digest=digest,
+            bytes=path.stat().st_size,
+            created=int(time.time()),
+            base_fingerprint=header.base_fingerprint,
+            codec=header.codec,
+            density=header.density,
+            bits_per_param=header.bits_per_param,
+            description=header.description,
+            exemplar_count=len(header.exemplars if exemplars is None else exemplars),
+            exemplars_digest=hashlib.sha256(own).hexdigest() if own is not None else None,
+        )
+        with self._store.exclusive():
+            present = self._store.get_record(chosen)
+            existing = _parsed(chosen, present)
+            if existing is not None:
+                _check_same(existing, record, header, exemplars_given=exemplars is not None)
+                self._store.put_blob(path, digest)  # heals a blob that was damaged
+                return existing, False
+            # Blobs first: at no instant does a record lack its bytes.
+            if own is not None and record.exemplars_digest is not None:
+                beside = path.with_name(f"{path.name}.exemplars")
+                _write(beside, own)
+                self._store.put_blob(beside, record.exemplars_digest)
+            self._store.put_blob(path, digest)
+            if not self._store.put_record(chosen, _to_json(record), expected=ABSENT if present is None else present):
+                raise StoreError("the store let another writer in")
+        return record, True
+
+    def get(self, name: str) -> ExpertRecord:
+        """The expert of that name.
+
+        Raises:
+            NotFoundError: there is none; the message lists close matches.
+            ExpertUnavailableError: it was made for another base.
+        """
+        record = self._read(name)
+        if record is None:
+            names = [known.name for known in self.list()]
+            close = difflib.get_close_matches(name, names, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise NotFoundError(f"there is no model or expert named {name[:64]!r}{hint}", param="model")
+        if record.base_fingerprint != self._base.fingerprint:
+            raise ExpertUnavailableError(f"the expert {name} was made for another base than the one served")
+        return record
+
+    def list(self) -> list[ExpertRecord]:
+        """All experts of this base, by name."""
+        return [record for record in self._all() if record.base_fingerprint == self._base.fingerprint]
+
+    def remove(self, name: str) -> ExpertRecord:
+        """Unpublish an expert; its bytes go when no other name refers to them. Returns what it was.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        with self._store.exclusive():
+            record = self._read(name)
+            if record is None:
+                raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+            # The record first: a blob without a record is garbage, a record without its blob is a broken promise.
+            self._store.delete_record(name)
+            used: set[str] = set().union(*(other.blobs for other in self._all()))
+            for digest in record.blobs - used:
+                self._store.delete_blob(digest)
+        return record
+
+    def exemplars(self, record: ExpertRecord) -> Sequence[str]:
+        """The prompts that tell what an expert is for: those uploaded beside it, else those of its header.
+
+        Raises:
+            ExpertUnavailableError: its bytes are gone or damaged.
+        """
+        if record.exemplars_digest is None:
+            return list(read_header(self.expert_path(record.digest)).exemplars)
+        return parse_exemplars(self._store.fetch(record.exemplars_digest).read_bytes())
+
+    def expert_path(self, digest: str) -> Path:
+        """A local file with the verified bytes of an expert.
+
+        Raises:
+            ExpertUnavailableError: they are gone or damaged.
+        """
+        return self._store.fetch(digest)
+
+    def _checked_name(self, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise InvalidRequestError(
+                "a name has 1 to 64 characters: lower-case letters, digits, '.', '_' and '-', the first one a letter "
+                "or a digit",
+                param="name",
+            )
+        if name in self._reserved:
+            raise InvalidRequestError(f"the name {name} is reserved; choose another", param="name")
+        return name
+
+    def _read(self, name: str) -> ExpertRecord | None:
+        return _parsed(name, self._store.get_record(name)) if NAME_PATTERN.fullmatch(name) else None
+
+    def _all(self) -> Sequence[ExpertRecord]:
+        found = (_parsed(name, data) for name, data in self._store.records().items())
+        return [record for record in found if record is not None]
+
+    def _collect_garbage(self) -> None:
+        """Delete blobs that a process killed between a blob and its record left behind."""
+        with self._store.exclusive():
+            known = self._all()
+            if len(known) != len(self._store.records()):
+                return  # a damaged record may still refer to any of them
+            used: set[str] = set().union(*(record.blobs for record in known))
+            for digest in self._store.blobs() - used:
+                self._store.delete_blob(digest)
+
+
+def _parsed(name: str, data: bytes | None) -> ExpertRecord | None:
+    try:
+        return None if data is None else _from_json(name, data)
+    except FieldError as error:
+        _log.warning("the record of %s is damaged and ignored: %s %s", name, error.field, error.message)
+        return None
+
+
+def _check_same(existing: ExpertRecord, record: ExpertRecord, header: ExpertHeader, *, exemplars_given: bool) -> None:
+    if existing.digest != record.digest:
+        other = "" if existing.base_fingerprint == header.base_fingerprint else " of another base"
+        raise ConflictError(
+            f"the name {record.name} belongs to another expert{other} ({existing.digest[:12]}…); delete that one "
+            "first, or choose another name",
+            param="name",
+        )
+    if exemplars_given and existing.exemplars_digest != record.exemplars_digest:
+        raise ConflictError(
+            f"the expert {record.name} is published with other exemplars; delete it first", param="exemplars"
+        )
+
+
+def _exemplar_bytes(exemplars: Sequence[str]) -> bytes:
+    """Exemplars as JSON lines, checked as an upload is."""
+    data = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in exemplars).encode("utf-8")
+    parse_exemplars(data)
+    return data
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"cannot store the exemplars: {error.strerror}") from None
+
+
+def _to_json(record: ExpertRecord) -> bytes:
+    return json.dumps(asdict(record), indent=1, sort_keys=True).encode("ascii") + b"\n"
+
+
+def _from_json(name: str, data: bytes) -> ExpertRecord:
+    fields = Fields(parse_json(data, "record"), "record")
+    digest = DIGEST_PATTERN
+    if fields.text("name", max_bytes=64) != name:
+        fields.fail("name", "is not the record's own")
+    return ExpertRecord(
+        name=name,
+        digest=fields.text("digest", max_bytes=64, pattern=digest),
+        bytes=fields.integer("bytes", low=0, high=2**53),
+        created=fields.integer("created", low=0, high=2**53),
+        base_fingerprint=fields.text("base_fingerprint", max_bytes=64, pattern=digest),
+        codec=fields.text("codec", max_bytes=32),
+        density=fields.number("density", low=0.0, high=1.0),
+        bits_per_param=fields.number("bits_per_param", low=0.0, high=1024.0),
+        description=fields.text("description", max_bytes=MAX_DESCRIPTION_BYTES),
+        exemplar_count=fields.integer("exemplar_count", low=0, high=2**31),
+        exemplars_digest=fields.text("exemplars_digest", max_bytes=64, pattern=digest)
+        if fields.has("exemplars_digest")
+        else None,
+    )

@@ -1,0 +1,113 @@
+"""What compressing an expert cost and kept, in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from store.codecs.t_switch import Knob
+from store.packed import PackedDense, PackedTensor, PackedTernary
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """One line of a report: all tensors stored one way; `kind` is "ternary", "dense" or "unchanged"."""
+
+    kind: str
+    tensors: int
+    parameters: int
+    nonzeros: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compressing cost and kept.
+
+    Attributes:
+        bytes: size of the expert file.
+        bits_per_param: bits of its data section per parameter of the whole base.
+        times_smaller: the base's parameters in bfloat16 / `bytes`.
+        density: nonzeros / elements over the ternary tensors.
+        relative_error: ‖τ − τ̃‖ / ‖τ‖ over all parameters; 0 for an unchanged model.
+        knob, multiplier: how scales were chosen; `multiplier` is 1 unless calibrated.
+        kl, kl_at_one: mean KL(fine-tune ‖ expert) in nats per answer token, with the multiplier and without it; None
+            unless calibrated.
+        rows: per kind of storage.
+        seconds: wall time.
+    """
+
+    bytes: int
+    bits_per_param: float
+    times_smaller: float
+    density: float
+    relative_error: float
+    knob: Knob
+    multiplier: float
+    kl: float | None
+    kl_at_one: float | None
+    rows: tuple[KindRow, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Sums that give ‖τ − scale · levels‖² for any scale without τ: `tau2 − 2 scale · dot + scale² · nnz`."""
+
+    tau2: float
+    dot: float = 0.0
+    nnz: int = 0
+    fixed: float | None = None
+    """The squared error itself, for a tensor whose reconstruction no knob changes."""
+
+    def squared_error(self, scale: float) -> float:
+        return self.fixed if self.fixed is not None else self.tau2 - 2 * scale * self.dot + scale * scale * self.nnz
+
+
+def overlap_of(name: str, delta: torch.Tensor, packed: PackedTensor | None) -> Overlap:
+    """The sums for one tensor and what became of it (None: nothing was stored)."""
+    tau = delta.float().view(-1).numpy()
+    tau2 = float(np.sum(np.square(tau, dtype=np.float64)))
+    if packed is None:
+        return Overlap(tau2, fixed=tau2)
+    if isinstance(packed, PackedDense):
+        error = tau - packed.decode(name).values.reshape(-1)
+        return Overlap(tau2, fixed=float(np.sum(np.square(error, dtype=np.float64))))
+    sparse = packed.decode(name)
+    return Overlap(tau2, float(np.sum(tau[sparse.indices] * sparse.levels, dtype=np.float64)), packed.nnz)
+
+
+def relative_error(overlaps: Mapping[str, Overlap], packed: Mapping[str, PackedTensor]) -> float:
+    """‖τ − τ̃‖ / ‖τ‖ over all tensors, with the scales as they are now."""
+    total = sum(overlap.tau2 for overlap in overlaps.values())
+    error = 0.0
+    for name, overlap in overlaps.items():
+        item = packed.get(name)
+        error += overlap.squared_error(item.scale if isinstance(item, PackedTernary) else 0.0)
+    return math.sqrt(max(0.0, error) / total) if total else 0.0
+
+
+def kind_rows(sizes: Mapping[str, int], packed: Mapping[str, PackedTensor]) -> tuple[KindRow, ...]:
+    """One row per kind of storage; `sizes` is name → elements of every parameter of the base."""
+    kinds: dict[str, list[PackedTensor]] = {"ternary": [], "dense": []}
+    for item in packed.values():
+        kinds["ternary" if isinstance(item, PackedTernary) else "dense"].append(item)
+    rows = [
+        KindRow(
+            kind,
+            len(items),
+            sum(item.numel for item in items),
+            sum(item.nnz if isinstance(item, PackedTernary) else item.numel for item in items),
+            sum(item.nbytes for item in items),
+        )
+        for kind, items in kinds.items()
+    ]
+    unchanged = [size for name, size in sizes.items() if name not in packed]
+    return (*rows, KindRow("unchanged", len(unchanged), sum(unchanged), 0, 0))

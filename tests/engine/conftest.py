@@ -1,0 +1,131 @@
+"""A tiny base, real expert files of it, and an engine over both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from server.engine.engine import TransformersEngine
+from server.engine.types import EngineRequest, EngineSettings, FinishReason, SamplingParams
+from store.codecs.raw import Raw
+from store.codecs.t_switch import Knob, TSwitch
+from store.deltas import SparseDelta
+from store.errors import ExpertUnavailableError
+from store.expert_file import ExpertInfo, digest_of, read_deltas, write_expert
+from store.fingerprint import manifest_of
+from store.mix import Mix
+from store.packed import PackedTensor
+from tests.tiny import save_base
+
+SETTINGS = EngineSettings(kv_bytes=4 << 20, feature_layer=2, turn_steps=4, step_tokens=48)
+
+
+@dataclass
+class Library:
+    """Expert files of one base on disk, by digest, and the merged model each mix should equal."""
+
+    base: Path
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def fetch(self, digest: str) -> Path:
+        if digest not in self.files:
+            raise ExpertUnavailableError("its bytes are gone")
+        return self.files[digest]
+
+    def add(self, seed: int, *, density: float = 0.3, scale: float = 0.08) -> str:
+        """Write an expert that moves every tensor of the base: matrices ternary, norms and biases raw."""
+        manifest = manifest_of(self.base, None)
+        generator = torch.Generator().manual_seed(seed)
+        packed: dict[str, PackedTensor] = {}
+        for name, shape in manifest.tensors.items():
+            delta = torch.randn(shape, generator=generator) * scale
+            codec = TSwitch(density, Knob.L1) if len(shape) > 1 else Raw()
+            tensor = codec.compress(name, delta)
+            assert tensor is not None
+            packed[name] = tensor
+        path = self.folder / f"{seed}.safetensors"
+        write_expert(path, ExpertInfo(codec="t-switch", tool="test"), packed, manifest)
+        digest = digest_of(path)
+        self.files[digest] = path
+        return digest
+
+    def merged(self, mix: Mix) -> torch.nn.Module:
+        """The offline-merged model: base + Σ weight·delta in float32, by nothing the engine uses."""
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        manifest = manifest_of(self.base, None)
+        parameters = dict(model.named_parameters())
+        totals: dict[str, torch.Tensor] = {}
+        for digest, weight in mix.parts:
+            for name, delta in read_deltas(self.files[digest], manifest):
+                dense = torch.zeros(parameters[name].shape)
+                if isinstance(delta, SparseDelta):
+                    values = torch.from_numpy(delta.levels).float() * torch.tensor(weight * delta.scale)
+                    dense.view(-1)[torch.from_numpy(delta.indices).long()] = values
+                else:
+                    dense = torch.from_numpy(delta.values) * weight
+                totals[name] = totals.get(name, torch.zeros_like(dense)) + dense
+        with torch.no_grad():
+            for name, total in totals.items():
+                parameters[name].add_(total)
+        return model.eval()
+
+    def greedy(self, mix: Mix, prompt: list[int], max_tokens: int) -> list[int]:
+        """What transformers' own `generate` says on the merged model."""
+        model = self.merged(mix)
+        output = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(prompt)),
+        )
+        answer: list[int] = output[0, len(prompt) :].tolist()
+        return answer[: answer.index(256)] if 256 in answer else answer
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    folder = tmp_path_factory.mktemp("library")
+    return Library(save_base(folder / "base"), folder)
+
+
+@asynccontextmanager
+async def running(library: Library, settings: EngineSettings = SETTINGS) -> AsyncIterator[TransformersEngine]:
+    """A started engine; afterwards the base must be what it was at load."""
+    engine = TransformersEngine(library.base, name="tiny", settings=settings, fetch_expert=library.fetch)
+    at_load, _ = engine.check_integrity()
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+        assert engine.check_integrity()[0] == at_load
+
+
+async def collect(
+    engine: TransformersEngine, prompt: list[int], mix: Mix, max_tokens: int = 12, **sampling: float
+) -> tuple[list[int], FinishReason]:
+    params = SamplingParams(max_tokens=max_tokens, **({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
+    tokens = []
+    finish = None
+    async for event in engine.submit(EngineRequest(tuple(prompt), params, mix)):
+        if event.token is not None:
+            tokens.append(event.token)
+        finish = event.finish
+    assert finish is not None
+    return tokens, finish
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for a state that another thread brings about."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, "it never happened"
+        await asyncio.sleep(0.005)

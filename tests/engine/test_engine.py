@@ -1,0 +1,244 @@
+"""The engine end to end on a tiny base with real expert files, against transformers on offline-merged models."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine.types import EngineRequest, FinishReason, SamplingParams
+from store.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    ExpertUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from store.mix import BASE_MIX, Mix
+from tests.engine.conftest import SETTINGS, Library, collect, running, until
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(count)]
+
+
+def run(coroutine: object) -> None:
+    asyncio.run(coroutine)  # type: ignore[arg-type]
+
+
+def test_a_storm_of_mixes_answers_like_each_merged_model_alone(library: Library) -> None:
+    """Different mixes, prompts longer than a step, cancellations in between: token for token in float32."""
+    one, two, three = (library.add(seed) for seed in (1, 2, 3))
+    mixes = [BASE_MIX, Mix.of({one: 1.0}), Mix.of({two: 1.0}), Mix.of({one: 0.5, three: -0.7}), Mix.of({two: 1.5})]
+
+    async def body() -> None:
+        async with running(library) as engine:
+            cases = [(prompt, mixes[i % len(mixes)]) for i, prompt in enumerate(prompts(20))]
+            doomed = [engine.submit(EngineRequest(tuple(p), SamplingParams(200, 0.0), m)) for p, m in cases[:6]]
+            answers = asyncio.gather(*(collect(engine, prompt, mix) for prompt, mix in cases))
+            for stream in doomed:
+                await anext(stream)
+                await stream.aclose()
+            for (prompt, mix), (tokens, finish) in zip(cases, await answers, strict=True):
+                assert tokens == library.greedy(mix, prompt, 12)
+                assert finish is (FinishReason.LENGTH if len(tokens) == 12 else FinishReason.STOP)
+            await until(lambda: engine.stats().running == engine.stats().waiting == 0)
+            assert engine.stats().kv_bytes_used == 0
+
+    run(body())
+
+
+def test_memory_pressure_changes_no_answer(library: Library) -> None:
+    """A cache of a few blocks forces preemption and recomputation."""
+    expert = library.add(1)
+
+    async def body() -> None:
+        async with running(library) as engine:
+            block = engine._cache.shape.block_bytes
+        async with running(library, replace(SETTINGS, kv_bytes=16 * block)) as engine:
+            cases = [(p, mix) for p in prompts(6, seed=3) for mix in (BASE_MIX, Mix.of({expert: 1.0}))]
+            answers = await asyncio.gather(*(collect(engine, p, mix, 40) for p, mix in cases))
+            assert engine.stats().preemptions > 0
+            for (prompt, mix), (tokens, _) in zip(cases, answers, strict=True):
+                assert tokens == library.greedy(mix, prompt, 40)
+
+    run(body())
+
+
+def test_features_come_from_the_base_whatever_is_patched_in(library: Library) -> None:
+    expert = library.add(1)
+
+    async def body() -> None:
+        async with running(library) as engine:
+            before = await engine.features(["hello there", "other words", "x"])
+            assert before.shape == (3, engine.base.feature_dim)
+            assert before.dtype == np.float32
+            stream = engine.submit(EngineRequest((1, 2), SamplingParams(300, 0.0), Mix.of({expert: 1.0})))
+            await anext(stream)
+            during = await engine.features(["hello there", "other words", "x"])
+            await stream.aclose()
+            np.testing.assert_allclose(before, during, rtol=1e-5, atol=1e-6)
+            with pytest.raises(InvalidRequestError):
+                await engine.features([""])
+
+    run(body())
+
+
+def test_a_seed_fixes_a_sampled_answer_whatever_runs_beside_it(library: Library) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            options = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+            alone = await collect(engine, [5, 6, 7], BASE_MIX, 20, **options)
+            crowd = await asyncio.gather(
+                collect(engine, [5, 6, 7], BASE_MIX, 20, **options),
+                *(collect(engine, prompt, BASE_MIX, 20, temperature=1.0) for prompt in prompts(4)),
+            )
+            other = await collect(engine, [5, 6, 7], BASE_MIX, 20, **(options | {"seed": 8}))
+            assert crowd[0] == alone
+            assert other != alone
+
+    run(body())
+
+
+def test_closing_a_stream_stops_its_compute(library: Library) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            stream = engine.submit(EngineRequest((1,), SamplingParams(400, 0.0)))
+            await anext(stream)
+            await stream.aclose()
+            await until(lambda: engine.stats().running == 0)
+            steps = engine.stats().steps
+            await asyncio.sleep(0.05)
+            assert engine.stats().steps == steps
+            assert engine.stats().kv_bytes_used == 0
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+    run(body())
+
+
+def test_a_full_queue_and_a_long_prompt_are_refused_at_once(library: Library) -> None:
+    async def body() -> None:
+        async with running(library, replace(SETTINGS, max_queue=2)) as engine:
+            streams = [engine.submit(EngineRequest((1,), SamplingParams(400, 0.0))) for _ in range(2)]
+            with pytest.raises(QueueFullError) as refused:
+                engine.submit(EngineRequest((1,)))
+            assert refused.value.retry_after >= 1
+            for stream in streams:
+                await stream.aclose()
+            with pytest.raises(ContextLengthError):
+                engine.submit(EngineRequest(tuple(range(250)) * 3))
+            with pytest.raises(ContextLengthError):
+                engine.submit(EngineRequest((1,) * 500, SamplingParams(max_tokens=100)))
+            with pytest.raises(InvalidRequestError):
+                engine.submit(EngineRequest(()))
+            assert len((await collect(engine, [1, 2], BASE_MIX, 5))[0]) <= 5
+
+    run(body())
+
+
+def test_broken_experts_fail_alone(library: Library) -> None:
+    """Missing bytes, rotten bytes and an expert that makes the model overflow: each an error, the rest goes on."""
+    healthy, rotten, wild = library.add(1), library.add(4), library.add(5, scale=1e12)
+    path = library.files[rotten]
+    path.write_bytes(path.read_bytes()[:-7])
+
+    async def body() -> None:
+        async with running(library) as engine:
+            background = asyncio.create_task(collect(engine, [9, 9], Mix.of({healthy: 1.0}), 60))
+            for digest in ("0" * 64, rotten, wild):
+                with pytest.raises((ExpertUnavailableError, InvalidRequestError)):
+                    await collect(engine, [1, 2, 3], Mix.of({digest: 1.0}))
+            assert (await background)[0] == library.greedy(Mix.of({healthy: 1.0}), [9, 9], 60)
+            assert engine.alive
+            assert (await collect(engine, [3], BASE_MIX))[0] == library.greedy(BASE_MIX, [3], 12)
+
+    run(body())
+
+
+def test_a_failing_step_ends_its_requests_and_spares_the_server(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            working = engine._model.forward
+            monkeypatch.setattr(engine._model, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("injected")))
+            with pytest.raises(Exception, match="the engine failed on this batch"):
+                await collect(engine, [1], BASE_MIX)
+            monkeypatch.setattr(engine._model, "forward", working)
+            assert (await collect(engine, [3], BASE_MIX))[0] == library.greedy(BASE_MIX, [3], 12)
+            assert engine.stats().kv_bytes_used == 0
+
+    run(body())
+
+
+def test_a_dead_thread_is_noticed_by_everyone(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            stream = engine.submit(EngineRequest((1,), SamplingParams(400, 0.0)))
+            await anext(stream)
+            monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 // 0)
+            with pytest.raises(EngineDeadError):
+                async for _ in stream:
+                    pass
+            await until(lambda: not engine.alive)
+            with pytest.raises(EngineDeadError):
+                engine.submit(EngineRequest((1,)))
+
+    run(body())
+
+
+def test_stopping_ends_open_streams(library: Library) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            stream = engine.submit(EngineRequest((1,), SamplingParams(400, 0.0)))
+            await anext(stream)
+            await engine.stop()
+            with pytest.raises(EngineDeadError):
+                async for _ in stream:
+                    pass
+
+    run(body())
+
+
+def test_a_dropped_expert_leaves_memory_once_unused(library: Library) -> None:
+    expert = library.add(6)
+
+    async def body() -> None:
+        async with running(library) as engine:
+            await collect(engine, [1], Mix.of({expert: 1.0}))
+            await until(lambda: engine.stats().resident_experts == 1)
+            assert engine.stats().resident_bytes > 0
+            await engine.drop_expert(expert)
+            await until(lambda: engine.stats().resident_experts == 0)
+            assert engine.stats().resident_bytes == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_reduced_precision_follows_its_own_merged_model(library: Library, dtype: str) -> None:
+    """In bfloat16 the tolerance is on logits, not tokens: the first token's margin decides."""
+    expert = library.add(1)
+
+    async def body() -> None:
+        async with running(library, replace(SETTINGS, dtype=dtype)) as engine:
+            assert engine.base.dtype == dtype
+            mix = Mix.of({expert: 1.0})
+            model = library.merged(mix).to(torch.bfloat16)
+            agree = 0
+            for prompt in prompts(12, seed=5):
+                with torch.inference_mode():
+                    logits = model(torch.tensor([prompt])).logits[0, -1].float()
+                (tokens, _) = await collect(engine, prompt, mix, 1)
+                chosen = logits[tokens[0]] if tokens else logits[256]
+                assert logits.max() - chosen < 0.15
+                agree += bool(logits.max() == chosen)
+            assert agree >= 10
+
+    run(body())

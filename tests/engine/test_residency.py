@@ -1,0 +1,187 @@
+"""Experts in memory: bytes bound them, use pins them, failures and waiting disturb nobody else."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from server.engine.merged import DecodedExpert
+from server.engine.residency import Residency
+from store.errors import ExpertUnavailableError, SwitchyardError
+from store.mix import BASE_MIX, Mix
+
+UNIT = 400  # bytes of one hundred float32
+
+
+class Source:
+    """Experts named by size: `"x3"` takes three units. `gates` hold a load back; digests in `broken` fail."""
+
+    def __init__(self) -> None:
+        self.gates: dict[str, threading.Event] = {}
+        self.broken: set[str] = set()
+        self.loaded: list[str] = []
+
+    def decoded_bytes(self, digest: str) -> int:
+        if digest == "unknown1":
+            raise ExpertUnavailableError("its bytes are gone")
+        return int(digest[-1]) * UNIT
+
+    def load(self, digest: str) -> DecodedExpert:
+        if digest in self.gates:
+            assert self.gates[digest].wait(5)
+        if digest in self.broken:
+            raise RuntimeError("unreadable")
+        self.loaded.append(digest)
+        return DecodedExpert(digest, {"w": torch.zeros(100 * int(digest[-1]))})
+
+
+class Bench:
+    """A residency with its posted commands run on demand, as the engine's thread would."""
+
+    def __init__(self, units: int) -> None:
+        self.source = Source()
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.residency = Residency(self.source, units * UNIT, self.posted.put)
+        self.granted: list[Mix] = []
+        self.refused: dict[Mix, SwitchyardError] = {}
+
+    def request(self, *digests: str) -> Mix:
+        mix = Mix.of(dict.fromkeys(digests, 1.0))
+
+        def ready(error: SwitchyardError | None) -> None:
+            if error is None:
+                self.granted.append(mix)
+                assert all(digest in self.residency.experts for digest in digests)
+            else:
+                self.refused[mix] = error
+
+        self.residency.request(mix, ready)
+        return mix
+
+    def settle(self, until: Callable[[], bool]) -> None:
+        while not until():
+            self.posted.get(timeout=5)()
+        while not self.posted.empty():
+            self.posted.get()()
+        assert self.residency.used_bytes <= self.residency.budget_bytes
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(units=4)
+    yield bench
+    bench.residency.close()
+
+
+def test_the_base_needs_nothing(bench: Bench) -> None:
+    bench.request()
+    assert bench.granted == [BASE_MIX]
+
+
+def test_one_load_serves_all_who_wait_for_it(bench: Bench) -> None:
+    for _ in range(3):
+        bench.request("a1")
+    bench.settle(lambda: len(bench.granted) == 3)
+    assert bench.source.loaded == ["a1"]
+    bench.request("a1")
+    assert len(bench.granted) == 4, "a resident expert is granted at once"
+
+
+def test_the_least_recently_used_goes_first_and_the_pinned_stays(bench: Bench) -> None:
+    mixes = {name: bench.request(name) for name in ("a2", "b1", "c1")}
+    bench.settle(lambda: len(bench.granted) == 3)
+    for name in ("b1", "a2", "c1"):
+        bench.residency.release(mixes[name])
+    bench.request("b1")
+    bench.request("d2")
+    bench.settle(lambda: len(bench.granted) == 5)
+    assert set(bench.residency.experts) == {"b1", "c1", "d2"}
+    assert bench.residency.evictions == 1
+
+
+def test_a_mix_waits_for_room_and_warm_mixes_pass_it(bench: Bench) -> None:
+    busy = bench.request("a3")
+    bench.settle(lambda: bench.granted == [busy])
+    waiting = bench.request("b2")
+    bench.settle(lambda: not bench.posted.empty() or not bench.residency._measuring)
+    bench.request("a3")
+    assert bench.granted == [busy, busy]
+    bench.residency.release(busy)
+    bench.residency.release(busy)
+    bench.settle(lambda: waiting in bench.granted)
+    assert set(bench.residency.experts) == {"b2"}
+
+
+def test_a_mix_larger_than_the_budget_is_refused_by_name(bench: Bench) -> None:
+    mix = bench.request("a3", "b2")
+    bench.settle(lambda: mix in bench.refused)
+    assert "expert_bytes" in bench.refused[mix].message
+    assert bench.residency.used_bytes == 0
+
+
+def test_a_failed_load_fails_its_waiters_only(bench: Bench) -> None:
+    bench.source.broken.add("b1")
+    good, bad, both = bench.request("a1"), bench.request("b1"), bench.request("a1", "b1")
+    bench.settle(lambda: len(bench.refused) == 2 and good in bench.granted)
+    assert set(bench.refused) == {bad, both}
+    bench.residency.release(good)
+    bench.source.broken.clear()
+    bench.request("b1")
+    bench.settle(lambda: bad in bench.granted)
+
+
+def test_bytes_that_are_gone_are_an_error_of_that_request(bench: Bench) -> None:
+    gone = bench.request("unknown1")
+    bench.settle(lambda: gone in bench.refused)
+    assert bench.refused[gone].message == "its bytes are gone"
+
+
+def test_dropping_waits_for_the_last_user(bench: Bench) -> None:
+    mix = bench.request("a1")
+    bench.settle(lambda: mix in bench.granted)
+    bench.residency.drop("a1")
+    assert "a1" in bench.residency.experts
+    bench.residency.release(mix)
+    assert "a1" not in bench.residency.experts
+    assert bench.residency.used_bytes == 0
+
+
+def test_random_traffic_never_exceeds_the_budget_nor_forgets_anyone() -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        bench = Bench(units=6)
+        bench.source.broken = {"e1"}
+
+        def settle_one(bench: Bench = bench) -> None:
+            bench.posted.get(timeout=5)()
+            assert bench.residency.used_bytes <= bench.residency.budget_bytes
+
+        def give_back(rng: random.Random = rng, bench: Bench = bench) -> None:
+            bench.residency.release(bench.granted.pop(rng.randrange(len(bench.granted))))
+
+        for _ in range(60):
+            before = len(bench.granted)
+            mix = bench.request(*rng.sample(["a1", "b2", "c3", "d1", "e1", "f2"], rng.randint(1, 2)))
+            if len(bench.granted) > before and rng.random() < 0.5:
+                give_back()
+            if rng.random() < 0.3:
+                bench.residency.drop(mix.parts[0][0])
+        for _ in range(10_000):
+            loading = any(slot.expert is None for slot in bench.residency._slots.values())
+            busy = loading or bench.residency._measuring or not bench.posted.empty()
+            if not bench.residency._queue and not busy:
+                break
+            while bench.granted:
+                give_back()
+            if busy:
+                settle_one()
+        while bench.granted:
+            give_back()
+        assert not bench.residency._queue
+        assert all(slot.pins == 0 for slot in bench.residency._slots.values())
+        bench.residency.close()

@@ -1,0 +1,174 @@
+"""Turns, budgets and preemption, without a model."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from server.engine.kv_cache import BLOCK_TOKENS, KVCache, KVShape
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.engine.types import EngineRequest, SamplingParams
+from store.mix import BASE_MIX, Mix
+
+SHAPE = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
+NEVER: frozenset[int] = frozenset()
+
+
+def make(blocks: int = 64, **options: int) -> tuple[Scheduler, KVCache]:
+    cache = KVCache(SHAPE, (blocks + 1) * SHAPE.block_bytes, torch.device("cpu"))
+    defaults = {"max_batch": 8, "step_tokens": 32, "turn_steps": 4}
+    return Scheduler(cache, **(defaults | options)), cache
+
+
+def sequence(prompt: int = 4, max_tokens: int = 10, mix: Mix = BASE_MIX) -> Sequence:
+    request = EngineRequest(tuple(range(prompt)), SamplingParams(max_tokens=max_tokens, temperature=0.0), mix)
+    return Sequence(request, max_tokens, emit=lambda event: None)
+
+
+def step(scheduler: Scheduler) -> tuple[Mix, list[Sequence]]:
+    """Run one step as the engine would, with a model that always says 7."""
+    plan = scheduler.schedule()
+    assert plan is not None
+    mix, work = plan
+    for item in work:
+        samples = item.samples
+        item.sequence.computed += item.count
+        if samples and item.sequence.append(7, NEVER).finish is not None:
+            scheduler.remove(item.sequence)
+    return mix, [item.sequence for item in work]
+
+
+def test_sequences_of_one_mix_join_and_leave_a_running_batch() -> None:
+    scheduler, cache = make()
+    first, second = sequence(max_tokens=5), sequence(max_tokens=2)
+    scheduler.add(first)
+    assert step(scheduler)[1] == [first]
+    scheduler.add(second)
+    assert step(scheduler)[1] == [first, second]
+    assert step(scheduler)[1] == [first, second]
+    assert step(scheduler)[1] == [first]
+    assert step(scheduler)[1] == [first]
+    assert scheduler.idle
+    assert scheduler.schedule() is None
+    assert cache.used_bytes == 0
+
+
+def test_a_long_prompt_is_cut_so_that_running_streams_advance_at_every_step() -> None:
+    scheduler, _ = make(step_tokens=32)
+    stream, long = sequence(max_tokens=20), sequence(prompt=100)
+    scheduler.add(stream)
+    step(scheduler)
+    scheduler.add(long)
+    for expected in (31, 31, 31, 7):
+        plan = scheduler.schedule()
+        assert plan is not None
+        counts = {item.sequence.id: item.count for item in plan[1]}
+        assert counts == {stream.id: 1, long.id: expected}
+        for item in plan[1]:
+            samples = item.samples
+            item.sequence.computed += item.count
+            if samples:
+                item.sequence.append(7, NEVER)
+    assert long.output_length == 1
+
+
+def test_mixes_take_turns_and_never_share_a_step() -> None:
+    scheduler, _ = make(turn_steps=3)
+    mixes = [BASE_MIX, Mix.of({"a": 1.0}), Mix.of({"b": 1.0})]
+    for mix in mixes:
+        scheduler.add(sequence(max_tokens=30, mix=mix))
+    order = []
+    for _ in range(18):
+        mix, batch = step(scheduler)
+        assert {s.mix for s in batch} == {mix}
+        order.append(mixes.index(mix))
+    assert order == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
+
+
+def test_a_rare_mix_waits_at_most_one_turn_of_each_other_mix() -> None:
+    scheduler, _ = make(turn_steps=4)
+    busy, rare = Mix.of({"busy": 1.0}), Mix.of({"rare": 1.0})
+    rng = random.Random(0)
+    waited = 0
+    scheduler.add(sequence(max_tokens=4, mix=busy))
+    waiting = None
+    for tick in range(400):
+        scheduler.add(sequence(max_tokens=rng.randint(1, 4), mix=busy))
+        if waiting is None and tick % 7 == 0:
+            waiting, waited = sequence(max_tokens=1, mix=rare), 0
+            scheduler.add(waiting)
+        _, batch = step(scheduler)
+        if waiting is not None:
+            waited += 1
+            if waiting in batch:
+                assert waited <= 5
+                waiting = None
+
+
+def test_the_youngest_gives_way_when_memory_is_short_and_finishes_later() -> None:
+    scheduler, cache = make(blocks=4)
+    old, young = sequence(prompt=BLOCK_TOKENS, max_tokens=40), sequence(prompt=BLOCK_TOKENS, max_tokens=40)
+    scheduler.add(old)
+    scheduler.add(young)
+    finished = []
+    for _ in range(200):
+        if scheduler.idle:
+            break
+        _, batch = step(scheduler)
+        finished += [s for s in batch if s.output_length == 40]
+    assert finished == [old, young]
+    assert scheduler.preemptions >= 1
+    assert cache.used_bytes == 0
+
+
+def test_a_paused_mix_gives_up_memory_that_the_turn_needs() -> None:
+    scheduler, cache = make(blocks=4, turn_steps=2)
+    paused = sequence(prompt=3 * BLOCK_TOKENS, max_tokens=16)
+    other = sequence(prompt=3 * BLOCK_TOKENS, max_tokens=16, mix=Mix.of({"a": 1.0}))
+    scheduler.add(paused)
+    scheduler.add(other)
+    done = set()
+    for _ in range(500):
+        if scheduler.idle:
+            break
+        _, batch = step(scheduler)
+        done |= {s.id for s in batch if s.output_length == 16}
+    assert done == {paused.id, other.id}
+    assert cache.used_bytes == 0
+
+
+def test_random_traffic_always_ends_and_leaks_nothing() -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        scheduler, cache = make(blocks=rng.randint(6, 20), step_tokens=rng.randint(1, 40), turn_steps=rng.randint(1, 5))
+        open_: list[Sequence] = []
+        for _ in range(40):
+            mix = Mix.of({rng.choice("abc"): 1.0}) if rng.random() < 0.7 else BASE_MIX
+            prompt = rng.randint(1, 60)
+            one = sequence(prompt, rng.randint(1, 96 - prompt), mix)
+            open_.append(one)
+            scheduler.add(one)
+            for _ in range(rng.randint(0, 5)):
+                if not scheduler.idle:
+                    step(scheduler)
+            if rng.random() < 0.2:
+                scheduler.remove(rng.choice(open_))
+        for _ in range(100_000):
+            if scheduler.idle:
+                break
+            step(scheduler)
+        assert scheduler.idle
+        assert cache.used_bytes == 0
+
+
+def test_removing_twice_is_harmless() -> None:
+    scheduler, cache = make()
+    one = sequence()
+    assert not scheduler.remove(one)
+    scheduler.add(one)
+    step(scheduler)
+    assert scheduler.remove(one)
+    assert not scheduler.remove(one)
+    assert cache.used_bytes == 0

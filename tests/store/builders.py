@@ -1,0 +1,82 @@
+"""Small bases, task vectors and expert files for the tests of this package. NumPy only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from store.bfloat16 import to_bfloat16
+from store.encodings import as_indices, encode_smallest
+from store.expert_file import ExpertInfo, write_expert
+from store.manifest import BaseManifest
+from store.packed import PackedDense, PackedTensor, PackedTernary
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed.weight": (37, 16),
+    "layers.0.mlp.weight": (32, 24),
+    "layers.0.norm.weight": (16,),
+    "layers.1.mlp.weight": (9, 5, 7),
+}
+
+
+def base_manifest(seed: int = 0) -> BaseManifest:
+    return BaseManifest(hashlib.sha256(b"base %d" % seed).hexdigest(), dict(SHAPES))
+
+
+def random_positions(rng: np.random.Generator, numel: int, density: float) -> tuple[npt.NDArray[np.int64], ...]:
+    indices = np.flatnonzero(rng.random(numel) < density)
+    return indices, np.where(rng.random(len(indices)) < 0.5, 1, -1).astype(np.int8)
+
+
+def packed_ternary(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> PackedTernary:
+    numel = int(np.prod(shape))
+    indices, levels = random_positions(rng, numel, density)
+    if not len(indices):
+        indices, levels = np.array([numel // 2]), np.array([1], dtype=np.int8)
+    encoded = encode_smallest(as_indices(indices, numel), levels, numel)
+    return PackedTernary(shape, len(indices), float(np.float32(rng.uniform(1e-4, 1e-2))), encoded)
+
+
+def packed_dense(rng: np.random.Generator, shape: tuple[int, ...]) -> PackedDense:
+    return PackedDense(shape, to_bfloat16(rng.normal(size=shape).astype(np.float32)).tobytes())
+
+
+def packed_expert(seed: int = 0) -> dict[str, PackedTensor]:
+    rng = np.random.default_rng(seed)
+    return {
+        "embed.weight": packed_ternary(rng, SHAPES["embed.weight"], 0.05),
+        "layers.0.mlp.weight": packed_ternary(rng, SHAPES["layers.0.mlp.weight"], 0.5),
+        "layers.0.norm.weight": packed_dense(rng, SHAPES["layers.0.norm.weight"]),
+        "layers.1.mlp.weight": packed_ternary(rng, SHAPES["layers.1.mlp.weight"], 0.2),
+    }
+
+
+def write_sample(path: Path, seed: int = 0, **info: object) -> Path:
+    """A valid expert file for `base_manifest()`; another seed, another digest."""
+    fields: dict[str, object] = {
+        "codec": "t-switch",
+        "codec_params": {"knob": "l1", "density": 0.05},
+        "tool": "tests",
+        "description": "a sample",
+        "exemplars": ("Was ist das?", 'Say "hé"'),
+        **info,
+    }
+    write_expert(path, ExpertInfo(**fields), packed_expert(seed), base_manifest())  # type: ignore[arg-type]
+    return path
+
+
+def split_file(data: bytes) -> tuple[dict[str, object], bytes]:
+    """A safetensors file as (header, data)."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def join_file(header: Mapping[str, object], data: bytes) -> bytes:
+    raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
