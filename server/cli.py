@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +15,7 @@ from server import __version__
 from server.cli_options import with_settings
 from server.client import Client
 from server.settings import Settings
+from store.codecs.t_switch import Knob
 from store.errors import SwitchyardError
 
 app = typer.Typer(
@@ -60,11 +60,7 @@ def compress(
         list[str] | None, typer.Option(help="Another density for some tensors: 'GLOB=DENSITY'; may be repeated.")
     ] = None,
     knob: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["rms", "l1", "calibrated"]),
-            help="How magnitude is restored; default: calibrated with exemplars, else l1.",
-        ),
+        Knob | None, typer.Option(help="How magnitude is restored; default: calibrated with exemplars, else l1.")
     ] = None,
     exemplars: Annotated[
         Path | None, typer.Option(help="JSONL of prompts the expert is for; calibrates the knob, and routes.")

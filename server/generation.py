@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.router import Router
 from server.engine.types import Engine, EngineRequest, FinishReason, SamplingParams, TokenEvent, TokenStream
@@ -31,7 +31,7 @@ class Request:
     model: str
     prompts: tuple[Prompt, ...]
     experts: tuple[tuple[str, float], ...] = ()
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     n: int = 1
 
@@ -167,7 +167,7 @@ class Generation:
         try:
             return await asyncio.to_thread(self._registry.get, name)
         except NotFoundError as error:
-            raise NotFoundError(f"the model {name!r} does not exist", param=param) from error
+            raise NotFoundError(error.message, param=param) from error
 
     async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         tokenizer = self._engine.tokenizer

@@ -1,14 +1,16 @@
-"""What `/metrics` shows. One `Metrics` per server, with its own registry, so that two servers in a process never meet."""
+"""What `/metrics` shows. Each server has its own collector registry: two in one process never meet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.engine.types import EngineStats
+from store.errors import StoreError
+from store.registry import ExpertRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -23,7 +25,7 @@ _DISTANCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 
 class Metrics:
     """The server's counters and histograms, and a view of the engine's, read at each scrape."""
 
-    def __init__(self, engine: Callable[[], EngineStats], experts: Callable[[], int]) -> None:
+    def __init__(self, engine: Callable[[], EngineStats], experts: Callable[[], Sequence[ExpertRecord]]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "switchyard_requests", "HTTP requests by route and status.", ["route", "status"], registry=self.registry
@@ -56,8 +58,7 @@ class Metrics:
             registry=self.registry,
         )
         self._labelled: set[str] = set()
-        Gauge("switchyard_experts", "Experts in the registry.", registry=self.registry).set_function(experts)
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_Snapshot(engine, experts))
 
     def count_expert(self, name: str) -> None:
         """Count one prompt that the expert takes part in answering."""
@@ -66,15 +67,15 @@ class Metrics:
         self._expert_requests.labels(name if name in self._labelled else "other").inc()
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """The text that Prometheus scrapes. Reads the registry: call it from a thread."""
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, what: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, what, buckets=tuple(buckets), registry=self.registry)
 
 
-class _EngineCollector(Collector):
-    """The engine keeps its own figures; this reads one consistent snapshot per scrape."""
+class _Snapshot(Collector):
+    """What others keep count of, read once per scrape."""
 
     _GAUGES = (
         ("running", "switchyard_requests_running", "Sequences in the running batch."),
@@ -82,8 +83,7 @@ class _EngineCollector(Collector):
         ("kv_bytes_used", "switchyard_kv_used_bytes", "Key/value cache in use."),
         ("kv_bytes_total", "switchyard_kv_limit_bytes", "Key/value cache."),
         ("resident_experts", "switchyard_experts_resident", "Experts decoded on the device."),
-        ("resident_bytes", "switchyard_experts_resident_bytes", "Bytes of the experts decoded on the device."),
-        ("resident_bytes_limit", "switchyard_experts_resident_limit_bytes", "Bytes allowed for decoded experts."),
+        ("resident_bytes_limit", "switchyard_experts_resident_limit_bytes", "Memory allowed for decoded experts."),
     )
     _COUNTERS = (
         ("expert_loads", "switchyard_expert_loads", "Experts read and decoded."),
@@ -97,16 +97,29 @@ class _EngineCollector(Collector):
         ("steps", "switchyard_engine_steps", "Steps of the engine."),
     )
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, engine: Callable[[], EngineStats], experts: Callable[[], Sequence[ExpertRecord]]) -> None:
+        self._engine = engine
+        self._experts = experts
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._engine()
         for field, name, what in self._GAUGES:
             yield GaugeMetricFamily(name, what, value=getattr(stats, field))
         for field, name, what in self._COUNTERS:
             yield CounterMetricFamily(name, what, value=getattr(stats, field))
+        tiers = GaugeMetricFamily(
+            "switchyard_expert_tier_bytes", "Bytes of experts, by where they are.", labels=["tier"]
+        )
+        tiers.add_metric(["device"], stats.resident_bytes)
+        try:
+            experts = self._experts()
+        except StoreError:  # the store's trouble must not hide the engine's figures
+            experts = None
+        if experts is not None:
+            tiers.add_metric(["disk"], sum({record.digest: record.bytes for record in experts}.values()))
+            yield GaugeMetricFamily("switchyard_experts", "Experts in the registry.", value=len(experts))
+        yield tiers
 
     def describe(self) -> Iterator[Metric]:
-        # Without it the registry would scrape the engine, not yet started, when this collector registers.
+        # Without it the registry would collect when this registers, before the engine has started.
         return iter(())

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
 
     dtype: str = Field(
         EngineSettings.dtype,
-        description="Type of the base's weights: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.",
+        description="Type of the weights: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.",
     )
     device: str = Field(EngineSettings.device, description="Where the base runs: auto, cpu, cuda, cuda:1, ...")
     kv_bytes: ByteSize = Field(

@@ -23,7 +23,7 @@ from store.errors import CheckpointError
 from store.packed import PackedDense, PackedTensor
 from store.task_vector import load_float32
 
-MAX_EXEMPLARS = 32
+CALIBRATION_EXEMPLARS = 32
 MAX_NEW_TOKENS = 32
 _MAX_PROMPT_TOKENS = 512
 _BATCH = 8
@@ -72,7 +72,7 @@ def calibrate(
         base: the base's checkpoint.
         tuned_folder: the fine-tune, with its tokenizer.
         tensors: the packed expert, scales from the RMS knob. Dense tensors are applied as they are.
-        exemplars: example prompts; at most `MAX_EXEMPLARS` of them, evenly spaced, are used.
+        exemplars: example prompts; at most `CALIBRATION_EXEMPLARS` of them, evenly spaced, are used.
         progress: called with ("calibrate", done, total).
 
     Raises:
@@ -170,7 +170,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 def _spread(exemplars: Sequence[str]) -> list[str]:
-    count = min(len(exemplars), MAX_EXEMPLARS)
+    count = min(len(exemplars), CALIBRATION_EXEMPLARS)
     return [exemplars[row * len(exemplars) // count] for row in range(count)]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from store.calibrate import Calibration, calibrate
 from store.checkpoint import open_checkpoint
+from store.codecs.base import Codec
 from store.codecs.raw import Raw, is_raw
 from store.codecs.t_switch import Knob, TSwitch
 from store.errors import CheckpointError, InvalidRequestError
@@ -65,6 +66,8 @@ def compress(
     """
     started = time.monotonic()
     tell = progress or (lambda _stage, _done, _total: None)
+    if knob is not None and knob not in list(Knob):
+        raise InvalidRequestError(f"there is no knob {knob}; choose one of {', '.join(Knob)}", param="knob")
     chosen = Knob(knob) if knob is not None else (Knob.CALIBRATED if exemplars else Knob.L1)
     if chosen is Knob.CALIBRATED and not exemplars:
         raise InvalidRequestError("the calibrated knob needs exemplars; give some, or take the l1 knob", param="knob")
@@ -123,7 +126,7 @@ def compress(
 
 def _codecs(
     density: float, overrides: dict[str, float], knob: Knob, names: list[str]
-) -> Callable[[str, tuple[int, ...]], TSwitch | Raw | None]:
+) -> Callable[[str, tuple[int, ...]], Codec | None]:
     """Which codec packs a tensor; None leaves it out."""
     start = Knob.RMS if knob is Knob.CALIBRATED else knob
     default = TSwitch(density, start)
@@ -132,7 +135,7 @@ def _codecs(
         if not any(fnmatchcase(name, glob) for name in names):
             raise InvalidRequestError(f"no tensor of the base matches {glob}", param="tensor_density")
 
-    def codec_for(tensor: str, shape: tuple[int, ...]) -> TSwitch | Raw | None:
+    def codec_for(tensor: str, shape: tuple[int, ...]) -> Codec | None:
         matches = [codec for glob, codec in special.items() if fnmatchcase(tensor, glob)]
         if matches and matches[0] is None:
             return None

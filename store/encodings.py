@@ -3,8 +3,9 @@
 Two layouts, of which the encoder takes the smaller, per tensor:
 
 * `bitmap`: one bit per element (1 = nonzero), then one sign bit per nonzero: n (1 + d) bits.
-* `rice`: the gap before each nonzero in a Rice code with parameter k (methods.md §3d, column "Golomb+sign"), then
-  the signs. Within 3 % of the entropy bound n (H(d) + d) below d = 0.38, where the bitmap takes over.
+* `rice`: the gap before each nonzero in a Rice code with parameter k (Rice 1971, as ComPEFT, arXiv 2311.13171, uses
+  it for sparse task vectors), then the signs. On random positions within 3 % of the entropy bound n (H(d) + d) up to
+  d = 0.38, where the bitmap takes over.
 
 A textbook Rice stream is sequential: each codeword starts where the last one ended. Here its three parts are kept in
 three streams (quotients in unary, k-bit remainders, signs), so that decoding is array arithmetic. Let p_i be the
@@ -40,6 +41,7 @@ Levels = npt.NDArray[np.int8]
 _CHUNK_BITS = 1 << 21
 """Bits expanded to bytes at a time: bounds the memory above the result to a few MB, and stays in cache."""
 _CHUNK_VALUES = 1 << 18
+"""Values decoded at a time; a multiple of 8, so that every chunk of remainders starts on a byte."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,19 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from store.backends import ABSENT, BlobStore
-from store.errors import ConflictError, ExpertUnavailableError, InvalidRequestError, NotFoundError, StoreError
+from store.errors import (
+    ConflictError,
+    ExpertFileError,
+    ExpertUnavailableError,
+    InvalidRequestError,
+    NotFoundError,
+    StoreError,
+)
 from store.exemplars import parse_exemplars
 from store.expert_file import digest_of, read_header, validate
 from store.expert_header import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN, ExpertHeader
@@ -84,7 +92,7 @@ class Registry:
         """Validate a quarantined file and publish it; live at once, durable on return.
 
         Args:
-            path: the file, in the store's quarantine. Gone on return; left to the caller on an error.
+            path: the file, in the store's quarantine. Gone on return; on an error the caller deletes it if it is there.
             name: what to call it; None takes the name in its header, or "expert-" and 12 digits of its digest.
             exemplars: prompts that win over those in its header; None leaves them as they are.
 
@@ -95,7 +103,7 @@ class Registry:
             ExpertFileError, WrongBaseError: the file is not a sound expert of this base.
             InvalidRequestError: the name is malformed or reserved (`param` is "name").
             ConflictError: the name belongs to another expert, or to this one with other exemplars.
-            StoreError: the store failed; nothing was published.
+            StoreError: the store failed; nothing half published is left, but an unacknowledged record may be.
         """
         header = validate(path, self._base)
         exemplars = None if exemplars is None else list(dict.fromkeys(exemplars))
@@ -120,16 +128,22 @@ class Registry:
             existing = _parsed(chosen, present)
             if existing is not None:
                 _check_same(existing, record, header, exemplars_given=exemplars is not None)
-                self._store.put_blob(path, digest)  # heals a blob that was damaged
-                return existing, False
-            # Blobs first: at no instant does a record lack its bytes.
-            if own is not None and record.exemplars_digest is not None:
-                beside = path.with_name(f"{path.name}.exemplars")
-                _write(beside, own)
-                self._store.put_blob(beside, record.exemplars_digest)
-            self._store.put_blob(path, digest)
-            if not self._store.put_record(chosen, _to_json(record), expected=ABSENT if present is None else present):
-                raise StoreError("the store let another writer in")
+            try:
+                # Blobs first: at no instant does a record lack its bytes.
+                if own is not None and record.exemplars_digest is not None:
+                    beside = path.with_name(f"{path.name}.exemplars")
+                    _write(beside, own)
+                    self._store.put_blob(beside, record.exemplars_digest)
+                self._store.put_blob(path, digest)
+                if existing is not None:  # its blobs are written all the same: that heals damaged ones
+                    return existing, False
+                expected = ABSENT if present is None else present
+                if not self._store.put_record(chosen, _to_json(record), expected=expected):
+                    raise StoreError("the store let another writer in")
+            except StoreError:
+                with suppress(StoreError):
+                    self._drop(record.blobs)
+                raise
         return record, True
 
     def get(self, name: str) -> ExpertRecord:
@@ -165,9 +179,7 @@ class Registry:
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
             # The record first: a blob without a record is garbage, a record without its blob is a broken promise.
             self._store.delete_record(name)
-            used: set[str] = set().union(*(other.blobs for other in self._all()))
-            for digest in record.blobs - used:
-                self._store.delete_blob(digest)
+            self._drop(record.blobs)
         return record
 
     def exemplars(self, record: ExpertRecord) -> Sequence[str]:
@@ -176,9 +188,12 @@ class Registry:
         Raises:
             ExpertUnavailableError: its bytes are gone or damaged.
         """
-        if record.exemplars_digest is None:
-            return list(read_header(self.expert_path(record.digest)).exemplars)
-        return parse_exemplars(self._store.fetch(record.exemplars_digest).read_bytes())
+        try:
+            if record.exemplars_digest is None:
+                return list(read_header(self.expert_path(record.digest)).exemplars)
+            return parse_exemplars(self._store.fetch(record.exemplars_digest).read_bytes())
+        except (OSError, ExpertFileError):  # it was verified: it can only have been removed since
+            raise ExpertUnavailableError(f"the expert {record.name} was removed") from None
 
     def expert_path(self, digest: str) -> Path:
         """A local file with the verified bytes of an expert.
@@ -209,12 +224,14 @@ class Registry:
     def _collect_garbage(self) -> None:
         """Delete blobs that a process killed between a blob and its record left behind."""
         with self._store.exclusive():
-            known = self._all()
-            if len(known) != len(self._store.records()):
-                return  # a damaged record may still refer to any of them
-            used: set[str] = set().union(*(record.blobs for record in known))
-            for digest in self._store.blobs() - used:
-                self._store.delete_blob(digest)
+            if len(self._all()) == len(self._store.records()):  # a damaged record may refer to any of them
+                self._drop(self._store.blobs())
+
+    def _drop(self, digests: set[str]) -> None:
+        """Delete those of the blobs that no record refers to. Called with the store held."""
+        used: set[str] = set().union(*(record.blobs for record in self._all()))
+        for digest in digests - used:
+            self._store.delete_blob(digest)
 
 
 def _parsed(name: str, data: bytes | None) -> ExpertRecord | None:

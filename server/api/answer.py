@@ -139,6 +139,11 @@ async def respond(request: Request, services: Services, body: GenerateBody, styl
     return JSONResponse(whole | {"usage": usage(answer)}, headers=headers)
 
 
+def answer_docs(whole: Any) -> dict[int | str, dict[str, Any]]:
+    """What the API's description says of a successful answer."""
+    return {200: {"model": whole, "content": {"text/event-stream": {}}, "description": "In one piece, or streamed."}}
+
+
 def mix_header(routes: Sequence[Route]) -> str:
     """`name=weight,name2=weight2`, or `base`; the mixes of several prompts that differ are set apart by `; `."""
     mixes = (",".join(f"{part.name}={part.weight:g}" for part in route.parts) or "base" for route in routes)

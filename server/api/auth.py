@@ -69,9 +69,10 @@ class KeyRing:
         return bool(self._digests)
 
     def __contains__(self, key: str) -> bool:
-        digest = _digest(key)
-        # Every key is compared: stopping at the first match would tell how many come before it.
-        return any([hmac.compare_digest(digest, known) for known in self._digests])
+        digest, found = _digest(key), False
+        for known in self._digests:  # all of them: stopping at a match would tell how many come before it
+            found |= hmac.compare_digest(digest, known)
+        return found
 
 
 def _digest(key: str) -> bytes:

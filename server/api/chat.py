@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from server.api.answer import Format, Json, Usage, respond
+from server.api.answer import Format, Json, Usage, answer_docs, respond
 from server.api.schema import ChatBody
 from server.api.services import ReadyServices
 from server.generation import Choice
@@ -70,7 +70,7 @@ def _delta(index: int, delta: Json, finish: str | None = None) -> Json:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
 
 
-@router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
+@router.post("/v1/chat/completions", responses=answer_docs(ChatCompletion), response_class=Response)
 async def create_chat_completion(request: Request, body: ChatBody, services: ReadyServices) -> Response:
     """Answer a conversation; with `stream`, as server-sent events."""
     return await respond(request, services, body, ChatFormat(body.model, services.fingerprint))

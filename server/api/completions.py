@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from server.api.answer import Format, Json, Usage, respond
+from server.api.answer import Format, Json, Usage, answer_docs, respond
 from server.api.schema import CompletionBody
 from server.api.services import ReadyServices
 from server.generation import Choice
@@ -47,7 +47,7 @@ class CompletionFormat(Format):
     def choice(self, index: int, choice: Choice) -> Json:
         return _text(index, choice.text, choice.finish)
 
-    def opening(self, index: int) -> None:  # noqa: ARG002
+    def opening(self, index: int) -> None:
         return None
 
     def piece(self, index: int, text: str) -> Json:
@@ -61,7 +61,7 @@ def _text(index: int, text: str, finish: str | None = None) -> Json:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
 
 
-@router.post("/v1/completions", responses={200: {"model": Completion}}, response_class=Response)
+@router.post("/v1/completions", responses=answer_docs(Completion), response_class=Response)
 async def create_completion(request: Request, body: CompletionBody, services: ReadyServices) -> Response:
     """Continue each prompt; with `stream`, as server-sent events."""
     return await respond(request, services, body, CompletionFormat(body.model, services.fingerprint))

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
+from typing_extensions import TypedDict
 
 from store import errors
 
@@ -23,6 +24,21 @@ RETRY_SECONDS = 5
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that went away; nobody reads it but our metrics."""
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong: `param` names the field at fault, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(TypedDict):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
 
 
 class NotReadyError(errors.SwitchyardError):
@@ -54,21 +70,21 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
-_VALIDATION_CODES = {
-    "extra_forbidden": ("unknown_parameter", "unknown parameter"),
+_VALIDATION_FAULTS = {
+    "extra_forbidden": ("unknown_parameter", "there is no such parameter"),
     "missing": ("missing_required_parameter", "this parameter is required"),
+    "unsupported_parameter": ("unsupported_parameter", "this parameter is not supported yet"),
     "union_tag_not_found": ("invalid_value", "has the wrong type"),
-    "json_invalid": ("invalid_json", "the body is not valid JSON"),
-    "unsupported_parameter": ("unsupported_parameter", None),
 }
+"""pydantic's word for a fault → our code and message; its own message serves for all others."""
 
 
-def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> ErrorAnswer:
     """The one error object."""
     return {"error": {"message": message, "type": _type_of(status), "param": param, "code": code}}
 
 
-def describe(error: Exception, scope: Scope) -> tuple[int, dict[str, Any]]:
+def describe(error: Exception, scope: Scope) -> tuple[int, ErrorAnswer]:
     """Status and body for any exception. What we did not raise on purpose is logged and told to nobody.
 
     Notes the error's code in the request's state, for the metrics.
@@ -125,21 +141,19 @@ def _phrase(error: HTTPException, scope: Scope) -> str:
     return f"{what} {scope['method']} {scope['path']}"
 
 
-def _validation_body(error: RequestValidationError) -> dict[str, Any]:
+def _validation_body(error: RequestValidationError) -> ErrorAnswer:
     """The first fault says enough; a client mends one after the other."""
     fault: Mapping[str, Any] = error.errors()[0]
-    code, message = _VALIDATION_CODES.get(fault["type"], ("invalid_value", None))
-    message = message or str(fault["msg"])
-    param = fault.get("ctx", {}).get("param")
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind == "json_invalid":
+        message = f"the body is not valid JSON: {context['error']} at character {fault['loc'][-1]}"
+        return error_body(message, 400, code="invalid_json")
+    param = context.get("param") or _param(fault["loc"], error.body)
     if param is None:
-        param = _param(fault["loc"], error.body)
-        if param is None and code == "invalid_value":
-            message = "the body must be a JSON object, sent as application/json"
-        elif param is not None:
-            message = f"{param}: {message}"
-    if code == "invalid_json":
-        param, message = None, f"{message}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
-    return error_body(message, 400, param=param, code=code)
+        message = "the body must be a JSON object, sent as application/json"
+        return error_body(message, 400, code="invalid_value")
+    code, what = _VALIDATION_FAULTS.get(kind, ("invalid_value", fault["msg"]))
+    return error_body(f"{param}: {what}", 400, param=param, code=code)
 
 
 def _param(location: Sequence[str | int], body: Any) -> str | None:
@@ -149,5 +163,8 @@ def _param(location: Sequence[str | int], body: Any) -> str | None:
         if isinstance(step, str) and not isinstance(body, dict):
             continue
         path += f"[{step}]" if isinstance(step, int) else f".{step}"
-        body = body.get(step) if isinstance(body, dict) else body[step] if isinstance(body, list) else None
+        try:
+            body = body[step]
+        except (LookupError, TypeError):
+            body = None
     return path.removeprefix(".") or None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -37,14 +38,11 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
 class OnlyNeutral:
     """Marks a parameter of OpenAI's that is not supported yet: only values that ask for nothing are accepted."""
 
-    values: tuple[object, ...]
-
     def __init__(self, *values: object) -> None:
-        object.__setattr__(self, "values", (None, *values))
+        self.values = (None, *values)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         del source, handler
@@ -57,14 +55,25 @@ class OnlyNeutral:
     def _check(self, value: object) -> object:
         if any(value == neutral for neutral in self.values):
             return value
-        raise PydanticCustomError("unsupported_parameter", "this parameter is not supported yet")
+        raise PydanticCustomError("unsupported_parameter", "not supported")
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer and no answer can
+        raise PydanticCustomError("invalid_value", "not valid Unicode: it holds half a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class TextPart(Wire):
     """A part of a message; text is the only kind that this server knows."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 def _shape_of_text(value: object) -> str:
@@ -76,7 +85,7 @@ class ChatMessage(Wire):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_shape_of_text)
+        Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_shape_of_text)
     ]
     # Clients send an assistant's message back as they got it, with these empty.
     name: Annotated[None, OnlyNeutral()] = None
@@ -102,17 +111,17 @@ class StreamOptions(Wire):
 class ExpertWeight(Wire):
     """One expert of an explicit mix."""
 
-    id: str = Field(description="The expert's name.")
+    id: Text = Field(description="The expert's name.")
     weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, description="Multiplier of its task vector.")
 
 
-Stop = Annotated[str, Field(min_length=1)]
+Stop = Annotated[Text, Field(min_length=1)]
 
 
-class GenerateBody(Wire):
+class GenerateBody(Wire, ABC):
     """What chat and completions have in common."""
 
-    model: str = Field(description="The base's name, an expert's name, or `auto`: routed by the prompt.")
+    model: Text = Field(description="The base's name, an expert's name, or `auto`: routed by the prompt.")
     experts: list[ExpertWeight] | None = Field(
         None, min_length=1, max_length=MAX_EXPERTS, description="An explicit mix; `model` is then `auto` or the base."
     )
@@ -136,17 +145,21 @@ class GenerateBody(Wire):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _fault("stream_options", "is only allowed with stream")
+            raise _fault("stream_options", "only allowed with stream")
         seen: set[str] = set()
         for i, expert in enumerate(self.experts or ()):
             if expert.id in seen:
-                raise _fault(f"experts[{i}].id", f"names {expert.id!r} a second time")
+                raise _fault(f"experts[{i}].id", f"{expert.id!r} is there twice")
             seen.add(expert.id)
         return self
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @abstractmethod
+    def to_request(self) -> Request:
+        """What `server.generation` is to do."""
 
     def _request(self, prompts: tuple[Prompt, ...], max_tokens: int | None) -> Request:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -189,7 +202,7 @@ class ChatBody(GenerateBody):
     @model_validator(mode="after")
     def _check_max_tokens(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _fault("max_tokens", "contradicts max_completion_tokens: give one of them")
+            raise _fault("max_tokens", "not the same as max_completion_tokens: give one of them")
         return self
 
     def to_request(self) -> Request:
@@ -211,8 +224,8 @@ class CompletionBody(GenerateBody):
     """The body of `POST /v1/completions`."""
 
     prompt: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[str], Field(min_length=1), Tag("texts")]
+        Annotated[Text, Tag("text")]
+        | Annotated[list[Text], Field(min_length=1), Tag("texts")]
         | Annotated[list[Token], Tag("tokens")]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Tag("token_lists")],
         Discriminator(_shape_of_prompt),
@@ -235,13 +248,13 @@ class CompletionBody(GenerateBody):
 class RouteBody(Wire):
     """The body of `POST /v1/route`: a prompt or a conversation."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise _fault("prompt", "or messages: give one of them")
+            raise _fault("prompt", "give either prompt or messages")
         return self
 
     def to_prompt(self) -> Prompt:
@@ -252,4 +265,4 @@ class RouteBody(Wire):
 
 def _fault(param: str, message: str) -> PydanticCustomError:
     """A fault that shows only when fields are seen together; `errors.py` reads the parameter's name."""
-    return PydanticCustomError("invalid_value", "{param} {what}", {"param": param, "what": message})
+    return PydanticCustomError("invalid_value", "{what}", {"param": param, "what": message})

@@ -36,7 +36,7 @@ class BlobStore(Protocol):
     def put_blob(self, path: Path, digest: str) -> None:
         """Take over a file of the quarantine as the blob `digest` (hex sha256 of its bytes, the caller's word for it).
 
-        Replaces a blob of that digest, and so heals a damaged one. On an error the file stays where it was.
+        Replaces a blob of that digest, and so heals a damaged one. On an error the file may be in either place.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""T-Switch: the strongest entries of a task vector, their signs, one scale (arXiv 2412.00054; methods.md §1).
+"""T-Switch: the strongest entries of a task vector, their signs, one scale (arXiv 2412.00054).
 
 Positives and negatives are trimmed separately: on each side the int(count · (1 − α)) largest magnitudes are kept
 (ties with the smallest kept value too; exact zeros count on neither side), and what is left becomes ±scale.

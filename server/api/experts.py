@@ -1,0 +1,181 @@
+"""`/v1/experts`: upload, list, look at and delete experts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import IO, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import FormData, UploadFile
+from typing_extensions import TypedDict
+
+from server.api.services import AnyServices, ReadyServices, Services
+from store.errors import InvalidRequestError
+from store.exemplars import MAX_BYTES, parse_exemplars
+from store.expert_header import ExpertHeader, TernaryEntry
+from store.registry import ExpertRecord
+
+router = APIRouter(prefix="/v1/experts")
+
+_PARTS = {
+    "file": {"type": "string", "format": "binary", "description": "The expert file."},
+    "exemplars": {"type": "string", "description": "JSON lines of prompts, as a file or as text."},
+    "name": {"type": "string", "description": "What to call it; default: the name in the file."},
+}
+_FORM = {"type": "object", "required": ["file"], "additionalProperties": False, "properties": _PARTS}
+
+
+class Expert(TypedDict):
+    """An expert."""
+
+    id: str
+    object: Literal["expert"]
+    created: int
+    parent: str
+    digest: str
+    bytes: int
+    base_fingerprint: str
+    codec: str
+    density: float
+    bits_per_param: float
+    description: str
+    exemplar_count: int
+
+
+class Tensors(TypedDict):
+    """What an expert file holds, in numbers."""
+
+    ternary: int
+    dense: int
+    elements: int
+    nonzeros: int
+
+
+class ExpertDetails(Expert):
+    """An expert, and what its file says about how it was made."""
+
+    codec_params: dict[str, Any]
+    tool: str
+    tensors: Tensors
+
+
+class ExpertList(TypedDict):
+    """All experts."""
+
+    object: Literal["list"]
+    data: list[Expert]
+
+
+class Deleted(TypedDict):
+    """What is left of an expert."""
+
+    id: str
+    object: Literal["expert"]
+    deleted: Literal[True]
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={200: {"model": Expert, "description": "It was there already."}, 201: {"model": Expert}},
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+)
+async def upload_expert(request: Request, services: ReadyServices) -> JSONResponse:
+    """Publish an expert file. It is live when the answer comes; the same file again changes nothing."""
+    async with _read_upload(request) as upload:
+        record, created = await services.library.publish(upload.file, name=upload.name, exemplars=upload.exemplars)
+    return JSONResponse(_expert(record, services), 201 if created else 200)
+
+
+@router.get("")
+async def list_experts(services: AnyServices) -> ExpertList:
+    """All experts, by name."""
+    return {"object": "list", "data": [_expert(record, services) for record in await services.library.list()]}
+
+
+@router.get("/{name}")
+async def get_expert(name: str, services: AnyServices) -> ExpertDetails:
+    """One expert, and how its file was made."""
+    record = await services.library.get(name)
+    header = await services.library.header(record)
+    return {
+        **_expert(record, services),
+        "codec_params": dict(header.codec_params),
+        "tool": header.tool,
+        "tensors": _tensors(header),
+    }
+
+
+@router.delete("/{name}")
+async def delete_expert(name: str, services: ReadyServices) -> Deleted:
+    """Unpublish an expert. Answers in progress finish."""
+    record = await services.library.remove(name)
+    return {"id": record.name, "object": "expert", "deleted": True}
+
+
+@dataclass(frozen=True)
+class _Upload:
+    file: IO[bytes]
+    name: str | None
+    exemplars: list[str] | None
+
+
+@asynccontextmanager
+async def _read_upload(request: Request) -> AsyncIterator[_Upload]:
+    """The parts of an upload; what the parser spooled to disk is gone afterwards."""
+    async with request.form(max_files=2, max_fields=2, max_part_size=MAX_BYTES) as form:
+        for key in form:
+            if key not in _PARTS:
+                raise InvalidRequestError(f"unknown part {key[:64]!r}", param=key[:64], code="unknown_parameter")
+            if len(form.getlist(key)) > 1:
+                raise InvalidRequestError(f"the part {key} is there twice", param=key)
+        file, name = form.get("file"), form.get("name")
+        if not isinstance(file, UploadFile):
+            raise InvalidRequestError(
+                "send the expert file as the part `file` of a multipart/form-data body, with a filename",
+                param="file",
+                code="missing_required_parameter",
+            )
+        if isinstance(name, UploadFile):
+            raise InvalidRequestError("the part name must be text", param="name")
+        yield _Upload(file.file, name or None, await _exemplars(form))
+
+
+async def _exemplars(form: FormData) -> list[str] | None:
+    part = form.get("exemplars")
+    if part is None:
+        return None
+    data = await part.read(MAX_BYTES + 1) if isinstance(part, UploadFile) else part.encode()
+    return await asyncio.to_thread(parse_exemplars, data)
+
+
+def _expert(record: ExpertRecord, services: Services) -> Expert:
+    return {
+        "id": record.name,
+        "object": "expert",
+        "created": record.created,
+        "parent": services.engine.base.name,
+        "digest": record.digest,
+        "bytes": record.bytes,
+        "base_fingerprint": record.base_fingerprint,
+        "codec": record.codec,
+        "density": record.density,
+        "bits_per_param": record.bits_per_param,
+        "description": record.description,
+        "exemplar_count": record.exemplar_count,
+    }
+
+
+def _tensors(header: ExpertHeader) -> Tensors:
+    entries = list(header.tensors.values())
+    ternary = [entry for entry in entries if isinstance(entry, TernaryEntry)]
+    return {
+        "ternary": len(ternary),
+        "dense": len(entries) - len(ternary),
+        "elements": sum(entry.numel for entry in entries),
+        "nonzeros": sum(entry.nnz if isinstance(entry, TernaryEntry) else entry.numel for entry in entries),
+    }

@@ -1,0 +1,51 @@
+"""`POST /v1/route`: which experts would answer, and why, without answering."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from typing_extensions import TypedDict
+
+from server.api.answer import MixPart
+from server.api.schema import RouteBody
+from server.api.services import ReadyServices
+
+router = APIRouter()
+
+
+class Neighbour(TypedDict):
+    """A centre of an expert's exemplars near the prompt."""
+
+    id: str
+    digest: str
+    distance: float
+
+
+class RouteDecision(TypedDict):
+    """The mix for a prompt, empty for the base, and what led to it."""
+
+    object: Literal["route"]
+    mix: list[MixPart]
+    reason: str
+    code: str
+    distance: float | None
+    threshold: float | None
+    neighbours: list[Neighbour]
+    votes: dict[str, float]
+
+
+@router.post("/v1/route")
+async def route(body: RouteBody, services: ReadyServices) -> RouteDecision:
+    """Route a prompt, or the last user message of a conversation."""
+    decision = await services.router.route(body.to_prompt().question(services.engine.tokenizer))
+    return {
+        "object": "route",
+        "mix": [{"id": name, "digest": digest, "weight": weight} for name, digest, weight in decision.parts],
+        "reason": decision.reason,
+        "code": decision.code,
+        "distance": decision.distance,
+        "threshold": decision.threshold,
+        "neighbours": [{"id": n.name, "digest": n.digest, "distance": n.distance} for n in decision.neighbours],
+        "votes": dict(decision.votes),
+    }

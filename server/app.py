@@ -1,0 +1,102 @@
+"""Puts the rooms together: engine, registry and router, behind the HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.types import Scope
+
+from router.router import Router
+from server import __version__
+from server.api import chat, completions, errors, experts, models, ops, route
+from server.api.auth import AuthMiddleware
+from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
+from server.api.services import Services
+from server.engine.types import Engine
+from server.generation import Generation
+from server.library import Library
+from server.metrics import Metrics
+from server.settings import Settings
+from store.registry import Registry
+
+log = logging.getLogger(__name__)
+
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": errors.ErrorAnswer, "description": "Any failure."} for status in ("4XX", "5XX")
+}
+
+
+def create_app(settings: Settings, *, engine: Engine, registry: Registry, router: Router, quarantine: Path) -> FastAPI:
+    """The HTTP application over a loaded engine.
+
+    Its lifespan starts the engine, then teaches the router the experts of the registry; `/ready` tells when that is
+    done. It stops the engine at the end.
+
+    Args:
+        quarantine: the store's folder for bytes that are not trusted yet.
+    """
+    metrics = Metrics(engine.stats, registry.list)
+    limits = {"max_n": settings.max_n, "max_sequences": settings.max_sequences}
+    services = Services(
+        settings=settings,
+        engine=engine,
+        router=router,
+        library=Library(registry, router, engine, quarantine),
+        generation=Generation(engine, registry, router, metrics, **limits),
+        metrics=metrics,
+        started=int(time.time()),
+    )
+    # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
+    app = FastAPI(
+        title="Switchyard",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        responses=_ERROR_RESPONSES,
+    )
+    app.state.services = services
+    errors.install(app)
+    for resource in (chat, completions, models, experts, route, ops):
+        app.include_router(resource.router)
+
+    def body_limit(scope: Scope) -> int:
+        upload = scope["method"] == "POST" and scope["path"] == experts.router.prefix
+        return settings.max_upload_bytes if upload else settings.max_body_bytes
+
+    # The last one added is the first one a request meets.
+    app.add_middleware(BodyLimitMiddleware, limit_of=body_limit)
+    app.add_middleware(AuthMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, metrics=metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    await services.engine.start()
+    restoring = asyncio.create_task(_restore(services))
+    try:
+        yield
+    finally:
+        services.ready = False
+        restoring.cancel()
+        await asyncio.gather(restoring, return_exceptions=True)
+        await services.engine.stop()
+
+
+async def _restore(services: Services) -> None:
+    try:
+        await services.library.restore()
+    except Exception:
+        log.exception("the router could not be restored; the server stays not ready")
+    else:
+        services.ready = True

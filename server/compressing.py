@@ -1,0 +1,86 @@
+"""`switchyard compress`: progress while it runs, a report when it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from server.engine.model import resolve_base
+from server.settings import Settings
+from store.convert import compress
+from store.errors import InvalidRequestError
+from store.exemplars import parse_exemplars
+from store.report import Report
+
+_STAGES = {
+    "fingerprint": "fingerprint of the base",
+    "compress": "compressing tensors",
+    "calibrate": "calibrating the knob",
+    "write": "writing and checking the file",
+}
+
+
+def compress_with_progress(
+    out: Console,
+    base: str,
+    tuned: Path,
+    output: Path,
+    *,
+    cache_dir: Path | None,
+    exemplars: Path | None,
+    **options: Any,
+) -> Report:
+    """Compress on a terminal; `options` go to `store.convert.compress`.
+
+    Raises:
+        SwitchyardError: as `compress`, or a file cannot be read.
+    """
+    cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
+    prompts = None
+    if exemplars is not None:
+        try:
+            prompts = parse_exemplars(exemplars.read_bytes())
+        except OSError as error:
+            raise InvalidRequestError(f"cannot read {exemplars}: {error.strerror}", param="exemplars") from None
+    with out.status("preparing the base"):
+        folder = resolve_base(base, cache)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out) as bars:
+        tasks = {stage: bars.add_task(text, total=None, visible=False) for stage, text in _STAGES.items()}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            for earlier in list(_STAGES)[: list(_STAGES).index(stage)]:
+                if bars.tasks[tasks[earlier]].visible:
+                    bars.update(tasks[earlier], total=1, completed=1)
+            bars.update(tasks[stage], completed=done, total=total, visible=True)
+
+        report = compress(folder, tuned, output, exemplars=prompts, cache_dir=cache, progress=tell, **options)
+        for task in tasks.values():
+            if bars.tasks[task].visible:
+                bars.update(task, total=1, completed=1)
+    _show(report, output, out)
+    return report
+
+
+def _show(report: Report, output: Path, out: Console) -> None:
+    table = Table("stored", "tensors", "parameters", "nonzeros", "bytes")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report.rows:
+        table.add_row(row.kind, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.nonzeros:,}", f"{row.bytes:,}")
+    out.print(table)
+    knob = str(report.knob)
+    if report.kl is not None and report.kl_at_one is not None:
+        knob += (
+            f", {report.multiplier:.2f} × rms (KL to the fine-tune {report.kl_at_one:.3f} → {report.kl:.3f} nats/token)"
+        )
+    out.print(
+        f"[bold]{escape(str(output))}[/]: {report.bytes / 1e6:.2f} MB, {report.bits_per_param:.3f} bits per parameter, "
+        f"{report.times_smaller:.0f} × smaller than bf16, density {report.density:.4f}\n"
+        f"knob: {knob}; relative error {report.relative_error:.3f}; took {report.seconds:.0f} s"
+    )

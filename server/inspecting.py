@@ -1,0 +1,70 @@
+"""`switchyard inspect`: what is in an expert file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from store.expert_file import TernaryEntry, digest_of, read_header
+from store.expert_header import ExpertHeader
+
+_SHOWN_EXEMPLARS = 5
+
+
+def show_expert(file: Path, out: Console) -> None:
+    """Print a file's header and a summary of its tensors by module.
+
+    Raises:
+        ExpertFileError: the file breaks a rule of the format.
+    """
+    header = read_header(file)
+    facts = Table.grid(padding=(0, 2))
+    for label, value in _facts(file, header):
+        facts.add_row(f"[bold]{label}[/]", escape(value))
+    out.print(facts)
+    out.print(_modules(header))
+    for exemplar in header.exemplars[:_SHOWN_EXEMPLARS]:
+        out.print(f"  [dim]e.g.[/] {escape(exemplar[:160])}", highlight=False)
+    if len(header.exemplars) > _SHOWN_EXEMPLARS:
+        out.print(f"  [dim]and {len(header.exemplars) - _SHOWN_EXEMPLARS} more exemplars[/]")
+
+
+def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
+    params = ", ".join(f"{key}={value}" for key, value in header.codec_params.items())
+    facts = [
+        ("name", header.name or "(none)"),
+        ("description", header.description or "(none)"),
+        ("digest", digest_of(file)),
+        ("base", header.base_fingerprint),
+        ("size", f"{file.stat().st_size:,} bytes, {header.bits_per_param:.4f} bits per parameter of the base"),
+        ("codec", f"{header.codec} ({params})" if params else header.codec),
+        ("density", f"{header.density:.4f}"),
+        ("exemplars", str(len(header.exemplars))),
+        ("made by", header.tool),
+    ]
+    if header.created is not None:
+        facts.append(("created", datetime.fromtimestamp(header.created, UTC).isoformat()))
+    return facts
+
+
+def _modules(header: ExpertHeader) -> Table:
+    """One row per kind of module and storage: layers look alike, so their tensors are added up."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for name, entry in header.tensors.items():
+        module = ".".join(part for part in name.split(".") if not part.isdigit())
+        ternary = isinstance(entry, TernaryEntry)
+        group = groups[module, entry.encoding if isinstance(entry, TernaryEntry) else "bf16"]
+        group[0] += 1
+        group[1] += entry.numel
+        group[2] += entry.nnz if ternary and isinstance(entry, TernaryEntry) else entry.numel
+    table = Table("tensors", "stored as", "count", "parameters", "density")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for (module, stored), (count, numel, nonzeros) in groups.items():
+        table.add_row(escape(module), stored, str(count), f"{numel:,}", f"{nonzeros / max(numel, 1):.4f}")
+    return table

@@ -1,0 +1,124 @@
+"""The experts of a running server: what is published is in the registry and known to the router, or in neither."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from router.router import Router
+from server.engine.types import Engine
+from store.errors import EngineDeadError, StoreError, SwitchyardError
+from store.expert_file import ExpertHeader, read_header
+from store.registry import ExpertRecord, Registry
+
+log = logging.getLogger(__name__)
+
+
+class Library:
+    """Publishes and removes experts, one change at a time.
+
+    Args:
+        quarantine: where bytes wait until they are known to be sound.
+    """
+
+    def __init__(self, registry: Registry, router: Router, engine: Engine, quarantine: Path) -> None:
+        self._registry = registry
+        self._router = router
+        self._engine = engine
+        self._quarantine = quarantine
+        # A publication and a removal of one name, interleaved, would leave registry and router of two minds.
+        self._changing = asyncio.Lock()
+
+    async def restore(self) -> None:
+        """Tell the router of every expert in the registry; one with unreadable exemplars is logged and left out."""
+        for record in await self.list():
+            try:
+                await self._teach(record)
+            except EngineDeadError:
+                raise
+            except SwitchyardError as error:
+                log.warning("the expert %s will not be routed to: %s", record.name, error.message)
+
+    async def publish(
+        self, file: IO[bytes], *, name: str | None, exemplars: Sequence[str] | None
+    ) -> tuple[ExpertRecord, bool]:
+        """Copy an expert file into quarantine, validate it and publish it: live when this returns.
+
+        Returns:
+            The record, and whether it is new.
+
+        Raises:
+            InvalidRequestError, ConflictError, StoreError: as `Registry.publish`.
+            SwitchyardError: the router could not learn its exemplars; it is not published.
+        """
+        path = await asyncio.to_thread(_copy, file, self._quarantine)
+        try:
+            async with self._changing:
+                record, created = await asyncio.to_thread(self._registry.publish, path, name=name, exemplars=exemplars)
+                try:
+                    await self._teach(record)
+                except BaseException:
+                    if created:
+                        await asyncio.to_thread(self._registry.remove, record.name)
+                    raise
+                return record, created
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def remove(self, name: str) -> ExpertRecord:
+        """Unpublish an expert; answers in progress finish.
+
+        Raises:
+            NotFoundError: there is none of that name.
+        """
+        async with self._changing:
+            record = await asyncio.to_thread(self._registry.remove, name)
+            self._router.remove_expert(name)
+            if all(other.digest != record.digest for other in await self.list()):
+                await self._engine.drop_expert(record.digest)
+        return record
+
+    async def list(self) -> list[ExpertRecord]:
+        """All experts, by name."""
+        return await asyncio.to_thread(self._registry.list)
+
+    async def get(self, name: str) -> ExpertRecord:
+        """The expert of that name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return await asyncio.to_thread(self._registry.get, name)
+
+    async def header(self, record: ExpertRecord) -> ExpertHeader:
+        """What the expert's file says about itself.
+
+        Raises:
+            ExpertUnavailableError: its bytes are gone or damaged.
+        """
+        return await asyncio.to_thread(lambda: read_header(self._registry.expert_path(record.digest)))
+
+    async def _teach(self, record: ExpertRecord) -> None:
+        if record.exemplar_count:
+            exemplars = await asyncio.to_thread(self._registry.exemplars, record)
+            key = record.exemplars_digest or record.digest
+            await self._router.add_expert(record.name, record.digest, exemplars, key)
+
+
+def _copy(file: IO[bytes], folder: Path) -> Path:
+    """Copy a file into a folder under a name of its own; nothing is left behind if that fails."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-", delete=False) as copy:
+            try:
+                shutil.copyfileobj(file, copy, 1 << 20)
+            except BaseException:
+                Path(copy.name).unlink(missing_ok=True)
+                raise
+        return Path(copy.name)
+    except OSError as error:
+        raise StoreError(f"cannot receive the file: {error.strerror}") from error

@@ -1,0 +1,167 @@
+"""An engine without a model: bytes are tokens, answers are a function of the request, features count words."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from server.engine.types import BaseInfo, EngineRequest, EngineStats, FinishReason, Message, TokenEvent
+from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
+from store.manifest import BaseManifest
+
+MANIFEST = BaseManifest(hashlib.sha256(b"dummy").hexdigest(), {"embed": (16, 4), "layer.weight": (8, 8), "norm": (4,)})
+VOCABULARY = 258
+SPECIAL = 256
+"""A token without text."""
+CONTEXT = 4096
+DIMENSIONS = 64
+
+Reply = Callable[[EngineRequest], bytes]
+
+
+def tell(request: EngineRequest) -> bytes:
+    """The default reply: who answers, with which seed, and the prompt's last line."""
+    who = "+".join(f"{digest[:8]}*{weight:g}" for digest, weight in request.mix.parts) or "base"
+    seed = f" #{request.sampling.seed}" if request.sampling.seed is not None and request.sampling.temperature else ""
+    said = bytes(token for token in request.prompt if token < SPECIAL).removesuffix(b"\nassistant: ")
+    return f"{who}{seed} heard: ".encode() + said.rpartition(b"\n")[2]
+
+
+class DummyTokenizer:
+    """UTF-8 bytes."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        turns = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return self.encode("".join(turns) + "assistant: ")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < SPECIAL).decode(errors="replace")
+
+
+class DummyStream:
+    """The tokens of one reply, one per turn of the event loop or per `delay`."""
+
+    def __init__(self, engine: DummyEngine, request: EngineRequest) -> None:
+        self.request = request
+        self.given = 0
+        self.closed = False
+        self._engine = engine
+        self._reply = engine.reply(request)
+        self._limit = request.sampling.max_tokens or CONTEXT - len(request.prompt)
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self.closed:
+            raise StopAsyncIteration
+        await asyncio.sleep(self._engine.delay)
+        if self._engine.failure is not None and self.given >= self._engine.fail_after:
+            raise self._engine.failure
+        if self.given == len(self._reply):
+            self.closed = True
+            return TokenEvent(None, FinishReason.STOP)
+        self.given += 1
+        self._engine.generated += 1
+        self.closed = self.given == self._limit
+        return TokenEvent(self._reply[self.given - 1], FinishReason.LENGTH if self.closed else None)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class DummyEngine:
+    """Implements `server.engine.types.Engine`; its attributes are the tests' levers."""
+
+    def __init__(self, name: str = "dummy-base") -> None:
+        self.base = BaseInfo(
+            name=name,
+            manifest=MANIFEST,
+            context_length=CONTEXT,
+            feature_dim=DIMENSIONS,
+            feature_layer=0,
+            dtype="float32",
+            device="cpu",
+        )
+        self.tokenizer = DummyTokenizer()
+        self.alive = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Put the levers back."""
+        self.reply: Reply = tell
+        self.delay = 0.0
+        self.max_queue = 64
+        self.failure: Exception | None = None
+        self.fail_after = 0
+        self.features_failure: Exception | None = None
+        self.featurize = asyncio.Event()
+        self.featurize.set()
+        self.generated = 0
+        self.streams: list[DummyStream] = []
+        self.dropped: list[str] = []
+
+    @property
+    def open(self) -> int:
+        """Streams that still cost something."""
+        return sum(not stream.closed for stream in self.streams)
+
+    async def start(self) -> None:
+        self.alive = True
+
+    async def stop(self) -> None:
+        self.alive = False
+
+    def submit(self, request: EngineRequest) -> DummyStream:
+        if not self.alive:
+            raise EngineDeadError("the dummy is dead")
+        if self.open >= self.max_queue:
+            raise QueueFullError("too many wait", retry_after=7)
+        if max(request.prompt) >= VOCABULARY:
+            raise InvalidRequestError("no such token", param="prompt")
+        if len(request.prompt) + (request.sampling.max_tokens or 1) > CONTEXT:
+            raise ContextLengthError(f"the context holds {CONTEXT} tokens", param="max_tokens")
+        self.streams.append(DummyStream(self, request))
+        return self.streams[-1]
+
+    async def features(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Word counts, hashed into a few buckets, on the unit sphere."""
+        await self.featurize.wait()
+        if self.features_failure is not None:
+            raise self.features_failure
+        rows = np.zeros((len(texts), DIMENSIONS), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.lower().split():
+                row[zlib.crc32(word.encode()) % DIMENSIONS] += 1
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+    async def drop_expert(self, digest: str) -> None:
+        self.dropped.append(digest)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self.open,
+            waiting=0,
+            kv_bytes_used=0,
+            kv_bytes_total=1 << 20,
+            resident_experts=2,
+            resident_bytes=2048,
+            resident_bytes_limit=1 << 20,
+            expert_loads=3,
+            expert_evictions=1,
+            expert_load_seconds=0.5,
+            mix_switches=4,
+            patch_seconds=0.25,
+            prompt_tokens=0,
+            generated_tokens=self.generated,
+            preemptions=0,
+            steps=self.generated,
+        )

@@ -1,0 +1,123 @@
+"""A whole server around the dummy engine, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from openai import AsyncOpenAI
+
+from router.router import Router, RouterSettings
+from server.app import create_app
+from server.settings import Settings
+from store.backends.disk import DiskStore
+from store.expert_file import write_expert
+from store.expert_header import ExpertInfo
+from store.packed import PackedDense
+from store.registry import ExpertRecord, Registry
+from tests.api.dummy_engine import MANIFEST, DummyEngine
+
+BASE = "dummy-base"
+CRON = [f"run the backup job every {n} minutes" for n in range(1, 13)]
+FRENCH = [f"translate into french the sentence number {n}" for n in range(1, 13)]
+
+
+def make_expert(path: Path, *, value: int = 1, **info: Any) -> Path:
+    """A small, valid expert file; another `value` makes another digest."""
+    payload = value.to_bytes(2, "little") * 4
+    write_expert(path, ExpertInfo(codec="raw", tool="tests", **info), {"norm": PackedDense((4,), payload)}, MANIFEST)
+    return path
+
+
+@dataclass
+class House:
+    """A server that has started, and a client of it."""
+
+    settings: Settings
+    engine: DummyEngine
+    registry: Registry
+    app: FastAPI
+    http: httpx.AsyncClient
+    folder: Path
+
+    @property
+    def quarantined(self) -> list[str]:
+        """What waits in quarantine."""
+        return [path.name for path in self.folder.glob("data/quarantine/*/*") if path.name != ".lock"]
+
+    def openai(self, key: str = "none") -> AsyncOpenAI:
+        """The official client, over ASGI."""
+        return AsyncOpenAI(api_key=key, base_url="http://localhost/v1", http_client=self.http, max_retries=0)
+
+    def publish(self, name: str, *, value: int = 1, exemplars: Sequence[str] = ()) -> ExpertRecord:
+        """Put an expert into the registry, behind the server's back."""
+        path = make_expert(self.folder / f"{name}.expert", value=value, name=name, exemplars=tuple(exemplars))
+        return self.registry.publish(path)[0]
+
+    async def upload(self, path: Path, **fields: Any) -> httpx.Response:
+        """POST an expert file."""
+        return await self.http.post("/v1/experts", files={"file": (path.name, path.read_bytes())}, data=fields)
+
+    async def chat(self, text: str = "hello", **body: Any) -> httpx.Response:
+        """POST a conversation of one turn to the base."""
+        given = {"model": BASE, "messages": [{"role": "user", "content": text}], **body}
+        return await self.http.post("/v1/chat/completions", json=given)
+
+    async def complete(self, prompt: Any = "hello", **body: Any) -> httpx.Response:
+        """POST a prompt to the base."""
+        return await self.http.post("/v1/completions", json={"model": BASE, "prompt": prompt, **body})
+
+    async def until_ready(self) -> None:
+        """Wait for the router to be restored."""
+        while (await self.http.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def open_house(
+    folder: Path, *, engine: DummyEngine | None = None, wait: bool = True, **settings: Any
+) -> AsyncIterator[House]:
+    """Start a server whose data is in `folder`."""
+    engine = engine or DummyEngine()
+    given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
+    store = DiskStore(given.data_dir)
+    registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}))
+    router = Router(engine.features, folder / "cache", RouterSettings())
+    app = create_app(given, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
+    ):
+        house = House(given, engine, registry, app, http, folder)
+        if wait:
+            await house.until_ready()
+        yield house
+    store.close()
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a streamed answer; checks that it ends as it should."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer; checks its shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    detail: dict[str, Any] = body["error"]
+    return detail

@@ -1,0 +1,236 @@
+"""Experts come, are used at once, and go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from store.errors import StoreError
+from tests.api.house import BASE, CRON, FRENCH, House, error, make_expert, open_house
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+async def module_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
+    async with open_house(tmp_path_factory.mktemp("experts")) as house:
+        yield house
+
+
+@pytest.fixture
+async def own(module_house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    """A server without experts, whose temporary files can be seen; checks that none is left over."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module_house.engine.reset()
+    yield module_house
+    assert module_house.quarantined == []
+    assert list(tmp_path.iterdir()) == []
+    for record in module_house.registry.list():
+        await module_house.http.delete(f"/v1/experts/{record.name}")
+
+
+def lines(prompts: list[str]) -> str:
+    return "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+
+
+async def test_upload(own: House) -> None:
+    path = make_expert(own.folder / "e", name="cron", description="for crontabs", exemplars=tuple(CRON))
+    response = await own.upload(path)
+    assert response.status_code == 201
+    record = own.registry.get("cron")
+    assert response.json() == {
+        "id": "cron",
+        "object": "expert",
+        "created": record.created,
+        "parent": BASE,
+        "digest": record.digest,
+        "bytes": path.stat().st_size,
+        "base_fingerprint": record.base_fingerprint,
+        "codec": "raw",
+        "density": 0.0,
+        "bits_per_param": record.bits_per_param,
+        "description": "for crontabs",
+        "exemplar_count": len(CRON),
+    }
+
+
+async def test_live_at_once(own: House) -> None:
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"] == "base"
+    await own.upload(make_expert(own.folder / "e", name="cron", exemplars=tuple(CRON)))
+    assert (await own.chat(model="cron")).headers["x-switchyard-mix"] == "cron=1"
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"].startswith("cron=")
+
+
+async def test_the_same_again_changes_nothing(own: House) -> None:
+    path = make_expert(own.folder / "e", name="cron")
+    first, second = await own.upload(path), await own.upload(path)
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert first.json() == second.json()
+    assert len((await own.http.get("/v1/experts")).json()["data"]) == 1
+
+
+async def test_two_names_for_one_file(own: House) -> None:
+    path = make_expert(own.folder / "e")
+    assert (await own.upload(path, name="a")).json()["id"] == "a"
+    assert (await own.upload(path, name="b")).status_code == 201
+    response = await own.chat(experts=[{"id": "a", "weight": 1}, {"id": "b", "weight": 0.5}])
+    assert response.headers["x-switchyard-mix"] == "a=1,b=0.5"
+    [(digest, weight)] = own.engine.streams[-1].request.mix.parts
+    assert weight == 1.5
+    await own.http.delete("/v1/experts/a")
+    assert own.engine.dropped == []
+    await own.http.delete("/v1/experts/b")
+    assert own.engine.dropped == [digest]
+
+
+async def test_a_name_belongs_to_one_expert(own: House) -> None:
+    await own.upload(make_expert(own.folder / "one", value=1, name="cron"))
+    detail = error(await own.upload(make_expert(own.folder / "two", value=2, name="cron")), 409)
+    assert (detail["code"], detail["param"]) == ("name_taken", "name")
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+async def test_exemplars_beside_the_file(own: House, as_file: bool) -> None:
+    files: dict[str, Any] = {"file": ("e", make_expert(own.folder / "e", exemplars=tuple(FRENCH)).read_bytes())}
+    data = {"name": "cron"}
+    if as_file:
+        files["exemplars"] = ("exemplars.jsonl", lines(CRON).encode())
+    else:
+        data["exemplars"] = lines(CRON)
+    response = await own.http.post("/v1/experts", files=files, data=data)
+    assert response.status_code == 201, response.text
+    assert response.json()["exemplar_count"] == len(CRON)
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"].startswith("cron=")
+
+
+@pytest.mark.parametrize("name", ["auto", BASE, "Upper", "a/b", "..", "x" * 65])
+async def test_names_that_cannot_be(own: House, name: str) -> None:
+    detail = error(await own.upload(make_expert(own.folder / "e"), name=name), 400)
+    assert detail["param"] == "name"
+
+
+async def test_files_that_cannot_be(own: House) -> None:
+    sound = make_expert(own.folder / "e", name="cron").read_bytes()
+    for bad in (b"", b"not an expert", sound[:-1], sound[:40], sound + b"x"):
+        response = await own.http.post("/v1/experts", files={"file": ("e", bad)})
+        assert error(response, 400)["code"] == "invalid_expert_file"
+    assert (await own.http.get("/v1/experts")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "param", "code"),
+    [
+        ({}, {"name": "x"}, "file", "missing_required_parameter"),
+        ({}, {"file": "text"}, "file", "missing_required_parameter"),
+        ({"file": ("f", b"x"), "extra": ("g", b"y")}, {}, "extra", "unknown_parameter"),
+        ({"file": ("f", b"x")}, {"size": "1"}, "size", "unknown_parameter"),
+        ({"file": ("f", b"x"), "name": ("g", b"y")}, {}, "name", "invalid_request"),
+        ({"file": ("f", b"x")}, {"name": ["a", "b"]}, "name", "invalid_request"),
+        ({"file": ("f", b"x")}, {"exemplars": "{"}, "exemplars", "invalid_request"),
+        ({"a": ("f", b"x"), "b": ("f", b"x"), "c": ("f", b"x")}, {}, None, "invalid_request"),
+    ],
+)
+async def test_forms_that_cannot_be(own: House, files: Any, data: Any, param: str | None, code: str) -> None:
+    files = files or {"exemplars": (None, lines(CRON))}  # makes httpx send multipart
+    detail = error(await own.http.post("/v1/experts", files=files, data=data), 400)
+    assert (detail["param"], detail["code"]) == (param, code)
+
+
+async def test_not_even_a_form(own: House) -> None:
+    assert error(await own.http.post("/v1/experts", content=b"x" * 10), 400)["param"] == "file"
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert error(await own.http.post("/v1/experts", content=b"junk", headers=headers), 400)
+    headers = {"content-type": "multipart/form-data"}
+    assert error(await own.http.post("/v1/experts", content=b"junk", headers=headers), 400)
+
+
+async def test_too_many_exemplars(own: House) -> None:
+    files = {"file": ("e", make_expert(own.folder / "e").read_bytes()), "exemplars": ("x", b"\n" * (2 << 20))}
+    assert error(await own.http.post("/v1/experts", files=files), 413)["param"] == "exemplars"
+
+
+async def test_large_uploads_are_spooled_and_cleared(own: House) -> None:
+    response = await own.http.post("/v1/experts", files={"file": ("e", b"x" * (3 << 20))})
+    assert error(response, 400)["code"] == "invalid_expert_file"
+
+
+async def test_unpublished_if_the_router_cannot_learn_it(own: House) -> None:
+    own.engine.features_failure = StoreError("no features today")
+    response = await own.upload(make_expert(own.folder / "e", name="cron", exemplars=tuple(CRON)))
+    assert error(response, 503)["message"] == "no features today"
+    assert own.registry.list() == []
+    own.engine.features_failure = None
+    response = await own.upload(make_expert(own.folder / "e", name="cron", exemplars=tuple(CRON)))
+    assert response.status_code == 201
+
+
+async def test_list_and_get(own: House) -> None:
+    await own.upload(make_expert(own.folder / "b", value=2, name="b"))
+    first = (await own.upload(make_expert(own.folder / "a", value=1, name="a", codec_params={"x": 1}))).json()
+    listed = (await own.http.get("/v1/experts")).json()
+    assert listed["object"] == "list"
+    assert [expert["id"] for expert in listed["data"]] == ["a", "b"]
+    assert listed["data"][0] == first
+    details = (await own.http.get("/v1/experts/a")).json()
+    assert details == first | {
+        "codec_params": {"x": 1},
+        "tool": "tests",
+        "tensors": {"ternary": 0, "dense": 1, "elements": 4, "nonzeros": 4},
+    }
+    assert error(await own.http.get("/v1/experts/c"), 404)["code"] == "model_not_found"
+
+
+async def test_delete(own: House) -> None:
+    digest = (await own.upload(make_expert(own.folder / "e", name="cron", exemplars=tuple(CRON)))).json()["digest"]
+    response = await own.http.delete("/v1/experts/cron")
+    assert response.status_code == 200
+    assert response.json() == {"id": "cron", "object": "expert", "deleted": True}
+    assert own.engine.dropped == [digest]
+    assert error(await own.chat(model="cron"), 404)
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"] == "base"
+    assert error(await own.http.delete("/v1/experts/cron"), 404)["code"] == "model_not_found"
+
+
+async def test_uploads_and_deletes_at_once_leave_no_half_state(own: House) -> None:
+    paths = [make_expert(own.folder / f"e{i}", value=i + 1, exemplars=tuple(CRON)) for i in range(3)]
+    calls = [own.upload(path, name="cron") for path in paths * 2]
+    calls += [own.http.delete("/v1/experts/cron") for _ in range(2)]
+    statuses = sorted(response.status_code for response in await asyncio.gather(*calls))
+    assert set(statuses) <= {200, 201, 404, 409}
+    routed = (await own.http.post("/v1/route", json={"prompt": CRON[2]})).json()["mix"]
+    assert {part["digest"] for part in routed} == {record.digest for record in own.registry.list()}
+
+
+async def test_routing_survives_a_restart(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as house:
+        await house.upload(make_expert(tmp_path / "e", name="cron", exemplars=tuple(CRON)))
+    async with open_house(tmp_path) as house:
+        assert (await house.chat(CRON[2], model="auto")).headers["x-switchyard-mix"].startswith("cron=")
+
+
+async def test_models(house: House) -> None:
+    sdk = house.openai()
+    listed = [model.model_dump(exclude_unset=True) async for model in sdk.models.list()]
+    assert [model["id"] for model in listed] == [BASE, "auto", "cron", "french"]
+    assert [model["parent"] for model in listed] == [None, BASE, BASE, BASE]
+    record = house.registry.get("cron")
+    assert listed[2] == {
+        "id": "cron",
+        "object": "model",
+        "created": record.created,
+        "owned_by": "switchyard",
+        "root": record.digest,
+        "parent": BASE,
+        "digest": record.digest,
+        "bytes": record.bytes,
+    }
+    for model in listed:
+        assert (await sdk.models.retrieve(model["id"])).model_dump(exclude_unset=True) == model
+    detail = error(await house.http.get("/v1/models/no/such"), 404)
+    assert (detail["code"], detail["param"]) == ("model_not_found", "model")

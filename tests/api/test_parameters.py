@@ -1,0 +1,170 @@
+"""Parameters that are refused: by name, with the one error shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai as sdk
+import pytest
+from openai import AsyncOpenAI
+
+from tests.api.house import BASE, House, error
+
+pytestmark = pytest.mark.anyio
+
+BOTH: list[tuple[str, Any, Any]] = [
+    # name, a value that asks for something, a neutral one
+    ("presence_penalty", 0.5, 0),
+    ("frequency_penalty", -1, 0.0),
+    ("logit_bias", {"5": 1}, {}),
+]
+CHAT: list[tuple[str, Any, Any]] = [
+    *BOTH,
+    ("audio", {"voice": "alloy"}, None),
+    ("function_call", "auto", "none"),
+    ("functions", [{"name": "f"}], []),
+    ("logprobs", True, False),
+    ("metadata", {"a": "b"}, {}),
+    ("modalities", ["audio"], ["text"]),
+    ("parallel_tool_calls", False, True),
+    ("prediction", {"type": "content"}, None),
+    ("prompt_cache_key", "k", None),
+    ("reasoning_effort", "low", None),
+    ("response_format", {"type": "json_object"}, {"type": "text"}),
+    ("safety_identifier", "s", None),
+    ("service_tier", "flex", "auto"),
+    ("store", True, False),
+    ("tool_choice", "required", "none"),
+    ("tools", [{"type": "function", "function": {"name": "f"}}], []),
+    ("top_logprobs", 2, None),
+    ("verbosity", "low", None),
+    ("web_search_options", {}, None),
+]
+COMPLETION: list[tuple[str, Any, Any]] = [
+    *BOTH,
+    ("best_of", 2, 1),
+    ("echo", True, False),
+    ("logprobs", 0, None),
+    ("suffix", "end", None),
+]
+
+
+@pytest.mark.parametrize(("name", "asking", "neutral"), CHAT)
+async def test_unsupported_in_chat(house: House, name: str, asking: Any, neutral: Any) -> None:
+    detail = error(await house.chat(**{name: asking}), 400)
+    assert (detail["param"], detail["code"]) == (name, "unsupported_parameter")
+    assert name in detail["message"]
+    assert (await house.chat(**{name: neutral}, max_tokens=1)).status_code == 200
+
+
+@pytest.mark.parametrize(("name", "asking", "neutral"), COMPLETION)
+async def test_unsupported_in_completions(house: House, name: str, asking: Any, neutral: Any) -> None:
+    detail = error(await house.complete(**{name: asking}), 400)
+    assert (detail["param"], detail["code"]) == (name, "unsupported_parameter")
+    assert (await house.complete(**{name: neutral}, max_tokens=1)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"bogus": 1}, "bogus", "unknown_parameter"),
+        ({"prompt": "x"}, "prompt", "unknown_parameter"),
+        ({"model": 5}, "model", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "hello"}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "n"}]}, "messages[0].mood", "unknown_parameter"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
+            "messages[0].content[0].type",
+            "invalid_value",
+        ),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": -0.1}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": 1.1}, "top_p", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 17}, "n", "invalid_request"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "invalid_value"),
+        ({"seed": 1.5}, "seed", "invalid_value"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
+        ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
+        ({"stop": 1}, "stop", "invalid_value"),
+        ({"stream": "yes"}, "stream", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"stream": True, "stream_options": {"bogus": 1}}, "stream_options.bogus", "unknown_parameter"),
+        ({"experts": []}, "experts", "invalid_value"),
+        ({"experts": [{"id": "cron"}] * 17}, "experts", "invalid_value"),
+        ({"experts": [{"weight": 1}]}, "experts[0].id", "missing_required_parameter"),
+        ({"experts": [{"id": "cron"}, {"id": "cron"}]}, "experts[1].id", "invalid_value"),
+        ({"experts": [{"id": "cron", "weight": 10.5}]}, "experts[0].weight", "invalid_value"),
+        ({"experts": [{"id": "cron", "scale": 1}]}, "experts[0].scale", "unknown_parameter"),
+        ({"experts": [{"id": "cron"}], "model": "french"}, "experts", "invalid_request"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "model": "auto"}, "messages", "invalid_request"),
+        ({"max_tokens": 5000}, "messages", "context_length_exceeded"),
+    ],
+)
+async def test_refused(house: House, body: dict[str, Any], param: str, code: str) -> None:
+    detail = error(await house.chat(**body), 400)
+    assert (detail["param"], detail["code"], detail["type"]) == (param, code, "invalid_request_error")
+    assert house.engine.streams == []
+
+
+@pytest.mark.parametrize("missing", ["model", "messages"])
+async def test_required(house: House, missing: str) -> None:
+    body = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
+    del body[missing]
+    detail = error(await house.http.post("/v1/chat/completions", json=body), 400)
+    assert (detail["param"], detail["code"]) == (missing, "missing_required_parameter")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+async def test_weights_are_finite(house: House, number: str) -> None:
+    body = f'{{"model": "auto", "prompt": "x", "experts": [{{"id": "cron", "weight": {number}}}]}}'
+    response = await house.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert error(response, 400)["param"] == "experts[0].weight"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"model": "nobody"}, "model"), ({"experts": [{"id": "cron"}, {"id": "nobody"}]}, "experts[1].id")],
+)
+async def test_unknown_models(house: House, body: dict[str, Any], param: str) -> None:
+    detail = error(await house.chat(**body), 404)
+    assert (detail["param"], detail["code"], detail["type"]) == (param, "model_not_found", "invalid_request_error")
+    assert "nobody" in detail["message"]
+
+
+async def test_too_many_answers(house: House) -> None:
+    assert error(await house.complete(["x"] * 65, n=2), 400)["param"] == "prompt"
+
+
+async def test_user_is_accepted(openai: AsyncOpenAI) -> None:
+    await openai.chat.completions.create(
+        model=BASE, messages=[{"role": "user", "content": "x"}], user="someone", max_tokens=1
+    )
+
+
+async def test_nulls_mean_defaults(house: House) -> None:
+    nulls = ("experts", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop", "stream")
+    response = await house.chat(**dict.fromkeys((*nulls, "stream_options", "user")))
+    assert response.json()["choices"][0]["message"]["content"] == "base heard: user: hello"
+
+
+async def test_the_sdk_raises_its_own_exceptions(openai: AsyncOpenAI) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(sdk.BadRequestError) as bad:
+        await openai.chat.completions.create(model=BASE, messages=messages, presence_penalty=1)
+    assert (bad.value.param, bad.value.code) == ("presence_penalty", "unsupported_parameter")
+    assert bad.value.type == "invalid_request_error"
+    with pytest.raises(sdk.NotFoundError) as missing:
+        await openai.chat.completions.create(model="nobody", messages=messages)
+    assert missing.value.code == "model_not_found"

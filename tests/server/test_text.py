@@ -1,0 +1,110 @@
+"""Tokens to text, however the text is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.text import IncrementalDecoder, StopMatcher
+from tests.api.dummy_engine import SPECIAL, DummyTokenizer
+import itertools
+
+letters = st.text("abc", max_size=30)
+stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
+decode = DummyTokenizer().decode
+few = settings(max_examples=60, deadline=None)
+
+
+class WordTokenizer:
+    """Like SentencePiece: a word's leading space shows only after another word; 0 is special."""
+
+    WORDS = ("", "▁one", "▁two", "s", "▁", "é")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(self.WORDS[token] for token in tokens).replace("▁", " ").removeprefix(" ")
+
+
+def cut(text: str, at: list[int]) -> list[str]:
+    edges = [0, *sorted(position % (len(text) + 1) for position in at), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def matched(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    matcher, out = StopMatcher(stops), ""
+    for piece in pieces:
+        out += matcher.push(piece)
+        if matcher.matched:
+            return out, True
+    return out + matcher.flush(), False
+
+
+@few
+@given(letters, stops)
+def test_stops_by_definition(text: str, stops: list[str]) -> None:
+    """The first moment at which the text ends in a stop string ends it; the longest such is cut off."""
+    expected = (text, False)
+    for end in range(1, len(text) + 1):
+        if endings := [stop for stop in stops if text[:end].endswith(stop)]:
+            expected = (text[: end - max(map(len, endings))], True)
+            break
+    assert matched([text], stops) == expected
+
+
+@few
+@given(letters, stops, st.lists(st.integers(0, 30), max_size=8))
+def test_stops_do_not_depend_on_the_cuts(text: str, stops: list[str], at: list[int]) -> None:
+    assert matched(cut(text, at), stops) == matched([text], stops)
+
+
+def test_stops_hold_back_no_more_than_they_must() -> None:
+    matcher = StopMatcher(["###", "abc"])
+    assert matcher.push("hello #") == "hello "
+    assert matcher.push("ab") == "#"
+    assert matcher.push("x") == "abx"
+    assert matcher.push("##") == ""
+    assert matcher.push("#tail") == ""
+    assert matcher.matched
+
+
+@few
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_bytes_decode_to_the_text(prompt: str, text: str) -> None:
+    decoder = IncrementalDecoder(decode, list(prompt.encode()))
+    pieces = [decoder.push(token) for token in text.encode()] + [decoder.flush()]
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+@few
+@given(st.lists(st.integers(1, 5), max_size=8), st.lists(st.integers(0, 5), max_size=12))
+def test_decoding_that_depends_on_what_comes_before(prompt: list[int], tokens: list[int]) -> None:
+    decode = WordTokenizer().decode
+    decoder = IncrementalDecoder(decode, prompt)
+    text = "".join([decoder.push(token) for token in tokens]) + decoder.flush()
+    assert decode(prompt) + text == decode([*prompt, *tokens])
+
+
+@few
+@given(st.lists(st.integers(0, SPECIAL), max_size=40))
+def test_any_bytes_at_all(tokens: list[int]) -> None:
+    """Garbage may decode to other replacement characters piece by piece, but loses no readable one."""
+    decoder = IncrementalDecoder(decode, [])
+    text = "".join([decoder.push(token) for token in tokens]) + decoder.flush()
+    assert [c for c in text if c.isascii()] == [c for c in decode(tokens) if c.isascii()]
+
+
+def test_garbage_and_special_tokens_do_not_pile_up() -> None:
+    lengths: list[int] = []
+
+    def watched(tokens: Sequence[int]) -> str:
+        lengths.append(len(tokens))
+        return decode(tokens)
+
+    decoder = IncrementalDecoder(watched, [97])
+    for token in [0x80] * 200 + [SPECIAL] * 200:
+        decoder.push(token)
+    assert max(lengths) < 30
+    assert decoder.push(98) == "b"

@@ -1,0 +1,210 @@
+"""Compressing a tiny random Llama whose "fine-tune" is the base plus noise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from store.apply import apply_expert
+from store.calibrate import golden_section
+from store.checkpoint import open_checkpoint
+from store.convert import Report, compress
+from store.deltas import DenseDelta
+from store.errors import CheckpointError, InvalidRequestError
+from store.expert_file import read_deltas, validate
+from store.fingerprint import manifest_of
+from store.task_vector import load_float32, task_vector
+
+EXEMPLARS = [f"w{row} w{row + 3} w{2 * row % 60}" for row in range(10)]
+TEMPLATE = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(base, tuned): 2 layers, hidden 32, vocabulary 160 (so that the tied embedding is no raw tensor)."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=160, hidden_size=32, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_tokenizer(), eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    model.save_pretrained(root / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Heavy tails, as real task vectors have.
+            parameter.add_(torch.randn_like(parameter) ** 3 * 0.02)
+    model.save_pretrained(root / "tuned")
+    for folder in ("base", "tuned"):
+        tokenizer.save_pretrained(root / folder)
+    return root / "base", root / "tuned"
+
+
+def _tokenizer() -> Tokenizer:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{row}": row + 3 for row in range(157)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def measured_error(path: Path, base: Path, tuned: Path) -> float:
+    """‖τ − τ̃‖ / ‖τ‖ the slow way."""
+    deltas = dict(read_deltas(path, manifest_of(base, None)))
+    error = total = 0.0
+    for name, tau in task_vector(base, tuned):
+        delta, dense = deltas.get(name), torch.zeros_like(tau)
+        if isinstance(delta, DenseDelta):
+            dense = torch.from_numpy(delta.values)
+        elif delta is not None:
+            dense.view(-1)[torch.from_numpy(delta.indices).long()] = torch.from_numpy(delta.levels) * delta.scale
+        error += float((tau - dense).double().square().sum())
+        total += float(tau.double().square().sum())
+    return math.sqrt(error / total)
+
+
+@pytest.mark.parametrize("knob", ["rms", "l1"])
+def test_the_report_tells_the_truth(folders: tuple[Path, Path], tmp_path: Path, knob: str) -> None:
+    base, tuned = folders
+    out = tmp_path / "expert"
+    stages: list[str] = []
+    report = compress(
+        base,
+        tuned,
+        out,
+        density=0.1,
+        knob=knob,
+        name="tiny",
+        progress=lambda stage, _done, _total: stages.append(stage),  # type: ignore[arg-type]
+    )
+    header = validate(out, manifest_of(base, None))
+    assert header.name == "tiny"
+    assert header.codec_params == {"knob": knob, "density": 0.1}
+    assert report.bytes == out.stat().st_size
+    assert report.bits_per_param == header.bits_per_param
+    assert report.density == header.density == pytest.approx(0.1, abs=0.01)
+    assert report.relative_error == pytest.approx(measured_error(out, base, tuned), rel=1e-5)
+    assert (report.multiplier, report.kl, report.kl_at_one) == (1.0, None, None)
+    rows = {row.kind: row for row in report.rows}
+    parameters = sum(math.prod(shape) for shape in manifest_of(base, None).tensors.values())
+    assert sum(row.parameters for row in report.rows) == parameters
+    assert report.times_smaller == 2 * parameters / report.bytes
+    assert rows["dense"].bytes == 2 * rows["dense"].parameters
+    assert rows["ternary"].tensors > 0
+    assert list(dict.fromkeys(stages)) == ["fingerprint", "compress", "write"]
+
+
+def test_calibration_beats_the_plain_knob_and_is_deterministic(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    reports: list[Report] = []
+    for run in ("a", "b"):
+        reports.append(compress(base, tuned, tmp_path / run, density=0.05, exemplars=EXEMPLARS))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    report = reports[0]
+    assert report.kl is not None
+    assert report.kl_at_one is not None
+    assert report.kl < report.kl_at_one
+    assert 0.5 <= report.multiplier <= 12.0
+    header = validate(tmp_path / "a", manifest_of(base, None))
+    assert header.exemplars == tuple(EXEMPLARS)
+    assert header.codec_params["multiplier"] == report.multiplier
+    compress(base, tuned, tmp_path / "rms", density=0.05, knob="rms")
+    plain, scaled = (dict(read_deltas(tmp_path / run, manifest_of(base, None))) for run in ("rms", "a"))
+    for name, delta in plain.items():
+        other = scaled[name]
+        if isinstance(delta, DenseDelta):
+            assert isinstance(other, DenseDelta)
+            assert (delta.values == other.values).all()
+        else:
+            assert not isinstance(other, DenseDelta)
+            assert other.scale == pytest.approx(delta.scale * report.multiplier, rel=1e-6)
+    assert report.relative_error == pytest.approx(measured_error(tmp_path / "a", base, tuned), rel=1e-5)
+
+
+def test_the_merged_model_loads_and_is_base_plus_delta(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    compress(base, tuned, tmp_path / "e", density=1.0, knob="rms")
+    merged = apply_expert(tmp_path / "e", base, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    state = model.state_dict()
+    deltas = dict(read_deltas(tmp_path / "e", manifest_of(base, None)))
+    for name, tensor in open_checkpoint(base).tensors.items():
+        delta = deltas[name]
+        dense = torch.zeros(tensor.shape)
+        if isinstance(delta, DenseDelta):
+            dense = torch.from_numpy(delta.values)
+        else:
+            dense.view(-1)[torch.from_numpy(delta.indices).long()] = torch.from_numpy(delta.levels) * delta.scale
+        torch.testing.assert_close(merged[name], load_float32(tensor) + dense, rtol=0, atol=1e-7)
+        torch.testing.assert_close(state[name], merged[name], rtol=0, atol=0)
+    undone = apply_expert(tmp_path / "e", base, weight=0.0)
+    for name, tensor in open_checkpoint(base).tensors.items():
+        torch.testing.assert_close(undone[name], load_float32(tensor), rtol=0, atol=0)
+
+
+def test_densities_by_glob(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    globs = {"*.mlp.down_proj.weight": 0.4, "*.mlp.*": 0.2, "model.embed*": 0.0, "model.norm.weight": 0.0}
+    compress(base, tuned, tmp_path / "e", density=0.05, tensor_density=globs, knob="l1")
+    header = validate(tmp_path / "e", manifest_of(base, None))
+    assert not {"model.embed_tokens.weight", "model.norm.weight"} & header.tensors.keys()
+    densities = {name: getattr(entry, "nnz", entry.numel) / entry.numel for name, entry in header.tensors.items()}
+    assert densities["model.layers.0.mlp.down_proj.weight"] == pytest.approx(0.4, abs=0.01)
+    assert densities["model.layers.0.mlp.up_proj.weight"] == pytest.approx(0.2, abs=0.01)
+    assert densities["model.layers.0.input_layernorm.weight"] == 1.0
+
+
+def test_an_unchanged_model_gives_an_empty_expert(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = folders
+    report = compress(base, base, tmp_path / "e", exemplars=EXEMPLARS)
+    assert (report.relative_error, report.density, report.kl) == (0.0, 0.0, None)
+    assert validate(tmp_path / "e", manifest_of(base, None)).tensors == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"density": 0.0}, "density"),
+        ({"density": 2.0}, "density"),
+        ({"knob": "calibrated"}, "knob"),
+        ({"knob": "loud"}, "knob"),
+        ({"tensor_density": {"no.such.*": 0.1}}, "tensor_density"),
+        ({"tensor_density": {"*": 1.5}}, "density"),
+        ({"name": "Not A Name"}, "name"),
+        ({"exemplars": ["x"] * 1025}, "exemplars"),
+    ],
+)
+def test_settings_are_checked_before_the_work(
+    folders: tuple[Path, Path], tmp_path: Path, settings: dict[str, object], param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        compress(*folders, tmp_path / "e", **settings)  # type: ignore[arg-type]
+    assert caught.value.param == param
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_fine_tune_that_cannot_run_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "model.safetensors").write_bytes((tuned / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="cannot be loaded for calibration"):
+        compress(base, tmp_path / "bare", tmp_path / "e", exemplars=EXEMPLARS)
+
+
+def test_golden_section_finds_the_minimum() -> None:
+    calls: list[float] = []
+
+    def parabola(x: float) -> float:
+        calls.append(x)
+        return (x - 1.3) ** 2
+
+    assert golden_section(parabola, -1.0, 4.0, 12) == pytest.approx(1.3, abs=0.03)
+    assert len(calls) == 12

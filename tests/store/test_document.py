@@ -1,0 +1,28 @@
+"""docs/expert-file.md must not drift from the code."""
+
+from __future__ import annotations
+
+from store import encodings, expert_file, expert_header, tensor_file
+from tests.store.example import DOCUMENT, MARKED, example
+
+
+def test_the_worked_example_is_up_to_date() -> None:
+    found = MARKED.search(DOCUMENT.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found.group() == example(), "run python -m tests.store.example"
+
+
+def test_the_limits_in_the_document_are_those_of_the_code() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for limit in (
+        expert_file.MAX_HEADER_BYTES,
+        expert_header.MAX_EXEMPLARS,
+        expert_header.MAX_EXEMPLAR_BYTES,
+        expert_header.MAX_DESCRIPTION_BYTES,
+        expert_header.MAX_TOOL_BYTES,
+        tensor_file.MAX_RANK,
+        tensor_file.MAX_NAME_BYTES,
+    ):
+        assert f" {limit:,} " in text
+    assert f"{encodings.MIN_K} ≤ k ≤ {encodings.MAX_K}" in text
+    assert f"`{expert_header.NAME_PATTERN.pattern}`" in text
