@@ -45,7 +45,6 @@ def create_app(settings: Settings, *, engine: Engine, registry: Registry, router
     metrics = Metrics(engine.stats, registry.list)
     limits = {"max_n": settings.max_n, "max_sequences": settings.max_sequences}
     services = Services(
-        settings=settings,
         engine=engine,
         router=router,
         library=Library(registry, router, engine, quarantine),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from server.engine.model import resolve_base
 from server.settings import Settings
@@ -40,6 +41,7 @@ def compress_with_progress(
     Raises:
         SwitchyardError: as `compress`, or a file cannot be read.
     """
+    disable_progress_bar()
     cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
     prompts = None
     if exemplars is not None:

@@ -25,7 +25,7 @@ _INLINE_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What a client wants: `n` answers to each prompt, by a model's name or by an explicit mix."""
 
     model: str
@@ -86,7 +86,7 @@ class Generation:
         self._max_n = max_n
         self._max_sequences = max_sequences
 
-    async def start(self, request: Request) -> Answer:
+    async def start(self, request: GenerationRequest) -> Answer:
         """Route the request and queue it in the engine; the answer must be closed.
 
         Raises:
@@ -115,7 +115,7 @@ class Generation:
         ]
         return Answer(routes, sum(map(len, prompts)), list(zip(streams, texts, strict=True)), self._metrics, began)
 
-    def _check_limits(self, request: Request) -> None:
+    def _check_limits(self, request: GenerationRequest) -> None:
         if request.n > self._max_n:
             raise InvalidRequestError(f"n is {request.n}, the limit is {self._max_n}", param="n")
         if len(request.prompts) * request.n > self._max_sequences:
@@ -124,7 +124,7 @@ class Generation:
                 param=request.prompts[0].param,
             )
 
-    async def _routes(self, request: Request) -> tuple[Route, ...]:
+    async def _routes(self, request: GenerationRequest) -> tuple[Route, ...]:
         """The route of each prompt."""
         if request.model == AUTO and not request.experts:
             return tuple(await asyncio.gather(*(self._routed(prompt) for prompt in request.prompts)))
@@ -137,9 +137,9 @@ class Generation:
         if decision.mix.is_base:
             self._metrics.router_fallbacks.inc()
         parts = tuple(Part(name, digest, weight) for name, digest, weight in decision.parts)
-        return Route(decision.mix, parts, decision.reason, decision.distance)
+        return Route(decision.mix, parts, decision.code, decision.distance)
 
-    async def _called(self, request: Request) -> Route:
+    async def _called(self, request: GenerationRequest) -> Route:
         """The route of a request that says itself who answers."""
         if request.experts:
             if request.model not in (AUTO, self._engine.base.name):

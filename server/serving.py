@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from transformers.utils.logging import disable_progress_bar
 
 from router.features import FeatureCache
 from router.router import Router, RouterSettings
@@ -46,6 +48,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=out, show_path=False)])
     for chatty in ("httpx", "uvicorn.access", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    disable_progress_bar()
     started = time.monotonic()
     with out.status(f"preparing the base {escape(settings.base)} (a GGUF file is converted once)"):
         folder = resolve_base(settings.base, settings.cache_dir)
@@ -64,15 +67,24 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
                 fetch_expert=registry.expert_path,
                 cache_dir=settings.cache_dir,
             )
-        cache = FeatureCache(settings.cache_dir / "features", manifest.fingerprint, settings.feature_layer)
-        router = Router(engine.features, cache, RouterSettings())
-        app = create_app(settings, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
         base = engine.base
+        features = FeatureCache(
+            settings.cache_dir / "features",
+            base.manifest.fingerprint,
+            base.feature_layer,
+            variant=f"{base.dtype}, {settings.feature_tokens} tokens",
+        )
+        router = Router(engine.features, features, RouterSettings())
+        app = create_app(settings, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
         out.print(
             f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "
             f"{base.manifest.fingerprint[:12]}, context {base.context_length} tokens"
         )
-        _Server(app, settings, registry, out, started).run()
+        server = _Server(app, settings, registry, out, started)
+        # uvicorn passes a signal on to whoever handled it before; a graceful end is no failure.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        server.run()
     finally:
         store.close()
 

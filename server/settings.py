@@ -6,12 +6,15 @@ import dataclasses
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.engine.types import EngineSettings
+
+if TYPE_CHECKING:
+    from router.router import RouterSettings
 
 
 def _xdg(variable: str, default: str) -> Path:
@@ -84,6 +87,21 @@ class Settings(BaseSettings):
         EngineSettings.feature_tokens, ge=1, description="Most tokens of a prompt that routing looks at."
     )
 
+    router_mode: Literal["top1", "soft"] = Field(
+        "top1", description="What a routed prompt gets: top1, the one expert with most votes, or soft, a weighted mix."
+    )
+    router_centres: int = Field(20, ge=1, description="Most K-Means centres per expert.")
+    router_neighbours: int = Field(10, ge=1, description="Nearest centres that a prompt is compared with.")
+    router_min_share: float = Field(
+        0.2, ge=0, le=1, description="Soft mixes leave out experts with a smaller share of the votes."
+    )
+    router_steps: int = Field(5, ge=1, description="Weights of soft mixes are multiples of 1/STEPS.")
+    router_quantile: float = Field(
+        0.98, ge=0.75, le=1, description="Share of an expert's held-out exemplars that lie within its reach."
+    )
+    router_margin: float = Field(1.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
+    router_max_exemplars: int = Field(512, ge=1, description="Exemplars beyond, evenly spread, are left out.")
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
@@ -115,6 +133,22 @@ class Settings(BaseSettings):
     def engine(self) -> EngineSettings:
         """The engine's part of the settings."""
         return EngineSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineSettings)})
+
+    def router(self) -> RouterSettings:
+        """The router's part of the settings; the rest of it is not for users to choose."""
+        from router.mix import MixMode  # the router brings FAISS, which the command line does without
+        from router.router import RouterSettings
+
+        return RouterSettings(
+            mode=MixMode(self.router_mode),
+            centres=self.router_centres,
+            neighbours=self.router_neighbours,
+            min_share=self.router_min_share,
+            steps=self.router_steps,
+            quantile=self.router_quantile,
+            margin=self.router_margin,
+            max_exemplars=self.router_max_exemplars,
+        )
 
 
 def is_loopback(host: str) -> bool:

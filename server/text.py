@@ -31,7 +31,7 @@ class IncrementalDecoder:
         held = len(self._window) - self._settled
         if text.endswith(_REPLACEMENT) and held < _HELD_TOKENS:
             return ""
-        if text == given:  # special tokens have no text; a run of them must not make the window grow
+        if text == given and held >= _HELD_TOKENS:  # a run of special tokens: the window must not grow with it
             del self._window[self._settled :]
         if len(text) <= len(given):
             return ""

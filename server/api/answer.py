@@ -19,6 +19,8 @@ from server.api.streaming import EventStream, until_disconnect
 from server.generation import Answer, Choice, Delta, Route
 
 MIX_HEADER = "x-switchyard-mix"
+_HEADER_MIXES = 8
+"""Proxies drop headers beyond a few kilobytes; the body tells the rest."""
 
 Json = dict[str, Any]
 
@@ -146,8 +148,9 @@ def answer_docs(whole: Any) -> dict[int | str, dict[str, Any]]:
 
 def mix_header(routes: Sequence[Route]) -> str:
     """`name=weight,name2=weight2`, or `base`; the mixes of several prompts that differ are set apart by `; `."""
-    mixes = (",".join(f"{part.name}={part.weight:g}" for part in route.parts) or "base" for route in routes)
-    return "; ".join(dict.fromkeys(mixes))
+    texts = (",".join(f"{part.name}={part.weight:g}" for part in route.parts) or "base" for route in routes)
+    mixes = list(dict.fromkeys(texts))
+    return "; ".join(mixes if len(mixes) <= _HEADER_MIXES else [*mixes[:_HEADER_MIXES], "..."])
 
 
 def usage(answer: Answer) -> Usage:

@@ -47,7 +47,7 @@ class CompletionFormat(Format):
     def choice(self, index: int, choice: Choice) -> Json:
         return _text(index, choice.text, choice.finish)
 
-    def opening(self, index: int) -> None:
+    def opening(self, _: int) -> None:
         return None
 
     def piece(self, index: int, text: str) -> Json:

@@ -20,7 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from server.engine.types import Message, SamplingParams
-from server.generation import Request
+from server.generation import GenerationRequest
 from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 MAX_EXPERTS = 16
@@ -158,10 +158,10 @@ class GenerateBody(Wire, ABC):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @abstractmethod
-    def to_request(self) -> Request:
+    def to_request(self) -> GenerationRequest:
         """What `server.generation` is to do."""
 
-    def _request(self, prompts: tuple[Prompt, ...], max_tokens: int | None) -> Request:
+    def _request(self, prompts: tuple[Prompt, ...], max_tokens: int | None) -> GenerationRequest:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -170,7 +170,7 @@ class GenerateBody(Wire, ABC):
             seed=self.seed,
         )
         experts = tuple((expert.id, expert.weight) for expert in self.experts or ())
-        return Request(self.model, prompts, experts, sampling, tuple(stops), self.n or 1)
+        return GenerationRequest(self.model, prompts, experts, sampling, tuple(stops), self.n or 1)
 
 
 class ChatBody(GenerateBody):
@@ -205,7 +205,7 @@ class ChatBody(GenerateBody):
             raise _fault("max_tokens", "not the same as max_completion_tokens: give one of them")
         return self
 
-    def to_request(self) -> Request:
+    def to_request(self) -> GenerationRequest:
         prompt = ChatPrompt(tuple(message.to_engine() for message in self.messages))
         return self._request((prompt,), self.max_completion_tokens or self.max_tokens)
 
@@ -236,7 +236,7 @@ class CompletionBody(GenerateBody):
     logprobs: Annotated[None, OnlyNeutral()] = None
     suffix: Annotated[None, OnlyNeutral("")] = None
 
-    def to_request(self) -> Request:
+    def to_request(self) -> GenerationRequest:
         return self._request(tuple(self._prompts()), self.max_tokens or COMPLETION_TOKENS)
 
     def _prompts(self) -> list[Prompt]:

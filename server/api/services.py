@@ -13,14 +13,12 @@ from server.engine.types import Engine
 from server.generation import Generation
 from server.library import Library
 from server.metrics import Metrics
-from server.settings import Settings
 
 
 @dataclass
 class Services:
     """The rooms of one server."""
 
-    settings: Settings
     engine: Engine
     router: Router
     library: Library

@@ -108,7 +108,7 @@ class TransformersEngine:
 
         Raises:
             CheckpointError: no usable model or tokenizer in the folder.
-            ValueError: a setting makes no sense for this base.
+            InvalidRequestError: a setting makes no sense for this base or this machine; `param` names it.
         """
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)

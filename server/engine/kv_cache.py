@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.sequence import Sequence
+from store.errors import InvalidRequestError
 
 BLOCK_TOKENS = 16
 NULL_BLOCK = 0
@@ -36,12 +37,13 @@ class KVCache:
 
     def __init__(self, shape: KVShape, budget_bytes: int, device: torch.device) -> None:
         """Raises:
-        ValueError: the budget does not hold even one usable block.
+        InvalidRequestError: the budget does not hold even one usable block.
         """
         blocks = budget_bytes // shape.block_bytes
         if blocks < 2:
-            raise ValueError(
-                f"kv_bytes={budget_bytes} is too small: this model needs at least {2 * shape.block_bytes} bytes"
+            raise InvalidRequestError(
+                f"kv_bytes={budget_bytes} is too small: this model needs at least {2 * shape.block_bytes} bytes",
+                param="kv_bytes",
             )
         self.shape = shape
         size = (shape.layers, 2, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)

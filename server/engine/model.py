@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment
 from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
-from store.errors import CheckpointError
+from store.errors import CheckpointError, InvalidRequestError
 from store.fingerprint import manifest_of
 from store.manifest import BaseManifest
 
@@ -55,23 +55,30 @@ def resolve_base(spec: str, cache_dir: Path) -> Path:
 
 
 def choose_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU."""
+    """`"auto"` is CUDA where there is one, else the CPU.
+
+    Raises:
+        InvalidRequestError: there is no such device here.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidRequestError(f"the device {device} cannot be used: {error}", param="device") from error
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`"auto"` is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: no such dtype.
+        InvalidRequestError: no such dtype.
     """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
-        raise ValueError(f"dtype must be auto, {', '.join(known)}; not {dtype}")
+        raise InvalidRequestError(f"dtype must be auto, {', '.join(known)}; not {dtype}", param="dtype")
     return known[dtype]
 
 

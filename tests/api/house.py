@@ -14,7 +14,8 @@ import httpx
 from fastapi import FastAPI
 from openai import AsyncOpenAI
 
-from router.router import Router, RouterSettings
+from router.features import FeatureCache
+from router.router import Router
 from server.app import create_app
 from server.settings import Settings
 from store.backends.disk import DiskStore
@@ -89,7 +90,7 @@ async def open_house(
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
     store = DiskStore(given.data_dir)
     registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}))
-    router = Router(engine.features, folder / "cache", RouterSettings())
+    router = Router(engine.features, FeatureCache(folder / "cache", MANIFEST.fingerprint, 0), given.router())
     app = create_app(given, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
     transport = httpx.ASGITransport(app)
     async with (

@@ -192,6 +192,7 @@ def test_a_corrupt_upload_is_refused_and_changes_nothing(world: World, start: St
         (["--base", "BASE", "--kv-bytes", "1"], "kv_bytes"),
         (["--base", "BASE", "--kv-bytes", "lots"], "--kv-bytes"),
         (["--base", "BASE", "--dtype", "int3"], "int3"),
+        (["--base", "BASE", "--device", "abacus"], "abacus"),
     ],
 )
 def test_a_bad_setting_is_one_clear_line(world: World, tmp_path: Path, arguments: list[str], said: str) -> None:

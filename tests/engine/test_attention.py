@@ -13,6 +13,7 @@ from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
 from server.engine.sequence import Sequence
 from server.engine.types import EngineRequest
+from store.errors import InvalidRequestError
 from tests.tiny import save_base
 
 CPU = torch.device("cpu")
@@ -107,5 +108,5 @@ def test_the_cache_hands_out_and_takes_back_every_block(models: tuple[BaseModel,
 
 
 def test_a_budget_below_one_block_is_refused(models: tuple[BaseModel, torch.nn.Module]) -> None:
-    with pytest.raises(ValueError, match="kv_bytes"):
+    with pytest.raises(InvalidRequestError, match="kv_bytes"):
         KVCache(models[0].kv_shape, 10, CPU)

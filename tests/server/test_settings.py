@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
+from router.mix import MixMode
+from router.router import RouterSettings
 from server.engine.types import EngineSettings
 from server.settings import Settings
 
@@ -14,6 +16,12 @@ from server.settings import Settings
 def test_the_engine_gets_its_part() -> None:
     assert Settings(base="b").engine() == EngineSettings()
     assert Settings(base="b", kv_bytes="2MiB", max_batch=3).engine() == EngineSettings(kv_bytes=2 << 20, max_batch=3)
+
+
+def test_the_router_gets_its_part() -> None:
+    assert Settings(base="b").router() == RouterSettings()
+    given = Settings(base="b", router_mode="soft", router_neighbours=3).router()
+    assert given == RouterSettings(mode=MixMode.SOFT, neighbours=3)
 
 
 def test_every_setting_is_described() -> None:

@@ -1,0 +1,114 @@
+"""Routing features: where they come from, and a cache of those of the exemplars."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from store.errors import SwitchyardError
+
+log = logging.getLogger(__name__)
+
+Features = npt.NDArray[np.float32]
+"""float32; `[n, e]` for n texts unless said otherwise, e the width of the base's hidden states."""
+
+Featurizer = Callable[[Sequence[str]], Awaitable[Features]]
+"""`[n]` texts, none of them blank → `[n, e]` features of the pristine base, whatever is patched in."""
+
+_SEAL_BYTES = hashlib.sha256().digest_size
+
+
+async def featurize_all(featurize: Featurizer, texts: Sequence[str], batch: int) -> Features:
+    """Features of many texts, `batch` at a time, so that prompts in a hurry find a place between two batches.
+
+    Returns:
+        `[len(texts), e]` float32.
+
+    Raises:
+        SwitchyardError: the featurizer failed, or gave something that is not finite features.
+    """
+    chunks = [texts[start : start + batch] for start in range(0, len(texts), batch)]
+    return np.concatenate([checked(await featurize(chunk), len(chunk)) for chunk in chunks])
+
+
+def checked(features: Features, rows: int) -> Features:
+    """The features themselves, if they are `rows` finite vectors: one NaN among the centres would spoil every search.
+
+    Raises:
+        SwitchyardError: they are not.
+    """
+    if features.ndim != 2 or len(features) != rows or features.shape[1] == 0:
+        raise SwitchyardError(f"{rows} texts have routing features of shape {list(features.shape)}")
+    if not np.isfinite(features).all():
+        raise SwitchyardError("the base gave routing features that are not finite")
+    return np.ascontiguousarray(features, dtype=np.float32)
+
+
+class FeatureCache:
+    """Exemplar features on disk, so that a restart does not pass every exemplar through the base again.
+
+    One file per set of exemplars: a `.npy` array followed by the sha256 of what precedes. It is written to a temporary
+    file and renamed. Whatever is wrong with a file, its features are computed again; the cache never raises.
+
+    Args:
+        folder: made when something is saved.
+        fingerprint: of the base's weights.
+        layer: how many of the base's layers the features pass through.
+        variant: whatever else decides the features, such as the number of tokens looked at and the dtype.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, layer: int, *, variant: str = "") -> None:
+        self._folder = folder
+        self._space = f"{fingerprint}\0{layer}\0{variant}"
+
+    def load(self, key: str, rows: int) -> Features | None:
+        """The features saved under `key` (any string that identifies the exemplars), `[rows, e]`, or None."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("cannot read cached routing features: %s", error.strerror)
+            return None
+        body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+        if hashlib.sha256(body).digest() != seal:
+            log.warning("cached routing features %s are damaged and will be computed again", path.name)
+            return None
+        try:
+            return checked(np.load(io.BytesIO(body), allow_pickle=False), rows)
+        except (ValueError, EOFError, SwitchyardError):
+            log.warning("cached routing features %s are of another kind and will be computed again", path.name)
+            return None
+
+    def save(self, key: str, features: Features) -> None:
+        """Save features under `key`. A full or read-only disk is logged: the cache only saves time."""
+        buffer = io.BytesIO()
+        np.save(buffer, features, allow_pickle=False)
+        body = buffer.getvalue()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
+                scratch = Path(file.name)
+                try:
+                    file.write(body + hashlib.sha256(body).digest())
+                    file.close()
+                    os.replace(scratch, self._path(key))
+                except BaseException:
+                    scratch.unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            log.warning("cannot cache routing features: %s", error.strerror)
+
+    def _path(self, key: str) -> Path:
+        # Hashed, because a key comes from outside this package and must not name a path.
+        digest = hashlib.sha256("\0".join((self._space, key)).encode()).hexdigest()
+        return self._folder / f"{digest}.npy"
