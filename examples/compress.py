@@ -18,7 +18,9 @@ from store.report import Report
 
 DENSITY = 0.08
 TENSOR_DENSITY = {"*embed_tokens*": 0.0}
-EXPERTS = Path(__file__).parent / "experts"
+EXPERTS = CACHE / "experts"
+SHIPPED = Path(__file__).parent / "experts"
+"""The demo: those experts whose exemplars may be given on (examples/README.md)."""
 
 
 def expert_file(task: Task, knob: str, folder: Path) -> Path:

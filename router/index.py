@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -61,13 +62,10 @@ class Snapshot:
     It depends on the set of experts only, not on the order or history in which they were added.
 
     Args:
-        entries: one per name. Of several names for one digest and the same exemplars the first in the alphabet stands
-            for all: an alias must not vote twice.
+        entries: one per name, with features of one width. Of several names for one digest and the same exemplars the
+            first in the alphabet stands for all: an alias must not vote twice.
         quantile: share of an expert's own prompts that its reach is to include.
         margin: factor on every reach.
-
-    Raises:
-        ValueError: experts' features differ in width.
     """
 
     def __init__(self, entries: Sequence[Entry], *, quantile: float, margin: float) -> None:
@@ -76,15 +74,13 @@ class Snapshot:
         if not self._entries:
             return
         profiles = [entry.profile for entry in self._entries]
-        widths = {profile.centres.shape[1] for profile in profiles}
-        if len(widths) > 1:
-            raise ValueError(f"routing features of different widths cannot be compared: {sorted(widths)}")
         known = [profile.variance for profile in profiles if profile.is_calibrated]
         self._metric: Metric = Standardised.fit(known or [profiles[0].variance])
         self._reach = _reaches(profiles, self._metric, quantile, margin)
         self._owner = np.repeat(np.arange(len(profiles)), [len(profile.centres) for profile in profiles])
         self._index = _flat_index(self._metric.project(np.concatenate([profile.centres for profile in profiles])))
-        self._gpu_lock = threading.Lock()
+        # faiss's GPU indexes share their scratch memory among searches.
+        self._exclusive = threading.Lock() if faiss.get_num_gpus() else nullcontext()
 
     def __len__(self) -> int:
         """How many experts can be found."""
@@ -99,7 +95,7 @@ class Snapshot:
         if not self._entries:
             return ()
         query = self._metric.project(features[None])
-        with self._gpu_lock:  # faiss's GPU indexes share their scratch memory; uncontended on the CPU's scale
+        with self._exclusive:
             squares, ids = self._index.search(query, min(count, len(self._owner)))
         return tuple(
             Neighbour(self._entries[owner].name, self._entries[owner].digest, float(distance), self._reach[owner])

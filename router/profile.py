@@ -1,4 +1,4 @@
-"""What one expert's exemplars say about its domain. Fitted once, when the expert is added; independent of the others."""
+"""What one expert's exemplars say about its domain: fitted once, when it is added, and independent of the others."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ class Profile:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether anything is known about how far the expert's domain reaches: two exemplars do not agree with
-        themselves, one does."""
+        """Whether the exemplars tell how far the domain reaches; a single one has nothing to be far from."""
         return self.exemplars > 1
 
     def reach(self, metric: Metric, quantile: float) -> float:

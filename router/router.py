@@ -114,9 +114,7 @@ class Router:
             if entry is None:
                 self._forget(name)
                 return
-            width = entry.profile.centres.shape[1]
-            if any(other.profile.centres.shape[1] != width for other in self._experts.values()):
-                raise SwitchyardError(f"the routing features of {name!r} have another width ({width}) than the others'")
+            self._check_width(entry)
             self._experts[name] = entry
             self._edition += 1
         finally:
@@ -147,6 +145,15 @@ class Router:
     def _forget(self, name: str) -> None:
         if self._experts.pop(name, None) is not None:
             self._edition += 1
+
+    def _check_width(self, entry: Entry) -> None:
+        width = entry.profile.centres.shape[1]
+        for other in self._experts.values():
+            if other.name != entry.name and other.profile.centres.shape[1] != width:
+                raise SwitchyardError(
+                    f"the routing features of {entry.name!r} have {width} dimensions, those of {other.name!r} "
+                    f"{other.profile.centres.shape[1]}"
+                )
 
     async def _entry(self, name: str, digest: str, texts: list[str], key: str) -> Entry:
         features = await self._exemplar_features(texts, key)

@@ -41,7 +41,7 @@ def compress_with_progress(
     Raises:
         SwitchyardError: as `compress`, or a file cannot be read.
     """
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
     prompts = None
     if exemplars is not None:

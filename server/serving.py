@@ -48,7 +48,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=out, show_path=False)])
     for chatty in ("httpx", "uvicorn.access", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
     with out.status(f"preparing the base {escape(settings.base)} (a GGUF file is converted once)"):
         folder = resolve_base(settings.base, settings.cache_dir)

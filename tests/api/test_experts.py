@@ -207,13 +207,6 @@ async def test_uploads_and_deletes_at_once_leave_no_half_state(own: House) -> No
     assert {part["digest"] for part in routed} == {record.digest for record in own.registry.list()}
 
 
-async def test_routing_survives_a_restart(tmp_path: Path) -> None:
-    async with open_house(tmp_path) as house:
-        await house.upload(make_expert(tmp_path / "e", name="cron", exemplars=tuple(CRON)))
-    async with open_house(tmp_path) as house:
-        assert (await house.chat(CRON[2], model="auto")).headers["x-switchyard-mix"].startswith("cron=")
-
-
 async def test_models(house: House) -> None:
     sdk = house.openai()
     listed = [model.model_dump(exclude_unset=True) async for model in sdk.models.list()]

@@ -54,14 +54,13 @@ async def test_one_damaged_expert_does_not_keep_the_server_down(tmp_path: Path) 
         assert error(await house.http.get("/v1/experts/bad"), 503)["code"] == "expert_unavailable"
 
 
-async def test_health_follows_the_engine(tmp_path: Path) -> None:
-    async with open_house(tmp_path) as house:
-        assert (await house.http.get("/health")).json() == {"status": "ok"}
-        assert (await house.http.get("/ready")).json() == {"status": "ok"}
-        house.engine.alive = False
-        for path in ("/health", "/ready"):
-            assert error(await house.http.get(path), 503)["code"] == "engine_dead"
-        assert error(await house.chat(), 503)["code"] == "engine_dead"
+async def test_health_follows_the_engine(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await house.http.get("/health")).json() == {"status": "ok"}
+    assert (await house.http.get("/ready")).json() == {"status": "ok"}
+    monkeypatch.setattr(house.engine, "alive", False)
+    for path in ("/health", "/ready"):
+        assert error(await house.http.get(path), 503)["code"] == "engine_dead"
+    assert error(await house.chat(), 503)["code"] == "engine_dead"
 
 
 async def test_version(house: House) -> None:
