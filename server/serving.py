@@ -21,7 +21,7 @@ from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
 from router.features import FeatureCache
-from router.router import Router, RouterSettings
+from router.router import Router
 from server.api.services import Services
 from server.app import create_app
 from server.engine.engine import TransformersEngine
@@ -74,7 +74,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
             base.feature_layer,
             variant=f"{base.dtype}, {settings.feature_tokens} tokens",
         )
-        router = Router(engine.features, features, RouterSettings())
+        router = Router(engine.features, features, settings.router())
         app = create_app(settings, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
         out.print(
             f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "

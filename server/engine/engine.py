@@ -185,6 +185,9 @@ class TransformersEngine:
             raise QueueFullError(f"{self._open} requests are waiting already; try again soon", retry_after=1)
         if not request.prompt:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        if not all(0 <= token < self._model.vocabulary for token in request.prompt):
+            # In the step it would fail the whole batch.
+            raise InvalidRequestError(f"token ids must be from 0 to {self._model.vocabulary - 1}", param="prompt")
         room = self._base.context_length - len(request.prompt)
         if room < 1 or (request.sampling.max_tokens or 1) > room:
             raise ContextLengthError(

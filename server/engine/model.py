@@ -89,6 +89,7 @@ class BaseModel:
         parameters: every parameter by its checkpoint name (tied ones once). The merged mode swaps what they point to.
         stop_tokens: ids that end the model's turn.
         context_length: most tokens of prompt and answer together.
+        vocabulary: token ids are below this.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class BaseModel:
         text = config.get_text_config()
         self.context_length: int = text.max_position_embeddings
         self.hidden_size: int = text.hidden_size
-        self._vocabulary: int = text.vocab_size
+        self.vocabulary: int = text.vocab_size
         self.kv_shape = KVShape(
             layers=text.num_hidden_layers,
             kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -206,7 +207,7 @@ class BaseModel:
         """Compare our ragged attention with transformers' own on a short prompt, so that an architecture which
         ignores the attention interface is refused at start instead of answering wrongly."""
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, self._vocabulary, (_PROBE_TOKENS,), generator=generator).tolist()
+        tokens = torch.randint(0, self.vocabulary, (_PROBE_TOKENS,), generator=generator).tolist()
         layout = AttentionBatch([Segment(0, len(tokens), 0, ())], None, self.device)
         ours = self.forward(tokens, layout, [len(tokens) - 1])
         self._model.set_attn_implementation("eager")

@@ -24,7 +24,7 @@ class ModelTokenizer:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the base's tokenizer: {error}", param="base") from error
-        # The Rust tokenizer borrows itself mutably when options change; two threads at once would raise.
+        # Encoding may set options of the Rust tokenizer, which fails while another thread encodes. Decoding only reads.
         self._lock = threading.Lock()
 
     @property
@@ -41,14 +41,12 @@ class ModelTokenizer:
         if self._tokenizer.chat_template is None:
             raise ChatTemplateError("this base has no chat template; use /v1/completions", param="messages")
         try:
-            with self._lock:
-                text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError, TypeError) as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}", param="messages") from error
         # The template has written every special token itself.
         return self.encode(str(text), special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        with self._lock:
-            text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)

@@ -137,6 +137,8 @@ def test_a_full_queue_and_a_long_prompt_are_refused_at_once(library: Library) ->
                 engine.submit(EngineRequest((1,) * 500, SamplingParams(max_tokens=100)))
             with pytest.raises(InvalidRequestError):
                 engine.submit(EngineRequest(()))
+            with pytest.raises(InvalidRequestError, match="token ids"):
+                engine.submit(EngineRequest((1, 260)))
             assert len((await collect(engine, [1, 2], BASE_MIX, 5))[0]) <= 5
 
     run(body())
