@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "triton")
 
+LOG_WIDTH = 160
+"""Columns of a table that goes to a file."""
+
 Row = Mapping[str, object]
 
 
@@ -76,7 +79,7 @@ def write(
 
 def show(rows: Sequence[Row], bars: Sequence[Mapping[str, Any]] = (), *, title: str = "") -> None:
     """Print rows as a table, one column per key in order of appearance, and the bars below it."""
-    out = Console()
+    out = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title or None)
     for column in columns:
@@ -138,4 +141,4 @@ def _is_number(value: object) -> bool:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -107,6 +107,7 @@ BREAKAGES: Mapping[Check, Sequence[Edit]] = {
         (MAKEFILE, "\ndemo:", "\nshow:", "README.md: there is no target demo"),
         (README, "switchyard push", "switchyard upload", "there is no verb upload"),
         (README, "--tuned", "--fine-tuned", "no option --fine-tuned"),
+        ("docs/architecture.md", "::test_tied_weights", "::test_tied_tensors", "::test_tied_tensors_count_once"),
         (README, "(docs/api.md)", "(docs/http.md)", "links to docs/http.md"),
         ("docs/operations.md", "SWITCHYARD_KV_BYTES", "SWITCHYARD_KV", "SWITCHYARD_KV"),
     ],

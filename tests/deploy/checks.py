@@ -261,7 +261,7 @@ def make_runs_what_exists(project: Project) -> Iterator[str]:
 
 
 def documents_name_what_exists(project: Project) -> Iterator[str]:
-    """Targets of make, verbs and options, settings, and linked files that the pages speak of."""
+    """Targets of make, verbs and options, settings, linked files and tests that the pages speak of."""
     for page, text in project.documents.items():
         targets = set(re.findall(r"`make ([a-z]+)", text)) | set(
             re.findall(r"^make ([a-z]+)", _shell(text), re.MULTILINE)
@@ -275,6 +275,9 @@ def documents_name_what_exists(project: Project) -> Iterator[str]:
         for link in re.findall(r"]\((?!\w+:|#)([^)#]+)", text):
             if not (project.root / page).parent.joinpath(link).exists():
                 yield f"{page}: links to {link}, which is not there"
+        for path, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+            if not (project.root / path).is_file() or f"def {test}" not in project.text(path):
+                yield f"{page}: there is no test {path}::{test}"
 
 
 CHECKS: Sequence[Check] = (

@@ -17,9 +17,11 @@ from packaging.utils import canonicalize_name
 from deploy import healthcheck
 from deploy.pins import needed
 from deploy.tables import PAGES, rewritten
+from deploy.tables import ROOMS as TABLE_ROOMS
 from server.settings import Settings
 from tests.deploy.breakages import BREAKAGES, Edit
 from tests.deploy.checks import CHECKS, Check
+from tests.deploy.imports import sources
 from tests.deploy.project import Project
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -81,6 +83,10 @@ def test_tables_say_what_the_code_says(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "written by make docs" in text
     assert rewritten(text) == text, "run: make docs"
+
+
+def test_the_tables_know_every_folder_of_the_code() -> None:
+    assert {str(path.parent.relative_to(ROOT)) for path in sources(ROOT).values()} == set(TABLE_ROOMS)
 
 
 def test_constraints_pin_everything_that_is_needed() -> None:

@@ -1,0 +1,183 @@
+"""Who imports whom, read from the source: nothing is imported to find out."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOMS = ("server", "store", "router")
+ELSEWHERE = ("bench", "deploy", "examples", "tests")
+"""Folders that may use the rooms, and that no room may use."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement. `at_start` tells whether importing the module runs it."""
+
+    importer: str
+    imported: str
+    at_start: bool
+
+
+MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
+    "store": ("store",),
+    # Exemplars reach the router as text; what it gives back is a mix.
+    "router": ("router", "store.errors", "store.exemplars", "store.mix"),
+    # Decoding only: how experts are made, named and kept is none of the engine's business.
+    "server.engine": (
+        "server.engine",
+        "store.deltas",
+        "store.errors",
+        "store.expert_file",
+        "store.fingerprint",
+        "store.manifest",
+        "store.mix",
+    ),
+    "server.settings": ("server.engine.types", "router"),
+    "server.metrics": ("server.engine.types", "store.errors", "store.registry"),
+    "server.prompts": ("server.engine.types", "store.errors"),
+    "server.text": (),
+    "server.library": ("server.engine.types", "router.router", "store.errors", "store.expert_file", "store.registry"),
+    "server.generation": (
+        "server.engine.types",
+        "server.metrics",
+        "server.prompts",
+        "server.text",
+        "router.router",
+        "store.errors",
+        "store.mix",
+        "store.registry",
+    ),
+    "server.api": (
+        "server.api",
+        "server.engine.types",
+        "server.generation",
+        "server.library",
+        "server.metrics",
+        "server.prompts",
+        "server.settings",
+        "router.router",
+        "store.errors",
+        "store.exemplars",
+        "store.expert_header",
+        "store.registry",
+    ),
+    "server.app": (
+        "server.api",
+        "server.engine.types",
+        "server.generation",
+        "server.library",
+        "server.metrics",
+        "server.settings",
+        "router.router",
+        "store.registry",
+    ),
+    # Puts everything together.
+    "server.serving": (
+        "server.api",
+        "server.app",
+        "server.engine",
+        "server.generation",
+        "server.settings",
+        "router",
+        "store",
+    ),
+    # The command line and what its verbs need: they talk to a server over HTTP, or to the store.
+    "server.cli": ("server", "store"),
+    "server.cli_options": ("server.settings", "store.errors"),
+    "server.client": ("store.errors",),
+    "server.chatting": ("server.client", "store.errors"),
+    "server.compressing": ("server.engine.model", "server.settings", "store"),
+    "server.inspecting": ("store",),
+    "server": (),
+}
+"""Module or folder → what it may import of ours. The longest name that fits counts."""
+
+
+def sources(root: Path) -> dict[str, Path]:
+    """Every module of the rooms by name."""
+    found = {}
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(root: Path) -> list[Import]:
+    """Every import of every module; `from package import module` counts as an import of the module."""
+    modules = sources(root)
+    found = []
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        late = set(_late(tree))
+        for node in ast.walk(tree):
+            found += [Import(module, name, node not in late) for name in _names(node, modules)]
+    return found
+
+
+def faults(root: Path) -> list[str]:
+    """Imports that go the wrong way."""
+    found = []
+    for item in imports(root):
+        imported = item.imported
+        if _top(imported) in ELSEWHERE:
+            found.append(f"{item.importer} imports {imported}")
+        elif _top(imported) in ROOMS and imported not in ROOMS:  # a room's own name is its version or its docstring
+            allowed = MAY_IMPORT[_rule(item.importer)]
+            if not any(imported == name or imported.startswith(f"{name}.") for name in allowed):
+                found.append(f"{item.importer} imports {imported}")
+    return sorted(set(found))
+
+
+def ways_to(root: Path, start: str, libraries: frozenset[str]) -> list[str]:
+    """How importing a module of the folder `start` brings in one of the libraries: a chain of imports each."""
+    edges: dict[str, set[str]] = {}
+    for item in imports(root):
+        if item.at_start:
+            edges.setdefault(item.importer, set()).add(item.imported)
+    found = []
+    for module in sources(root):
+        if module == start or module.startswith(f"{start}."):
+            found += [" → ".join(way) for way in _ways(edges, (module,), libraries, set())]
+    return found
+
+
+def _ways(
+    edges: Mapping[str, set[str]], way: tuple[str, ...], libraries: frozenset[str], seen: set[str]
+) -> Iterator[tuple[str, ...]]:
+    seen.add(way[-1])
+    for imported in sorted(edges.get(way[-1], ())):
+        if _top(imported) in libraries:
+            yield (*way, imported)
+        elif imported not in seen:
+            yield from _ways(edges, (*way, imported), libraries, seen)
+
+
+def _names(node: ast.AST, modules: Mapping[str, Path]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.module is not None
+        assert not node.level, "imports are absolute"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            yield inner if inner in modules else node.module
+
+
+def _late(tree: ast.Module) -> Iterator[ast.AST]:
+    """Nodes that importing the module does not run: bodies of functions, and what is there for type checkers."""
+    for node in ast.walk(tree):
+        is_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if is_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from ast.walk(node)
+
+
+def _rule(module: str) -> str:
+    return max((name for name in MAY_IMPORT if module == name or module.startswith(f"{name}.")), key=len)
+
+
+def _top(module: str) -> str:
+    return module.split(".")[0]

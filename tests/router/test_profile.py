@@ -1,0 +1,88 @@
+"""Centres, spread and reach of one expert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.features import Features
+from router.metric import Standardised
+from router.profile import Profile, fit_profile
+from tests.router.world import SPREAD, feature, texts
+
+
+def sample(count: int, start: int = 0) -> Features:
+    return np.stack([feature(text) for text in texts("topic", count, start)])
+
+
+def fit(features: Features) -> Profile:
+    return fit_profile(features, centres=20, folds=4, seed=0)
+
+
+@pytest.mark.parametrize(("count", "centres"), [(1, 1), (2, 2), (7, 7), (20, 20)])
+def test_few_exemplars_are_their_own_centres(count: int, centres: int) -> None:
+    profile = fit(sample(count))
+    assert len(profile.centres) == centres
+    np.testing.assert_array_equal(profile.centres, np.unique(sample(count), axis=0))
+
+
+def test_many_exemplars_have_as_many_centres_as_asked() -> None:
+    profile = fit(sample(100))
+    assert 15 <= len(profile.centres) <= 20
+    assert profile.exemplars == 100
+    assert len(profile.strays) == 26
+
+
+def test_one_exemplar_is_not_calibrated() -> None:
+    profile = fit(sample(1))
+    assert not profile.is_calibrated
+    assert not profile.variance.any()
+    assert profile.strays.shape == (0, profile.centres.shape[1])
+
+
+@settings(deadline=None)
+@given(order=st.permutations(range(30)), again=st.lists(st.integers(0, 29), max_size=10))
+def test_neither_order_nor_repetition_matters(order: list[int], again: list[int]) -> None:
+    features = sample(30)
+    plain, other = fit(features), fit(features[order + again])
+    np.testing.assert_array_equal(plain.centres, other.centres)
+    np.testing.assert_array_equal(plain.strays, other.strays)
+    np.testing.assert_array_equal(plain.variance, other.variance)
+    assert plain.exemplars == other.exemplars == 30
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(2, 60),
+    low=st.floats(0.75, 1.0, allow_nan=False),
+    high=st.floats(0.75, 1.0, allow_nan=False),
+)
+def test_reach_grows_with_the_quantile(count: int, low: float, high: float) -> None:
+    low, high = sorted((low, high))
+    profile = fit(sample(count))
+    metric = Standardised.fit([profile.variance])
+    assert 0 < profile.reach(metric, low) <= profile.reach(metric, high)
+
+
+def test_reach_covers_new_prompts_of_the_same_kind() -> None:
+    profile = fit(sample(100))
+    metric = Standardised.fit([profile.variance])
+    fresh = metric.project(sample(400, start=1000))
+    distances = np.linalg.norm(fresh[:, None] - metric.project(profile.centres)[None], axis=2).min(axis=1)
+    assert (distances <= profile.reach(metric, 0.98)).mean() > 0.93
+    assert (distances <= profile.reach(metric, 0.80)).mean() < 0.95
+
+
+def test_distance_is_about_one_whatever_the_units() -> None:
+    """So that thresholds and histograms need not know the base."""
+    for units in (1e-3, 1.0, 1e3):
+        features = sample(100) * np.float32(units)
+        metric = Standardised.fit([fit(features).variance])
+        apart = metric.project(features[:50]) - metric.project(features[50:])
+        assert np.linalg.norm(apart, axis=1).mean() == pytest.approx(np.sqrt(2), rel=0.15)
+
+
+def test_variance_is_that_of_the_exemplars() -> None:
+    assert fit(sample(400)).variance.mean() == pytest.approx(SPREAD**2, rel=0.1)

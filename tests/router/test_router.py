@@ -1,0 +1,423 @@
+"""The face: experts come and go while prompts are routed."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from router.decision import Decision, Reason
+from router.features import FeatureCache
+from router.mix import MixMode
+from router.router import Router, RouterSettings
+from store.errors import SwitchyardError
+from tests.router.world import WIDTH, World, add, texts
+
+TOPICS = ("cron", "french", "spam", "poems")
+Story = Callable[[World, Router], Awaitable[None]]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FeatureCache:
+    return FeatureCache(tmp_path / "features", "fingerprint", 4)
+
+
+def play(cache: FeatureCache, story: Story, **given_settings: object) -> None:
+    async def run() -> None:
+        world = World()
+        async with asyncio.timeout(10):
+            await story(world, world.router(cache, **given_settings))
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def chosen(decision: Decision) -> list[str]:
+    return [name for name, _, _ in decision.parts]
+
+
+def test_prompts_find_their_expert(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        for topic in TOPICS:
+            await add(router, topic)
+        assert router.experts == tuple(sorted(TOPICS))
+        for topic in TOPICS:
+            decision = await router.route(f"{topic} 1000")
+            assert decision.parts == ((topic, f"digest-{topic}", 1.0),)
+            assert decision.code is Reason.MATCHED
+        assert (await router.route("unheard of")).code is Reason.OUT_OF_DOMAIN
+
+    play(cache, story)
+
+
+def test_soft_mixes_are_a_setting(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        # Two experts for one domain, as two teams would upload them.
+        await router.add_expert("ours", "X", texts("cron", 40), "ours")
+        await router.add_expert("theirs", "Y", texts("cron", 40, start=40), "theirs")
+        mixes = [await router.route(f"cron {i}") for i in range(1000, 1020)]
+        assert any(len(decision.parts) == 2 for decision in mixes)
+        assert all(sum(weight for _, weight in decision.mix.parts) == pytest.approx(1) for decision in mixes)
+        assert len({decision.mix for decision in mixes}) <= 6
+        hard = world.router(cache, quantile=1.0, margin=1.5)
+        await hard.add_expert("ours", "X", texts("cron", 40), "ours")
+        await hard.add_expert("theirs", "Y", texts("cron", 40, start=40), "theirs")
+        assert all([len((await hard.route(f"cron {i}")).parts) == 1 for i in range(1000, 1020)])
+
+    play(cache, story, mode=MixMode.SOFT, quantile=1.0, margin=1.5)
+
+
+def test_without_experts_nothing_is_computed(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        assert (await router.route("cron 1")).code is Reason.NO_EXPERTS
+        assert world.asked == []
+
+    play(cache, story)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t"])
+def test_an_empty_prompt_is_the_bases(cache: FeatureCache, prompt: str) -> None:
+    async def story(world: World, router: Router) -> None:
+        await add(router, "cron")
+        before = len(world.asked)
+        decision = await router.route(prompt)
+        assert decision.mix.is_base
+        assert decision.code is Reason.EMPTY_PROMPT
+        assert len(world.asked) == before
+
+    play(cache, story)
+
+
+@pytest.mark.parametrize("exemplars", [[], ["", "  "]])
+def test_without_exemplars_an_expert_is_not_found(cache: FeatureCache, exemplars: list[str]) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await router.add_expert("named only", "X", exemplars, "none")
+        assert router.experts == ("cron",)
+        await router.add_expert("cron", "X", exemplars, "none")  # its new version has none
+        assert (await router.route("cron 1")).code is Reason.NO_EXPERTS
+
+    play(cache, story)
+
+
+def test_a_single_expert_knows_its_domain(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron", 60)
+        decisions = [await router.route(text) for text in texts("cron", 100, start=1000)]
+        assert sum(decision.code is Reason.MATCHED for decision in decisions) >= 90
+        assert all([(await router.route(f"{i} thing")).mix.is_base for i in range(50)])
+
+    play(cache, story)
+
+
+def test_a_single_exemplar_finds_itself(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron", 1)
+        assert chosen(await router.route("cron 0")) == ["cron"]
+        assert (await router.route("cron 1")).mix.is_base
+        await add(router, "spam", 40)  # lends it a reach
+        assert chosen(await router.route("cron 0")) == ["cron"]
+        assert chosen(await router.route("spam 0")) == ["spam"]
+        assert (await router.route("unheard of")).mix.is_base
+
+    play(cache, story)
+
+
+def test_few_exemplars_stand_their_ground(cache: FeatureCache) -> None:
+    """3 of the 10 nearest centres are the expert's own, 7 are another's, far away."""
+
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron", 3)
+        await add(router, "spam", 100)
+        decisions = [await router.route(text) for text in texts("cron", 50, start=1000)]
+        assert all(chosen(decision) in (["cron"], []) for decision in decisions)
+        assert chosen(await router.route("cron 1")) == ["cron"]
+
+    play(cache, story)
+
+
+def test_repeated_exemplars_count_once(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        await router.add_expert("cron", "X", texts("cron", 40) * 5, "repeated")
+        assert sum(map(len, world.asked)) == 40
+        await add(router, "spam")
+        plain = world.router(cache)
+        await router.add_expert("cron", "X", texts("cron", 40), "plain")
+        await plain.add_expert("cron", "X", texts("cron", 40), "plain")
+        await add(plain, "spam")
+        for i in range(20):
+            assert await router.route(f"cron {i}") == await plain.route(f"cron {i}")
+
+    play(cache, story)
+
+
+def test_equal_exemplars_are_no_trouble(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        async def constant(given: object) -> object:
+            return np.ones((len(given), WIDTH), dtype=np.float32)  # type: ignore[arg-type]
+
+        flat = Router(constant, cache, RouterSettings())  # type: ignore[arg-type]
+        await add(flat, "cron", 10)
+        assert chosen(await flat.route("anything")) == ["cron"]
+
+    play(cache, story)
+
+
+def test_too_many_exemplars_are_thinned_evenly(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        await add(router, "cron", 100)
+        asked = [text for batch in world.asked for text in batch]
+        assert asked == [f"cron {i}" for i in (0, 11, 22, 33, 44, 55, 66, 77, 88, 99)]
+        assert max(map(len, world.asked)) == 4
+
+    play(cache, story, max_exemplars=10, feature_batch=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@given(order=st.permutations(TOPICS), detour=st.lists(st.sampled_from((*TOPICS, "extra")), max_size=4))
+def test_history_does_not_matter(cache: FeatureCache, order: list[str], detour: list[str]) -> None:
+    prompts = [f"{topic} {i}" for topic in (*TOPICS, "unheard") for i in range(1000, 1003)]
+
+    async def story(world: World, router: Router) -> None:
+        for topic in TOPICS:
+            await add(router, topic)
+        for topic in detour:
+            await add(router, topic, 25, name=f"detour {topic}")
+            await router.route("cron 1")
+        for topic in detour:
+            router.remove_expert(f"detour {topic}")
+        other = world.router(cache)
+        await asyncio.gather(*(add(other, topic) for topic in order))
+        for prompt in prompts:
+            assert await router.route(prompt) == await other.route(prompt)
+
+    play(cache, story)
+
+
+def test_removal_is_seen_at_once(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "spam")
+        assert chosen(await router.route("cron 1")) == ["cron"]
+        router.remove_expert("cron")
+        assert (await router.route("cron 1")).code is Reason.OUT_OF_DOMAIN
+        router.remove_expert("spam")
+        assert (await router.route("spam 1")).code is Reason.NO_EXPERTS
+        router.remove_expert("never heard of")
+
+    play(cache, story)
+
+
+def test_removal_during_a_decision_is_seen(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        await add(router, "cron")
+        world.open.clear()
+        deciding = asyncio.create_task(router.route("cron 1"))
+        await until(lambda: world.asked[-1] == ["cron 1"])
+        router.remove_expert("cron")
+        world.open.set()
+        assert (await deciding).code is Reason.NO_EXPERTS
+
+    play(cache, story)
+
+
+def test_two_names_of_one_expert(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "cron", name="cron-latest")
+        await add(router, "spam")
+        assert router.experts == ("cron", "cron-latest", "spam")
+        assert (await router.route("cron 1")).parts == (("cron", "digest-cron", 1.0),)
+        router.remove_expert("cron")
+        assert (await router.route("cron 1")).parts == (("cron-latest", "digest-cron", 1.0),)
+
+    play(cache, story)
+
+
+def test_a_name_moves_to_another_expert(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron", name="mine")
+        await router.add_expert("mine", "digest-2", texts("spam", 40), "key-2")
+        assert (await router.route("spam 1")).parts == (("mine", "digest-2", 1.0),)
+        assert (await router.route("cron 1")).mix.is_base
+
+    play(cache, story)
+
+
+def test_routing_goes_on_while_an_expert_is_added(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        await add(router, "cron")
+        held = asyncio.Event()
+        plain = world.featurize
+
+        async def featurize(given: list[str]) -> object:
+            if given[0].startswith("spam") and len(given) > 1:
+                await held.wait()
+            return await plain(given)
+
+        router._featurize = featurize  # type: ignore[assignment]
+        adding = asyncio.create_task(add(router, "spam"))
+        for _ in range(5):
+            assert chosen(await router.route("cron 1")) == ["cron"]
+            assert (await router.route("spam 1")).mix.is_base
+        assert not adding.done()
+        held.set()
+        await adding
+        assert chosen(await router.route("spam 1")) == ["spam"]
+
+    play(cache, story)
+
+
+def test_additions_and_decisions_may_overlap(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        stop = asyncio.Event()
+
+        async def ask() -> int:
+            asked = 0
+            while not stop.is_set():
+                assert chosen(await router.route("cron 1000")) == ["cron"]
+                asked += 1
+            return asked
+
+        async def churn(topic: str) -> None:
+            for _ in range(3):
+                await add(router, topic)
+                assert chosen(await router.route(f"{topic} 1")) == [topic]
+                router.remove_expert(topic)
+            await add(router, topic)
+
+        asking = asyncio.gather(*(ask() for _ in range(3)))
+        await asyncio.gather(*(churn(f"topic-{i}") for i in range(6)))
+        stop.set()
+        assert min(await asking) > 0
+        assert len(router.experts) == 7
+        assert all([chosen(await router.route(f"topic-{i} 1")) == [f"topic-{i}"] for i in range(6)])
+
+    play(cache, story)
+
+
+def test_a_later_change_of_a_name_wins(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        world.open.clear()
+        slow = asyncio.create_task(router.add_expert("mine", "old", texts("cron", 20), "old"))
+        await until(lambda: world.asked)
+        fast = asyncio.create_task(router.add_expert("mine", "new", texts("spam", 20), "new"))
+        gone = asyncio.create_task(add(router, "poems"))
+        await asyncio.sleep(0.01)
+        router.remove_expert("poems")
+        world.open.set()
+        await asyncio.gather(slow, fast, gone)
+        assert router.experts == ("mine",)
+        assert (await router.route("spam 1")).parts == (("mine", "new", 1.0),)
+
+    play(cache, story)
+
+
+def test_a_failed_addition_changes_nothing(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        await add(router, "cron")
+        world.failure = SwitchyardError("the engine has failed")
+        with pytest.raises(SwitchyardError, match="the engine has failed"):
+            await router.add_expert("cron", "new", texts("spam", 20), "new")
+        with pytest.raises(SwitchyardError):
+            await add(router, "poems")
+        world.failure = None
+        assert router.experts == ("cron",)
+        assert (await router.route("cron 1")).parts == (("cron", "digest-cron", 1.0),)
+        await add(router, "poems")
+        assert chosen(await router.route("poems 1")) == ["poems"]
+
+    play(cache, story)
+
+
+def test_a_cancelled_addition_changes_nothing(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        world.open.clear()
+        adding = asyncio.create_task(add(router, "cron"))
+        await until(lambda: world.asked)
+        adding.cancel()
+        await asyncio.gather(adding, return_exceptions=True)
+        world.open.set()
+        assert not router.experts
+        await add(router, "cron")
+        assert router.experts == ("cron",)
+
+    play(cache, story)
+
+
+def test_other_widths_are_refused(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+
+        async def narrow(given: object) -> object:
+            return np.ones((len(given), 3), dtype=np.float32)  # type: ignore[arg-type]
+
+        router._featurize = narrow  # type: ignore[assignment]
+        with pytest.raises(SwitchyardError, match="3 dimensions"):
+            await add(router, "spam")
+        assert router.experts == ("cron",)
+
+    play(cache, story)
+
+
+def test_a_restart_computes_nothing_again(cache: FeatureCache, tmp_path: Path) -> None:
+    async def first(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "spam")
+
+    async def second(world: World, router: Router) -> None:
+        await first(world, router)
+        assert world.asked == []
+        assert chosen(await router.route("spam 1")) == ["spam"]
+
+    async def after_damage(world: World, router: Router) -> None:
+        await first(world, router)
+        assert sum(map(len, world.asked)) == 40
+        assert chosen(await router.route("cron 1")) == ["cron"]
+        assert chosen(await router.route("spam 1")) == ["spam"]
+
+    play(cache, first)
+    play(cache, second)
+    damaged = sorted((tmp_path / "features").iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    play(cache, after_damage)
+    play(cache, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("centres", 0),
+        ("neighbours", 0),
+        ("folds", 1),
+        ("quantile", 0.5),
+        ("quantile", 1.1),
+        ("margin", 0.0),
+        ("margin", float("nan")),
+        ("min_share", -0.1),
+        ("steps", 0),
+        ("max_exemplars", 0),
+        ("feature_batch", 0),
+    ],
+)
+def test_senseless_settings_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        RouterSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_no_torch() -> None:
+    code = "import sys, router.router; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
