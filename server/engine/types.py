@@ -93,8 +93,9 @@ class EngineSettings:
     """CPU threads for torch; None leaves torch's choice."""
     feature_layer: int = 4
     """How many of the base's layers the routing features pass through."""
-    feature_tokens: int = 256
-    """Most tokens of a prompt that routing looks at."""
+    feature_tokens: int = 24
+    """Most tokens of a prompt that routing looks at: averaged over a long text, what is asked for is drowned by what
+    it is asked about (`bench/routing_layers.py`)."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Project:
         return self.compose_file("docker-compose.yml")
 
     def compose_file(self, name: str) -> Yaml:
-        parsed: Yaml = yaml.safe_load(_VARIABLE.sub(_default, self.text(name)))
+        parsed: Yaml = _expanded(yaml.safe_load(self.text(name)))
         return parsed
 
     @cached_property
@@ -127,6 +127,15 @@ class Project:
                 if shown == "*" or path == shown or path.startswith(f"{shown}/"):
                     sent = pattern.startswith("!")
         return sent
+
+
+def _expanded(node: Any) -> Any:
+    """A parsed compose file with its variables replaced, as compose does it: after parsing, within strings."""
+    if isinstance(node, dict):
+        return {key: _expanded(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expanded(value) for value in node]
+    return _VARIABLE.sub(_default, node) if isinstance(node, str) else node
 
 
 def _default(variable: re.Match[str]) -> str:
