@@ -6,25 +6,25 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TypeVarTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.engine.attention import AttentionBatch, Segment
+from server.engine.feature_queue import FeatureQueue
 from server.engine.kv_cache import KVCache
 from server.engine.loader import ExpertLoader
 from server.engine.merged import MergedWeights
 from server.engine.model import BaseModel, choose_device, choose_dtype
+from server.engine.outbox import Outbox
 from server.engine.residency import Residency
-from server.engine.sampler import sample
 from server.engine.scheduler import Scheduler, Work
-from server.engine.sequence import Event, Sequence
+from server.engine.sequence import Sequence
+from server.engine.step import run_step
+from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
 from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, FinishReason, TokenEvent
 from store.errors import (
@@ -39,47 +39,11 @@ from store.mix import Mix
 
 log = logging.getLogger(__name__)
 
+_NOT_RUNNING = "the engine is not running; restart the server"
 _FEATURE_STEP = 4
 """Routing features may take this many times `step_tokens` between two steps: they pass a fraction of the layers."""
 
 Command = Callable[[], None]
-Arguments = TypeVarTuple("Arguments")
-
-
-class EngineStream:
-    """One request's events, handed from the engine's thread to the event loop."""
-
-    def __init__(self, engine: TransformersEngine, request: EngineRequest, max_tokens: int) -> None:
-        self._engine = engine
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._done = False
-        self.sequence = Sequence(request, max_tokens, emit=self._emit)
-
-    def _emit(self, event: Event) -> None:
-        self._engine.deliver(self._events, event)
-
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._done:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if isinstance(event, Exception):
-            self._finish()
-            raise event
-        if event.finish is not None:
-            self._finish()
-        return event
-
-    async def aclose(self) -> None:
-        if not self._done:
-            self._finish()
-            self._engine.cancel(self.sequence)
-
-    def _finish(self) -> None:
-        self._done = True
-        self._engine.closed()
 
 
 class TransformersEngine:
@@ -139,13 +103,14 @@ class TransformersEngine:
             device=str(device),
         )
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._feature_jobs: deque[tuple[list[int], asyncio.Future[npt.NDArray[np.float32]]]] = deque()
-        self._outbox: list[tuple[asyncio.Queue[Event], Event]] = []
+        self._outbox = Outbox()
+        self._features = FeatureQueue(self._model, self._outbox, _FEATURE_STEP * settings.step_tokens)
         self._held: set[Sequence] = set()
         """Sequences whose experts are pinned, or being waited for."""
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
+        self._door = threading.Lock()
+        self._closed_down = False
         self._open = 0
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self._stats = self._snapshot()
@@ -163,7 +128,7 @@ class TransformersEngine:
         return self._thread is not None and self._thread.is_alive()
 
     async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._outbox.open(asyncio.get_running_loop())
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -180,7 +145,7 @@ class TransformersEngine:
 
     def submit(self, request: EngineRequest) -> EngineStream:
         if not self.alive:
-            raise EngineDeadError("the engine is not running; restart the server")
+            raise EngineDeadError(_NOT_RUNNING)
         if self._open >= self._settings.max_queue:
             raise QueueFullError(f"{self._open} requests are waiting already; try again soon", retry_after=1)
         if not request.prompt:
@@ -195,21 +160,24 @@ class TransformersEngine:
                 f"{request.sampling.max_tokens or 1} more were asked for",
                 param="max_tokens" if room >= 1 else "messages",
             )
-        stream = EngineStream(self, request, request.sampling.max_tokens or room)
+        limit = request.sampling.max_tokens or room
+        stream = EngineStream(request, limit, self._outbox, closed=self._closed, cancel=self._cancel)
+        if not self._post(lambda: self._admit(stream.sequence)):
+            raise EngineDeadError(_NOT_RUNNING)
         self._open += 1
-        self._post(lambda: self._admit(stream.sequence))
         return stream
 
     async def features(self, texts: Items[str]) -> npt.NDArray[np.float32]:
         if not self.alive:
-            raise EngineDeadError("the engine is not running; restart the server")
+            raise EngineDeadError(_NOT_RUNNING)
         limit = self._settings.feature_tokens
         loop = asyncio.get_running_loop()
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(text)[:limit] for text in texts])
         if not all(prompts):
             raise InvalidRequestError("an empty text has no routing features", param="prompt")
         jobs = [(prompt, loop.create_future()) for prompt in prompts]
-        self._post(lambda: self._feature_jobs.extend(jobs))
+        if not self._post(lambda: self._features.add(jobs)):
+            raise EngineDeadError(_NOT_RUNNING)
         rows = await asyncio.gather(*(future for _, future in jobs))
         return np.stack(rows) if rows else np.empty((0, self._base.feature_dim), dtype=np.float32)
 
@@ -225,19 +193,20 @@ class TransformersEngine:
 
     # -- called by the streams, on the event loop
 
-    def cancel(self, sequence: Sequence) -> None:
+    def _cancel(self, sequence: Sequence) -> None:
         self._post(lambda: self._end(sequence))
 
-    def closed(self) -> None:
+    def _closed(self) -> None:
         self._open -= 1
-
-    def deliver(self, events: asyncio.Queue[Event], event: Event) -> None:
-        self._outbox.append((events, event))
 
     # -- the engine's thread
 
-    def _post(self, command: Command) -> None:
-        self._commands.put(command)
+    def _post(self, command: Command) -> bool:
+        """Have a command run between two steps; False if the thread takes no more."""
+        with self._door:
+            if not self._closed_down:
+                self._commands.put(command)
+            return not self._closed_down
 
     def _run(self) -> None:
         if self._settings.threads is not None:
@@ -246,22 +215,32 @@ class TransformersEngine:
         try:
             while not self._stopping:
                 self._receive()
-                self._serve_features()
+                self._features.serve()
                 self._step()
                 self._stats = self._snapshot()
-                self._flush()
+                self._outbox.flush()
         except Exception:
             log.exception("the engine's thread has failed")
             failure = EngineDeadError("the engine has failed; restart the server")
+        self._close_down(failure)
+
+    def _close_down(self, failure: Exception) -> None:
+        """Take no more commands, and tell everyone who waits: also those whose commands were on their way."""
+        with self._door:
+            self._closed_down = True
+        while not self._commands.empty():
+            try:
+                self._commands.get()()
+            except Exception:  # whatever broke the engine may break this too; those who wait must still be told
+                log.exception("a command failed while the engine closed down")
         for sequence in self._held:
             sequence.emit(failure)
-        for _, future in self._feature_jobs:
-            self._on_loop(_fail, future, failure)
-        self._flush()
+        self._features.fail(failure)
+        self._outbox.flush()
 
     def _receive(self) -> None:
         """Run what was posted; sleep while there is nothing else to do."""
-        idle = not self._feature_jobs and self._scheduler.idle and not self._outbox
+        idle = self._features.empty and self._scheduler.idle and self._outbox.empty
         while True:
             try:
                 command = self._commands.get(block=idle)
@@ -269,16 +248,6 @@ class TransformersEngine:
                 return
             idle = False
             command()
-
-    def _flush(self) -> None:
-        if self._outbox:
-            outbox, self._outbox = self._outbox, []
-            self._on_loop(_deliver, outbox)
-
-    def _on_loop(self, function: Callable[[Unpack[Arguments]], None], *arguments: *Arguments) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _admit(self, sequence: Sequence) -> None:
         self._held.add(sequence)
@@ -304,24 +273,6 @@ class TransformersEngine:
         if error is not None:
             sequence.emit(error)
 
-    def _serve_features(self) -> None:
-        budget = _FEATURE_STEP * self._settings.step_tokens
-        jobs: list[tuple[list[int], asyncio.Future[npt.NDArray[np.float32]]]] = []
-        while self._feature_jobs and (not jobs or budget >= len(self._feature_jobs[0][0])):
-            jobs.append(self._feature_jobs.popleft())
-            budget -= len(jobs[-1][0])
-        if not jobs:
-            return
-        try:
-            rows = self._model.features([prompt for prompt, _ in jobs]).numpy()
-        except Exception as error:
-            log.exception("routing features failed")
-            for _, future in jobs:
-                self._on_loop(_fail, future, SwitchyardError(f"routing features failed: {type(error).__name__}"))
-            return
-        for (_, future), row in zip(jobs, rows, strict=True):
-            self._on_loop(_resolve, future, row)
-
     def _step(self) -> None:
         plan = self._scheduler.schedule()
         if plan is None:
@@ -329,7 +280,7 @@ class TransformersEngine:
         mix, work = plan
         try:
             self._merged.apply(mix, self._residency.experts)
-            sampled = self._forward(work)
+            sampled = run_step(self._model, self._cache, work)
         except Exception:
             # One batch's failure (out of memory, a broken expert) ends that batch, not the server.
             log.exception("a step failed; its %d requests end with an error", len(work))
@@ -338,20 +289,6 @@ class TransformersEngine:
             return
         self._steps += 1
         self._postprocess(mix, work, sampled)
-
-    def _forward(self, work: list[Work]) -> list[int | None]:
-        tokens: list[int] = []
-        segments: list[Segment] = []
-        rows: list[int] = []
-        for item in work:
-            sequence, start = item.sequence, len(tokens)
-            tokens += sequence.tokens[sequence.computed : sequence.computed + item.count]
-            segments.append(Segment(start, len(tokens), sequence.computed, tuple(sequence.blocks)))
-            if item.samples:
-                rows.append(len(tokens) - 1)
-        layout = AttentionBatch(segments, self._cache, self._model.device)
-        logits = self._model.forward(tokens, layout, rows)
-        return sample(logits, [item.sequence for item in work if item.samples])
 
     def _postprocess(self, mix: Mix, work: list[Work], sampled: list[int | None]) -> None:
         tokens = iter(sampled)
@@ -395,18 +332,3 @@ class TransformersEngine:
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
         )
-
-
-def _deliver(outbox: list[tuple[asyncio.Queue[Event], Event]]) -> None:
-    for events, event in outbox:
-        events.put_nowait(event)
-
-
-def _resolve(future: asyncio.Future[npt.NDArray[np.float32]], row: npt.NDArray[np.float32]) -> None:
-    if not future.done():
-        future.set_result(row)
-
-
-def _fail(future: asyncio.Future[npt.NDArray[np.float32]], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -59,7 +59,7 @@ class Residency:
     those that wait for room.
     """
 
-    def __init__(self, source: ExpertSource, budget_bytes: int, post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, source: ExpertSource, budget_bytes: int, post: Callable[[Callable[[], None]], object]) -> None:
         """Args:
         post: runs a function on the engine's thread, soon.
         """

@@ -195,6 +195,23 @@ def test_a_dead_thread_is_noticed_by_everyone(library: Library, monkeypatch: pyt
     run(body())
 
 
+def test_a_request_that_meets_the_end_of_the_thread_does_not_hang(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`alive` may still be true when the thread has taken its last command."""
+
+    async def body() -> None:
+        async with running(library) as engine:
+            await engine.stop()
+            monkeypatch.setattr(type(engine), "alive", True)
+            with pytest.raises(EngineDeadError):
+                engine.submit(EngineRequest((1,)))
+            with pytest.raises(EngineDeadError):
+                await engine.features(["hello"])
+
+    run(body())
+
+
 def test_stopping_ends_open_streams(library: Library) -> None:
     async def body() -> None:
         async with running(library) as engine:

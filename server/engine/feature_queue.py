@@ -1,0 +1,83 @@
+"""Routing features on the engine's thread, in batches between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from server.engine.model import BaseModel
+from server.engine.outbox import Outbox
+from store.errors import SwitchyardError
+
+log = logging.getLogger(__name__)
+
+Row = npt.NDArray[np.float32]
+Job = tuple[list[int], "asyncio.Future[Row]"]
+"""A prompt's token ids, and who waits for its features."""
+
+
+class FeatureQueue:
+    """Prompts whose features are wanted. For the engine's thread.
+
+    Args:
+        budget: most tokens of one batch, so that a library of exemplars cannot hold up running streams.
+    """
+
+    def __init__(self, model: BaseModel, outbox: Outbox, budget: int) -> None:
+        self._model = model
+        self._outbox = outbox
+        self._budget = budget
+        self._jobs: deque[Job] = deque()
+
+    @property
+    def empty(self) -> bool:
+        return not self._jobs
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        self._jobs.extend(jobs)
+
+    def serve(self) -> None:
+        """Compute one batch, oldest first."""
+        jobs = self._next_batch()
+        if not jobs:
+            return
+        try:
+            rows = self._model.features([prompt for prompt, _ in jobs]).numpy()
+        except Exception as error:
+            log.exception("routing features failed")
+            self._reject(jobs, SwitchyardError(f"routing features failed: {type(error).__name__}"))
+            return
+        for (_, future), row in zip(jobs, rows, strict=True):
+            self._outbox.call(_resolve, future, row)
+
+    def fail(self, error: Exception) -> None:
+        """Tell everyone who waits that nothing will come."""
+        self._reject(self._jobs, error)
+        self._jobs.clear()
+
+    def _next_batch(self) -> list[Job]:
+        jobs: list[Job] = []
+        room = self._budget
+        while self._jobs and (not jobs or room >= len(self._jobs[0][0])):
+            jobs.append(self._jobs.popleft())
+            room -= len(jobs[-1][0])
+        return jobs
+
+    def _reject(self, jobs: Sequence[Job], error: Exception) -> None:
+        for _, future in jobs:
+            self._outbox.call(_fail, future, error)
+
+
+def _resolve(future: asyncio.Future[Row], row: Row) -> None:
+    if not future.done():  # whoever waited may have gone
+        future.set_result(row)
+
+
+def _fail(future: asyncio.Future[Row], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
