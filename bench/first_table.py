@@ -94,6 +94,8 @@ def offline_scores(
         offline.load_expert(rms)
 
     row: dict[str, Any] = {"task": task.name, "n": len(rows), "digest": digest}
+    trained = json.loads((tuned / "finetune.json").read_text())
+    row |= {"steps": trained["steps"], "train_seconds": round(trained["seconds"])}
     base_key = f"{task.name}/{len(rows)}/base"
     row["base"] = kept.get(base_key, lambda: measure(lambda: offline.load_folder(base)))
     row["base_fair"] = kept.get(f"{base_key}/fair", lambda: measure(lambda: offline.load_folder(base), fair=True))

@@ -46,7 +46,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
         SwitchyardError: the base, the store or a setting is unusable.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=out, show_path=False)])
-    for chatty in ("httpx", "uvicorn.access", "faiss"):
+    for chatty in ("httpx", "uvicorn", "uvicorn.access", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
