@@ -212,5 +212,12 @@ def test_ci_needs_no_input_and_calls_make_test(tmp_path: Path) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     (tmp_path / "Makefile").write_text("test:\n\t@cat; echo tested\n", encoding="utf-8")
-    ran = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    ran = subprocess.run(
+        ["bash", ".ci/run"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},  # as from a shell of its own: these tests may themselves run under make
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert (ran.returncode, ran.stdout) == (0, "tested\n")
