@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -185,7 +186,8 @@ def main() -> None:
         out.print(f"{task.name}: " + ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)))
     state = ["--base", args.base, "--base-name", "base", "--experts", args.experts, "--cache-dir", CACHE.parent]
     library = "+".join(sorted(row["digest"] for row in rows))
-    with serving(*state, "--data-dir", SCORES.parent / "data") as url:
+    # A store of its own: one that is left over may hold an older expert under the same name.
+    with TemporaryDirectory() as data, serving(*state, "--data-dir", data) as url:
         for task, row in zip(tasks, rows, strict=True):
             key = f"{task.name}/{n}/served/{library}"
             with out.status(f"{task.name}: through the server"):
