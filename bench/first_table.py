@@ -179,8 +179,9 @@ def main() -> None:
         tasks, n, unrelated, kept = tasks[:2], 4, unrelated[:8], Kept(SCORES.with_suffix(".quick.json"))
     offline = Offline(args.base)
     rows = []
+    tests = {task.name: load_rows(task, "test")[:n] for task in tasks}
     for task in tasks:
-        test = load_rows(task, "test")[:n]
+        test = tests[task.name]
         with out.status(f"{task.name}: offline scores"):
             rows.append(offline_scores(task, test, offline, args.base, args.tuned / task.name, args.experts, kept))
         out.print(f"{task.name}: " + ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)))
@@ -191,7 +192,7 @@ def main() -> None:
         for task, row in zip(tasks, rows, strict=True):
             key = f"{task.name}/{n}/served/{library}"
             with out.status(f"{task.name}: through the server"):
-                row |= served_scores(url, task, load_rows(task, "test")[:n], offline, kept, key)
+                row |= served_scores(url, task, tests[task.name], offline, kept, key)
         fallback = kept.get(
             f"unrelated/{len(unrelated)}/{library}",
             lambda: sum(not mix for mix in routes(url, unrelated)) / len(unrelated),

@@ -1,7 +1,7 @@
 """Compress the fine-tunes of `examples.finetune` into the demo experts: `python -m examples.compress --base FOLDER`.
 
-Embeddings are left out: they hold 8 % of the energy of these task vectors and a fifth of the parameters, and dropping
-them costs no accuracy (bench/results/first_table.json); the bytes go to the other matrices.
+Embeddings are left out: they are a fifth of the parameters and hold a small share of these task vectors' energy, so the
+bytes go to the other matrices. What that keeps of each skill is in bench/results/first_table.json.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from store.report import Report
 DENSITY = 0.08
 TENSOR_DENSITY = {"*embed_tokens*": 0.0}
 EXPERTS = CACHE / "experts"
-SHIPPED = Path(__file__).parent / "experts"
-"""The demo: those experts whose exemplars may be given on (examples/README.md)."""
 
 
 def expert_file(task: Task, knob: str, folder: Path) -> Path:

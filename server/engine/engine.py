@@ -26,7 +26,7 @@ from server.engine.sequence import Sequence
 from server.engine.step import run_step
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, FinishReason, TokenEvent
+from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats
 from store.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -305,8 +305,6 @@ class TransformersEngine:
                 continue
             self._generated_tokens += 1
             event = sequence.append(token, self._stop_tokens)
-            if event.finish is None and len(sequence.tokens) >= self._base.context_length:
-                event = TokenEvent(event.token, FinishReason.LENGTH)
             if event.finish is not None:
                 self._end(sequence)
             sequence.emit(event)
