@@ -32,6 +32,8 @@ class GenerationRequest:
     prompts: tuple[Prompt, ...]
     experts: tuple[tuple[str, float], ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    usual_tokens: int | None = None
+    """Most tokens of an answer where `sampling` does not say; fewer if the context leaves fewer."""
     stop: tuple[str, ...] = ()
     n: int = 1
 
@@ -101,8 +103,9 @@ class Generation:
         streams: list[TokenStream] = []
         try:
             for prompt, tokens, route in zip(request.prompts, prompts, routes, strict=True):
+                sampling = self._limited(request, len(tokens))
                 for i in range(request.n):
-                    streams.append(self._submit(prompt, tokens, route.mix, _nth(request.sampling, i)))
+                    streams.append(self._submit(prompt, tokens, route.mix, _nth(sampling, i)))
         except BaseException:
             for stream in streams:
                 await stream.aclose()
@@ -178,6 +181,14 @@ class Generation:
         if not tokens:
             raise InvalidRequestError("the prompt has no tokens", param=prompt.param)
         return tuple(tokens)
+
+    def _limited(self, request: GenerationRequest, prompt_tokens: int) -> SamplingParams:
+        """The sampling of one prompt's answers: a length that the client did not ask for must not be refused."""
+        sampling = request.sampling
+        if sampling.max_tokens is not None or request.usual_tokens is None:
+            return sampling
+        room = max(1, self._engine.base.context_length - prompt_tokens)
+        return dataclasses.replace(sampling, max_tokens=min(request.usual_tokens, room))
 
     def _submit(self, prompt: Prompt, tokens: tuple[int, ...], mix: Mix, sampling: SamplingParams) -> TokenStream:
         try:

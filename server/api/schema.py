@@ -3,70 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    Tag,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from server.engine.types import Message, SamplingParams
+from server.api.sampling import SamplingFields
+from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, fault
+from server.engine.types import Message
 from server.generation import GenerationRequest
 from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 MAX_EXPERTS = 16
 MAX_WEIGHT = 10.0
 MAX_STOPS = 4
-COMPLETION_TOKENS = 16
-"""OpenAI's default `max_tokens` of completions; chat has none."""
-
-_MAX_TOKEN = 2**31 - 1
-
-
-class Wire(BaseModel):
-    """Base of everything a client sends."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class OnlyNeutral:
-    """Marks a parameter of OpenAI's that is not supported yet: only values that ask for nothing are accepted."""
-
-    def __init__(self, *values: object) -> None:
-        self.values = (None, *values)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        del source, handler
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        del schema, handler
-        return {"enum": list(self.values), "description": "Not supported yet."}
-
-    def _check(self, value: object) -> object:
-        if any(value == neutral for neutral in self.values):
-            return value
-        raise PydanticCustomError("unsupported_parameter", "not supported")
-
-
-def _check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer and no answer can
-        raise PydanticCustomError("invalid_value", "not valid Unicode: it holds half a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class TextPart(Wire):
@@ -118,18 +67,15 @@ class ExpertWeight(Wire):
 Stop = Annotated[Text, Field(min_length=1)]
 
 
-class GenerateBody(Wire, ABC):
+class GenerateBody(SamplingFields, ABC):
     """What chat and completions have in common."""
 
     model: Text = Field(description="The base's name, an expert's name, or `auto`: routed by the prompt.")
     experts: list[ExpertWeight] | None = Field(
         None, min_length=1, max_length=MAX_EXPERTS, description="An explicit mix; `model` is then `auto` or the base."
     )
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN)
-    temperature: float | None = Field(1.0, ge=0.0, le=2.0)
-    top_p: float | None = Field(1.0, gt=0.0, le=1.0)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN)
     n: int | None = Field(1, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[
         Annotated[Stop | None, Tag("text")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("parts")],
         Discriminator(_shape_of_text),
@@ -138,46 +84,58 @@ class GenerateBody(Wire, ABC):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted and not used.")
 
-    presence_penalty: Annotated[None, OnlyNeutral(0)] = None
-    frequency_penalty: Annotated[None, OnlyNeutral(0)] = None
-    logit_bias: Annotated[None, OnlyNeutral({})] = None
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _fault("stream_options", "only allowed with stream")
+            raise fault("stream_options", "only allowed with stream")
         seen: set[str] = set()
         for i, expert in enumerate(self.experts or ()):
             if expert.id in seen:
-                raise _fault(f"experts[{i}].id", f"{expert.id!r} is there twice")
+                raise fault(f"experts[{i}].id", f"{expert.id!r} is there twice")
             seen.add(expert.id)
         return self
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        most = self.most_tokens or self.usual_tokens
+        if most is not None and (self.min_tokens or 0) > most:
+            raise fault("min_tokens", f"{self.min_tokens} is more than the {most} tokens that the answer may have")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of an answer, if the client said so."""
+        return self.max_tokens
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    usual_tokens: ClassVar[int | None] = None
+    """Most tokens of an answer if the client did not say."""
+
     @abstractmethod
     def to_request(self) -> GenerationRequest:
         """What `server.generation` is to do."""
 
-    def _request(self, prompts: tuple[Prompt, ...], max_tokens: int | None) -> GenerationRequest:
+    def _request(self, *prompts: Prompt) -> GenerationRequest:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        sampling = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
+        return GenerationRequest(
+            self.model,
+            prompts,
+            experts=tuple((expert.id, expert.weight) for expert in self.experts or ()),
+            sampling=self.to_sampling(self.most_tokens),
+            usual_tokens=self.usual_tokens,
+            stop=tuple(stops),
+            n=self.n or 1,
         )
-        experts = tuple((expert.id, expert.weight) for expert in self.experts or ())
-        return GenerationRequest(self.model, prompts, experts, sampling, tuple(stops), self.n or 1)
 
 
 class ChatBody(GenerateBody):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN)
 
     audio: Annotated[None, OnlyNeutral()] = None
     function_call: Annotated[None, OnlyNeutral("none")] = None
@@ -202,15 +160,15 @@ class ChatBody(GenerateBody):
     @model_validator(mode="after")
     def _check_max_tokens(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _fault("max_tokens", "not the same as max_completion_tokens: give one of them")
+            raise fault("max_tokens", "not the same as max_completion_tokens: give one of them")
         return self
 
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
     def to_request(self) -> GenerationRequest:
-        prompt = ChatPrompt(tuple(message.to_engine() for message in self.messages))
-        return self._request((prompt,), self.max_completion_tokens or self.max_tokens)
-
-
-Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN)]
+        return self._request(ChatPrompt(tuple(message.to_engine() for message in self.messages)))
 
 
 def _shape_of_prompt(value: object) -> str:
@@ -222,6 +180,8 @@ def _shape_of_prompt(value: object) -> str:
 
 class CompletionBody(GenerateBody):
     """The body of `POST /v1/completions`."""
+
+    usual_tokens = 16  # OpenAI's default; chat has none
 
     prompt: Annotated[
         Annotated[Text, Tag("text")]
@@ -237,7 +197,7 @@ class CompletionBody(GenerateBody):
     suffix: Annotated[None, OnlyNeutral("")] = None
 
     def to_request(self) -> GenerationRequest:
-        return self._request(tuple(self._prompts()), self.max_tokens or COMPLETION_TOKENS)
+        return self._request(*self._prompts())
 
     def _prompts(self) -> list[Prompt]:
         given = self.prompt
@@ -254,15 +214,10 @@ class RouteBody(Wire):
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise _fault("prompt", "give either prompt or messages")
+            raise fault("prompt", "give either prompt or messages")
         return self
 
     def to_prompt(self) -> Prompt:
         if self.prompt is not None:
             return TextPrompt(self.prompt)
         return ChatPrompt(tuple(message.to_engine() for message in self.messages or ()))
-
-
-def _fault(param: str, message: str) -> PydanticCustomError:
-    """A fault that shows only when fields are seen together; `errors.py` reads the parameter's name."""
-    return PydanticCustomError("invalid_value", "{what}", {"param": param, "what": message})

@@ -26,7 +26,7 @@ from server.engine.sequence import Sequence
 from server.engine.step import run_step
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats
+from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, SamplingParams
 from store.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -153,6 +153,7 @@ class TransformersEngine:
         if not all(0 <= token < self._model.vocabulary for token in request.prompt):
             # In the step it would fail the whole batch.
             raise InvalidRequestError(f"token ids must be from 0 to {self._model.vocabulary - 1}", param="prompt")
+        self._check_tokens(request.sampling)
         room = self._base.context_length - len(request.prompt)
         if room < 1 or (request.sampling.max_tokens or 1) > room:
             raise ContextLengthError(
@@ -161,11 +162,22 @@ class TransformersEngine:
                 param="max_tokens" if room >= 1 else "messages",
             )
         limit = request.sampling.max_tokens or room
-        stream = EngineStream(request, limit, self._outbox, closed=self._closed, cancel=self._cancel)
+        stream = EngineStream(
+            request, limit, self._outbox, eos=self._stop_tokens, closed=self._closed, cancel=self._cancel
+        )
         if not self._post(lambda: self._admit(stream.sequence)):
             raise EngineDeadError(_NOT_RUNNING)
         self._open += 1
         return stream
+
+    def _check_tokens(self, sampling: SamplingParams) -> None:
+        """An id outside the vocabulary would fail the whole batch."""
+        for param, tokens in (
+            ("logit_bias", [token for token, _ in sampling.logit_bias]),
+            ("stop_token_ids", sampling.stop_tokens),
+        ):
+            if not all(0 <= token < self._model.vocabulary for token in tokens):
+                raise InvalidRequestError(f"token ids must be from 0 to {self._model.vocabulary - 1}", param=param)
 
     async def features(self, texts: Items[str]) -> npt.NDArray[np.float32]:
         if not self.alive:
@@ -304,7 +316,7 @@ class TransformersEngine:
                 self._end(sequence, ExpertUnavailableError(f"{name} produced values that are not finite"))
                 continue
             self._generated_tokens += 1
-            event = sequence.append(token, self._stop_tokens)
+            event = sequence.append(token)
             if event.finish is not None:
                 self._end(sequence)
             sequence.emit(event)

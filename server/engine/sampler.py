@@ -1,44 +1,58 @@
-"""Logits → tokens, each row by its own request's rules and its own random stream."""
+"""Logits → tokens, each row by its own request's rules and its own random stream.
+
+Greedy rows cost one `argmax` whatever their neighbours ask for; all others are edited and drawn together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 
+from server.engine.draw import Rules, draw, uniforms
+from server.engine.logit_edits import edit, edited_rows
 from server.engine.sequence import Sequence
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int | None]:
     """Choose one token per row.
 
     Args:
-        logits: `[len(sequences), vocabulary]` float32.
+        logits: `[len(sequences), vocabulary]` float32; left as they are.
         sequences: the row's requests.
 
     Returns:
         A token id per row; None where the row holds NaN or no finite value at all, which only a broken expert causes.
     """
-    greedy = logits.argmax(dim=-1).tolist()
-    finite = (~logits.isnan()).all(dim=-1) & logits.isfinite().any(dim=-1) & ~logits.isposinf().any(dim=-1)
-    chosen: list[int | None] = []
-    for row, (sequence, sane) in enumerate(zip(sequences, finite.tolist(), strict=True)):
-        if not sane:
-            chosen.append(None)
-        elif sequence.generator is None:
-            chosen.append(greedy[row])
-        else:
-            chosen.append(_draw(logits[row].cpu(), sequence, sequence.generator))
-    return chosen
+    best, chosen = logits.max(dim=-1)  # NaN is larger than everything
+    edited = edited_rows(sequences)
+    random = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
+    if edited:
+        at = torch.tensor(edited, device=logits.device)
+        rows = logits[at]
+        edit(rows, [sequences[row] for row in edited])
+        best[at], chosen[at] = rows.max(dim=-1)
+        if random:
+            logits = logits.index_copy(0, at, rows)
+    sane = best.isfinite()
+    if random:
+        # A row that is not sane is drawn like the others, from zeros: leaving it out would cost a synchronisation.
+        at = torch.tensor(random, device=logits.device)
+        rows = logits if len(random) == len(sequences) else logits[at]
+        rows = torch.where(sane[at, None], rows, 0.0)
+        chosen[at] = draw(rows, _rules([sequences[row] for row in random]))
+    return [
+        token if token_is_sane else None for token, token_is_sane in zip(chosen.tolist(), sane.tolist(), strict=True)
+    ]
 
 
-def _draw(logits: torch.Tensor, sequence: Sequence, generator: torch.Generator) -> int:
-    """Nucleus sampling: the smallest set of most likely tokens whose mass reaches `top_p`, at `temperature`."""
-    sampling = sequence.request.sampling
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(dim=0) - ordered
-        ordered[before >= sampling.top_p] = 0.0
-        return int(order[torch.multinomial(ordered, 1, generator=generator)])
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def _rules(sequences: Rows[Sequence]) -> Rules:
+    """The sampling parameters of several requests, as vectors."""
+    sampling = [sequence.request.sampling for sequence in sequences]
+    seeds = np.array([sequence.seed for sequence in sequences], dtype=np.uint64)
+    counters = np.array([sequence.output_length for sequence in sequences], dtype=np.uint64)
+    temperature, top_p, min_p = np.array([(s.temperature, s.top_p, s.min_p) for s in sampling], dtype=np.float32).T
+    top_k = np.array([s.top_k for s in sampling], dtype=np.int64)
+    return Rules(temperature, top_k, top_p, min_p, uniforms(seeds, counters))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-import torch
-
+from server.engine.token_counts import TokenCounts
 from server.engine.types import EngineRequest, FinishReason, TokenEvent
 from store.mix import Mix
 
@@ -32,6 +32,8 @@ class Sequence:
     request: EngineRequest
     max_tokens: int
     emit: Callable[[Event], None]
+    eos: frozenset[int] = frozenset()
+    """Tokens with which the model ends its turn."""
     id: int = field(default_factory=lambda: next(_ids))
     state: SequenceState = SequenceState.LOADING
     tokens: list[int] = field(default_factory=list)
@@ -40,18 +42,20 @@ class Sequence:
     """KV cache blocks, in order."""
     computed: int = 0
     """How many of `tokens` have their keys and values in the cache."""
-    generator: torch.Generator | None = None
-    """Own random stream, so that a seed means the same whatever else is in the batch."""
+    seed: int = field(init=False)
+    """Of its own random stream, unsigned 64 bit, so that a seed means the same whatever else is in the batch."""
+    stop_tokens: frozenset[int] = field(init=False)
+    """Tokens that end the answer and are not part of it."""
+    counts: TokenCounts | None = None
+    """Kept where the request has penalties."""
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
         sampling = self.request.sampling
-        if sampling.temperature > 0.0:
-            self.generator = torch.Generator()
-            if sampling.seed is None:
-                self.generator.seed()
-            else:
-                self.generator.manual_seed(sampling.seed % (1 << 63))
+        self.tokens = list(self.request.prompt)
+        self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % (1 << 64)
+        self.stop_tokens = sampling.stop_tokens | (frozenset() if sampling.ignore_eos else self.eos)
+        if sampling.penalises:
+            self.counts = TokenCounts(self.tokens)
 
     @property
     def mix(self) -> Mix:
@@ -66,9 +70,9 @@ class Sequence:
         """Tokens that the next steps must still run through the model before one can be sampled."""
         return len(self.tokens) - self.computed
 
-    def append(self, token: int, stop_tokens: frozenset[int]) -> TokenEvent:
+    def append(self, token: int) -> TokenEvent:
         """Take a sampled token and say what the client learns of it."""
-        if token in stop_tokens:
+        if token in self.stop_tokens:
             return TokenEvent(None, FinishReason.STOP)
         self.tokens.append(token)
         finish = FinishReason.LENGTH if self.output_length >= self.max_tokens else None

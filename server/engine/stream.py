@@ -14,6 +14,7 @@ class EngineStream:
     """A `TokenStream` fed by the engine's thread.
 
     Args:
+        eos: tokens with which the model ends its turn.
         outbox: what carries the events here.
         closed: called once, when the stream has ended in whatever way.
         cancel: called if it is closed before its end.
@@ -25,6 +26,7 @@ class EngineStream:
         max_tokens: int,
         outbox: Outbox,
         *,
+        eos: frozenset[int],
         closed: Callable[[], None],
         cancel: Callable[[Sequence], None],
     ) -> None:
@@ -32,7 +34,7 @@ class EngineStream:
         self._closed = closed
         self._cancel = cancel
         self._done = False
-        self.sequence = Sequence(request, max_tokens, emit=lambda event: outbox.put(self._events, event))
+        self.sequence = Sequence(request, max_tokens, emit=lambda event: outbox.put(self._events, event), eos=eos)
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self

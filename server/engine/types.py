@@ -24,14 +24,50 @@ class FinishReason(StrEnum):
     """`max_tokens` or the context was used up."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy: they choose the same tokens, and dividing by them loses all precision."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. `temperature == 0` is greedy; `seed is None` draws from the system's entropy."""
+    """How to choose tokens: penalties and biases change the logits, temperature scales them, then min-p, top-k and
+    top-p leave out tokens, in this order."""
 
     max_tokens: int | None = None
     temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """Tokens stay while all that are likelier have less than this share of the mass."""
     seed: int | None = None
+    """None draws from the system's entropy."""
+    top_k: int = 0
+    """Tokens that stay, and those as likely as the last of them; 0 is no limit."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are left out."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen in prompt or answer, multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens of the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens of the answer as often as they occur in it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to logits: distinct tokens with their biases."""
+    min_tokens: int = 0
+    """Tokens of the answer before one that ends it may be chosen."""
+    ignore_eos: bool = False
+    """Go on where the model ends its turn."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Tokens that end the answer besides the model's own."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is chosen."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it matters which tokens have been seen."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,11 @@ class DummyEngine:
             raise QueueFullError("too many wait", retry_after=7)
         if max(request.prompt) >= VOCABULARY:
             raise InvalidRequestError("no such token", param="prompt")
+        sampling = request.sampling
+        if any(token >= VOCABULARY for token, _ in sampling.logit_bias):
+            raise InvalidRequestError("no such token", param="logit_bias")
+        if any(token >= VOCABULARY for token in sampling.stop_tokens):
+            raise InvalidRequestError("no such token", param="stop_token_ids")
         if len(request.prompt) + (request.sampling.max_tokens or 1) > CONTEXT:
             raise ContextLengthError(f"the context holds {CONTEXT} tokens", param="max_tokens")
         self.streams.append(DummyStream(self, request))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from openai import AsyncOpenAI
 
+from tests.api.dummy_engine import CONTEXT
 from tests.api.house import BASE, CRON, FRENCH, House, error, events
 
 pytestmark = pytest.mark.anyio
@@ -22,6 +23,14 @@ async def test_answer(openai: AsyncOpenAI) -> None:
 async def test_sixteen_tokens_by_default(openai: AsyncOpenAI) -> None:
     answer = await openai.completions.create(model=BASE, prompt="a long enough prompt")
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
+
+
+async def test_a_length_nobody_asked_for_is_shortened(house: House) -> None:
+    """Only what the client asks for itself can be too much."""
+    answer = (await house.complete("a" * (CONTEXT - 5))).json()
+    assert answer["usage"]["completion_tokens"] == 5
+    assert error(await house.complete("a" * (CONTEXT - 5), max_tokens=6), 400)["code"] == "context_length_exceeded"
+    assert error(await house.complete("a" * CONTEXT), 400)["code"] == "context_length_exceeded"
 
 
 async def test_stream(openai: AsyncOpenAI) -> None:

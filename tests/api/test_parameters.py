@@ -8,18 +8,14 @@ import openai as sdk
 import pytest
 from openai import AsyncOpenAI
 
+from server.api.sampling import SamplingFields
+from server.engine.types import SamplingParams
 from tests.api.house import BASE, House, error
 
 pytestmark = pytest.mark.anyio
 
-BOTH: list[tuple[str, Any, Any]] = [
-    # name, a value that asks for something, a neutral one
-    ("presence_penalty", 0.5, 0),
-    ("frequency_penalty", -1, 0.0),
-    ("logit_bias", {"5": 1}, {}),
-]
 CHAT: list[tuple[str, Any, Any]] = [
-    *BOTH,
+    # name, a value that asks for something, a neutral one
     ("audio", {"voice": "alloy"}, None),
     ("function_call", "auto", "none"),
     ("functions", [{"name": "f"}], []),
@@ -41,7 +37,6 @@ CHAT: list[tuple[str, Any, Any]] = [
     ("web_search_options", {}, None),
 ]
 COMPLETION: list[tuple[str, Any, Any]] = [
-    *BOTH,
     ("best_of", 2, 1),
     ("echo", True, False),
     ("logprobs", 0, None),
@@ -88,6 +83,27 @@ async def test_unsupported_in_completions(house: House, name: str, asking: Any, 
         ({"temperature": "1"}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"top_p": 1.1}, "top_p", "invalid_value"),
+        ({"top_k": -2}, "top_k", "invalid_value"),
+        ({"top_k": 1.0}, "top_k", "invalid_value"),
+        ({"min_p": 1.5}, "min_p", "invalid_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": "1"}, "frequency_penalty", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"5": None}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": [5]}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"258": 1}}, "logit_bias", "invalid_request"),
+        ({"stop_token_ids": [258]}, "stop_token_ids", "invalid_request"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids", "invalid_value"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "invalid_value"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_value"),
+        ({"ignore_eos": 1}, "ignore_eos", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": 17}, "n", "invalid_request"),
         ({"n": True}, "n", "invalid_value"),
@@ -154,16 +170,39 @@ async def test_user_is_accepted(openai: AsyncOpenAI) -> None:
 
 
 async def test_nulls_mean_defaults(house: House) -> None:
-    nulls = ("experts", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop", "stream")
+    nulls = ("experts", "max_tokens", "max_completion_tokens", "n", "stop", "stream", *SamplingFields.model_fields)
     response = await house.chat(**dict.fromkeys((*nulls, "stream_options", "user")))
     assert response.json()["choices"][0]["message"]["content"] == "base heard: user: hello"
+
+
+async def test_sampling_reaches_the_engine(house: House) -> None:
+    asked: dict[str, Any] = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "presence_penalty": -1.5,
+        "frequency_penalty": 1,
+        "repetition_penalty": 1.1,
+        "seed": -3,
+        "min_tokens": 2,
+        "ignore_eos": True,
+    }
+    given = {"top_k": 40, "logit_bias": {"5": -100, "7": 0.5, "9": 0}, "stop_token_ids": [10, 10, 13]}
+    for response in (await house.chat(**asked, **given), await house.complete(**asked, **given, max_tokens=9)):
+        assert response.status_code == 200, response.text
+        sampling = house.engine.streams[-1].request.sampling
+        assert {name: getattr(sampling, name) for name in asked} == asked
+        assert (sampling.top_k, sampling.stop_tokens) == (40, {10, 13})
+        assert sampling.logit_bias == ((5, -100.0), (7, 0.5))
+    await house.chat(top_k=-1)
+    assert house.engine.streams[-1].request.sampling == SamplingParams()
 
 
 async def test_the_sdk_raises_its_own_exceptions(openai: AsyncOpenAI) -> None:
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(sdk.BadRequestError) as bad:
-        await openai.chat.completions.create(model=BASE, messages=messages, presence_penalty=1)
-    assert (bad.value.param, bad.value.code) == ("presence_penalty", "unsupported_parameter")
+        await openai.chat.completions.create(model=BASE, messages=messages, presence_penalty=3)
+    assert (bad.value.param, bad.value.code) == ("presence_penalty", "invalid_value")
     assert bad.value.type == "invalid_request_error"
     with pytest.raises(sdk.NotFoundError) as missing:
         await openai.chat.completions.create(model="nobody", messages=messages)

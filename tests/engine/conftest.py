@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,9 +111,9 @@ async def running(library: Library, settings: EngineSettings = SETTINGS) -> Asyn
 
 
 async def collect(
-    engine: TransformersEngine, prompt: list[int], mix: Mix, max_tokens: int = 12, **sampling: float
+    engine: TransformersEngine, prompt: list[int], mix: Mix, max_tokens: int = 12, **sampling: Any
 ) -> tuple[list[int], FinishReason]:
-    params = SamplingParams(max_tokens=max_tokens, **({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=max_tokens, **({"temperature": 0.0} | sampling))
     tokens = []
     finish = None
     async for event in engine.submit(EngineRequest(tuple(prompt), params, mix)):

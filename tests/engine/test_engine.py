@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,6 +102,46 @@ def test_a_seed_fixes_a_sampled_answer_whatever_runs_beside_it(library: Library)
             other = await collect(engine, [5, 6, 7], BASE_MIX, 20, **(options | {"seed": 8}))
             assert crowd[0] == alone
             assert other != alone
+
+    run(body())
+
+
+def test_penalties_biases_and_stops_reach_the_model_s_answers(library: Library) -> None:
+    """Beside greedy neighbours, which must not notice."""
+
+    async def body() -> None:
+        async with running(library) as engine:
+            plain = library.greedy(BASE_MIX, [5, 6, 7], 20)
+            repeated = next(token for token in plain if plain.count(token) > 1)
+            banned = tuple((token, -100.0) for token in set(plain))
+            ask = partial(collect, engine, [5, 6, 7], BASE_MIX, 20)
+            together = await asyncio.gather(
+                ask(),
+                ask(logit_bias=banned),
+                ask(frequency_penalty=2.0, repetition_penalty=10.0),
+                ask(stop_tokens=frozenset({plain[3]})),
+                ask(stop_tokens=frozenset({plain[0]}), min_tokens=4),
+                ask(logit_bias=((256, 100.0),)),
+                ask(logit_bias=((256, 100.0),), ignore_eos=True),
+                ask(logit_bias=((256, 100.0),), min_tokens=7),
+            )
+            answers = [tokens for tokens, _ in together]
+            assert answers[0] == plain
+            assert not set(answers[1]) & set(plain)
+            assert answers[2].count(repeated) < plain.count(repeated)
+            assert answers[3] == plain[: plain.index(plain[3])]
+            assert len(answers[4]) >= 4
+            assert plain[0] not in answers[4]
+            assert together[5] == ([], FinishReason.STOP)
+            assert together[6] == ([256] * 20, FinishReason.LENGTH)
+            assert (len(answers[7]), together[7][1]) == (7, FinishReason.STOP)
+            for name, sampling in (
+                ("logit_bias", SamplingParams(logit_bias=((260, 1.0),))),
+                ("stop_token_ids", SamplingParams(stop_tokens=frozenset({260}))),
+            ):
+                with pytest.raises(InvalidRequestError) as refused:
+                    engine.submit(EngineRequest((1,), sampling))
+                assert refused.value.param == name
 
     run(body())
 

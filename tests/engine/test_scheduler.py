@@ -13,7 +13,6 @@ from server.engine.types import EngineRequest, SamplingParams
 from store.mix import BASE_MIX, Mix
 
 SHAPE = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
-NEVER: frozenset[int] = frozenset()
 
 
 def make(blocks: int = 64, **options: int) -> tuple[Scheduler, KVCache]:
@@ -35,7 +34,7 @@ def step(scheduler: Scheduler) -> tuple[Mix, list[Sequence]]:
     for item in work:
         samples = item.samples
         item.sequence.computed += item.count
-        if samples and item.sequence.append(7, NEVER).finish is not None:
+        if samples and item.sequence.append(7).finish is not None:
             scheduler.remove(item.sequence)
     return mix, [item.sequence for item in work]
 
@@ -70,7 +69,7 @@ def test_a_long_prompt_is_cut_so_that_running_streams_advance_at_every_step() ->
             samples = item.samples
             item.sequence.computed += item.count
             if samples:
-                item.sequence.append(7, NEVER)
+                item.sequence.append(7)
     assert long.output_length == 1
 
 
