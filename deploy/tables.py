@@ -29,7 +29,16 @@ from store.errors import SwitchyardError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("docs/architecture.md", "docs/operations.md", "docs/api.md")
-ROOMS = ("server", "server/api", "server/engine", "store", "store/codecs", "store/backends", "router")
+ROOMS = (
+    "server",
+    "server/api",
+    "server/engine",
+    "server/engine/kernels",
+    "store",
+    "store/codecs",
+    "store/backends",
+    "router",
+)
 
 _BLOCK = re.compile(r"(<!-- ([\w/]+): written by make docs -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 

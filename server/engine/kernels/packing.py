@@ -1,0 +1,158 @@
+"""Between the deltas of an expert file and their packed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, PackedDelta, SparseRows, rows_and_columns
+from store.deltas import Delta, SparseDelta
+
+SPARSE_BELOW = 0.05
+"""Density from which on two planes are read faster than a list of nonzeros."""
+_MOST_COLUMNS = 1 << 15
+"""Entries of `SparseRows` are 16 bits: a column and a sign."""
+
+
+def pack(delta: Delta, device: torch.device) -> PackedDelta:
+    """A decoded delta in the form that mixed mode reads fastest, on the device.
+
+    Vectors (norms, biases) and dense deltas are kept as float32; the others by density.
+    """
+    if not isinstance(delta, SparseDelta):
+        return DenseValues(torch.from_numpy(delta.values).to(device))
+    top = int(np.abs(delta.levels.astype(np.int16)).max(initial=1))
+    form = _form(delta.shape, len(delta.indices), top)
+    if form is DenseValues:
+        values = np.zeros(delta.shape, np.float32)
+        values.reshape(-1)[delta.indices] = delta.levels * np.float32(delta.scale)
+        return DenseValues(torch.from_numpy(values).to(device))
+    if form is SparseRows:
+        return _sparse_rows(delta, top, device)
+    return _bit_planes(delta, top, device)
+
+
+def packed_bytes(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) -> int:
+    """Exactly what `pack` will take of the device's memory.
+
+    Args:
+        shape: of the tensor.
+        nnz: its nonzeros; None for a dense delta.
+        top_level: the largest magnitude among the levels; 1 for ternary deltas.
+    """
+    rows, columns = rows_and_columns(shape)
+    form = DenseValues if nnz is None else _form(shape, nnz, top_level)
+    if nnz is None or form is DenseValues:
+        return 4 * rows * columns
+    if form is SparseRows:
+        return 4 * rows + 4 * (rows + 1) + (2 if top_level == 1 else 3) * nnz
+    return 8 * _blocks(rows) * BLOCK * _blocks(columns) * _digits(top_level)
+
+
+def gather_rows(delta: PackedDelta, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a delta, dense: what an embedding adds for these tokens.
+
+    Args:
+        rows: `[n]` int64 on the delta's device, below the number of rows.
+
+    Returns:
+        `[n, columns]` float32.
+    """
+    count, columns = rows_and_columns(delta.shape)
+    if isinstance(delta, DenseValues):
+        return delta.values.view(count, columns)[rows]
+    if isinstance(delta, BitPlanes):
+        return _decode_words(delta.words[rows // BLOCK, :, :, :, rows % BLOCK], delta.scale, columns)
+    place = torch.empty_like(delta.order)
+    place[delta.order.long()] = torch.arange(count, dtype=torch.int32, device=delta.device)
+    place = place[rows].long()
+    starts, counts = delta.starts[place].long(), (delta.starts[place + 1] - delta.starts[place]).long()
+    owner = torch.repeat_interleave(torch.arange(len(rows), device=delta.device), counts)
+    first = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
+    chosen = first + torch.arange(len(owner), device=delta.device)
+    entries = delta.entries[chosen].long() & 0xFFFF
+    values = (1 - 2 * (entries & 1)).float() * delta.scale
+    if delta.levels is not None:
+        values *= delta.levels[chosen]
+    dense = torch.zeros(len(rows), columns, device=delta.device)
+    dense[owner, entries >> 1] = values
+    return dense
+
+
+def dense(delta: PackedDelta) -> torch.Tensor:
+    """The whole delta as float32, in its own shape."""
+    if isinstance(delta, DenseValues):
+        return delta.values
+    rows, _ = rows_and_columns(delta.shape)
+    return gather_rows(delta, torch.arange(rows, device=delta.device)).view(delta.shape)
+
+
+def _form(shape: tuple[int, ...], nnz: int, top_level: int) -> type[PackedDelta]:
+    rows, columns = rows_and_columns(shape)
+    if len(shape) < 2:
+        return DenseValues
+    if columns <= _MOST_COLUMNS and nnz < SPARSE_BELOW * _digits(top_level) * rows * columns:
+        return SparseRows
+    return BitPlanes
+
+
+def _sparse_rows(delta: SparseDelta, top: int, device: torch.device) -> SparseRows:
+    rows, columns = rows_and_columns(delta.shape)
+    owner = (delta.indices // columns).astype(np.int64)
+    counts = np.bincount(owner, minlength=rows)
+    order = np.argsort(-counts, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts[order])])
+    natural = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    chosen = np.arange(len(owner)) + np.repeat(natural[order] - starts[:-1], counts[order])
+    entries = 2 * (delta.indices - owner * columns) + (delta.levels < 0)
+    levels = np.abs(delta.levels.astype(np.int16)).astype(np.uint8)
+
+    def on_device(array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return SparseRows(
+        delta.shape,
+        delta.scale,
+        order=on_device(order.astype(np.int32)),
+        starts=on_device(starts.astype(np.int32)),
+        entries=on_device(entries[chosen].astype(np.uint16).view(np.int16)),
+        levels=None if top == 1 else on_device(levels[chosen]),
+    )
+
+
+def _bit_planes(delta: SparseDelta, top: int, device: torch.device) -> BitPlanes:
+    rows, columns = rows_and_columns(delta.shape)
+    digits, row_blocks, column_blocks = _digits(top), _blocks(rows), _blocks(columns)
+    words = np.empty((row_blocks, digits, column_blocks, 2, BLOCK), np.int32)
+    left = delta.levels.astype(np.int16)
+    bits = np.zeros((row_blocks * BLOCK, column_blocks * BLOCK), np.uint8)
+    places = delta.indices + (delta.indices // columns).astype(np.int64) * (bits.shape[1] - columns)
+    for digit in range(digits):
+        trits = (left + 1) % 3 - 1
+        left = (left - trits) // 3
+        for sign, value in enumerate((1, -1)):
+            bits.reshape(-1)[places] = trits == value
+            packed = np.packbits(bits, axis=1, bitorder="little").view("<i4")
+            words[:, digit, :, sign, :] = packed.reshape(row_blocks, BLOCK, column_blocks).transpose(0, 2, 1)
+    return BitPlanes(delta.shape, delta.scale, torch.from_numpy(words).to(device))
+
+
+def _decode_words(words: torch.Tensor, scale: float, columns: int) -> torch.Tensor:
+    """`[n, digits, columns/32, 2]` int32 → `[n, columns]` float32."""
+    bits = words.unsqueeze(-1) >> torch.arange(BLOCK, dtype=torch.int32, device=words.device) & 1
+    trits = (bits[:, :, :, 0] - bits[:, :, :, 1]).flatten(2)
+    powers = 3 ** torch.arange(trits.shape[1], dtype=torch.int32, device=words.device)
+    return (trits * powers[:, None]).sum(1, dtype=torch.int32)[:, :columns].float() * scale
+
+
+def _digits(top_level: int) -> int:
+    """Balanced ternary digits that reach `top_level`: 1, 4, 13, 40, 121, 364."""
+    digits = 1
+    while (3**digits - 1) // 2 < top_level:
+        digits += 1
+    return digits
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)

@@ -1,0 +1,143 @@
+"""What mixed mode works with: an expert's tensor in packed form, and which rows of a batch it is for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+BLOCK = 32
+"""Rows of a tensor that lie side by side in `BitPlanes`, and columns in one of its words."""
+
+
+@dataclass(frozen=True, eq=False)
+class BitPlanes:
+    """A delta as bit planes: two bits per weight and digit, read without decoding an index.
+
+    A level is written in balanced ternary, Σ_k 3^k · digit_k with digits −1, 0, +1; a ternary delta has one digit.
+    Leading dimensions count as rows. Rows and columns are padded to 32 with zeros.
+
+    Attributes:
+        shape: of the whole tensor.
+        scale: what one level is worth.
+        words: `[rows/32, digits, columns/32, 2, 32]` int32. Bit c of `words[b, k, j, 0, r]` says that digit k of the
+            element in row 32·b + r and column 32·j + c is +1; of `words[b, k, j, 1, r]`, that it is −1.
+    """
+
+    shape: tuple[int, ...]
+    scale: float
+    words: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
+    def digits(self) -> int:
+        return self.words.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows:
+    """A delta as a list of nonzeros per row, for few of them.
+
+    Rows are sorted by their number of nonzeros, most first, so that neighbours can be worked on in step.
+    Leading dimensions count as rows.
+
+    Attributes:
+        shape: of the whole tensor.
+        scale: what one level is worth.
+        order: `[rows]` int32, the row that each list belongs to.
+        starts: `[rows + 1]` int32, where each list starts, in `order`'s order.
+        entries: `[nnz]` int16 holding unsigned values: 2 · column + (1 if negative), ascending within a list.
+        levels: `[nnz]` uint8, magnitudes; None where all are 1.
+    """
+
+    shape: tuple[int, ...]
+    scale: float
+    order: torch.Tensor
+    starts: torch.Tensor
+    entries: torch.Tensor
+    levels: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        levels = 0 if self.levels is None else self.levels.nbytes
+        return self.order.nbytes + self.starts.nbytes + self.entries.nbytes + levels
+
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+
+@dataclass(frozen=True, eq=False)
+class DenseValues:
+    """A delta with a value for every element: norms, biases and other small tensors.
+
+    Attributes:
+        values: float32, in the tensor's own shape.
+    """
+
+    values: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+
+PackedDelta = BitPlanes | SparseRows | DenseValues
+"""One tensor of an expert on one device, as mixed mode reads it. Made by `pack`; identity is the object's."""
+
+Term = tuple[float, PackedDelta]
+"""A weight of the mix and the delta it is for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows `start` to `stop` (exclusive) of a batch that get the same deltas.
+
+    A caller that keeps its groups from step to step saves the work of preparing them.
+    """
+
+    start: int
+    stop: int
+    terms: tuple[Term, ...]
+
+
+class Kernels(Protocol):
+    """One implementation of the arithmetic of mixed mode. Safe to call from any one thread at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
+        """In place: `y[i] += Σ_k weight_k · (x[i] @ Δ_kᵀ)` for the rows i of each group.
+
+        Summed in float32 and rounded to `y`'s dtype once per group. Rows in no group are not touched.
+
+        Args:
+            y: `[rows, out]`, float32, bfloat16 or float16, contiguous.
+            x: `[rows, in]`, of `y`'s dtype and on its device, contiguous.
+            groups: disjoint, within the rows; every delta has the shape `(out, in)` and lies on the same device.
+        """
+        ...
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor as a matrix: leading dimensions count as rows; a vector is one row."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.kernels import dense, gather_rows, pack, packed_bytes
+from server.engine.kernels.packing import SPARSE_BELOW
+from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
+from store.deltas import DenseDelta, SparseDelta
+from tests.engine.kernels.builders import as_matrix, sparse_delta
+
+CPU = torch.device("cpu")
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 70), st.integers(1, 100)),
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=shapes,
+    density=st.one_of(st.just(0.0), st.floats(0, 0.1), st.floats(0, 1), st.just(1.0)),
+    top=st.sampled_from([1, 1, 2, 4, 5, 7, 13, 14, 40, 41, 121, 127]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_is_packed_is_found_again(shape: tuple[int, ...], density: float, top: int, seed: int) -> None:
+    delta = sparse_delta(seed, shape, density, top=top)
+    packed = pack(delta, CPU)
+    assert packed.shape == shape
+    top = top if len(delta.levels) else 1
+    assert packed.nbytes == packed_bytes(shape, len(delta.indices), top)
+    torch.testing.assert_close(dense(packed).view(-1, shape[-1]), torch.from_numpy(as_matrix(delta)), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_are_gathered_in_any_order_and_number(
+    data: st.DataObject, shape: tuple[int, int], density: float, seed: int
+) -> None:
+    rows = data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=20))
+    delta = sparse_delta(seed, shape, density)
+    gathered = gather_rows(pack(delta, CPU), torch.tensor(rows, dtype=torch.int64))
+    assert gathered.dtype == torch.float32
+    torch.testing.assert_close(gathered, torch.from_numpy(as_matrix(delta)[rows]).view(-1, shape[1]))
+
+
+def test_the_planes_are_laid_out_as_documented() -> None:
+    delta = sparse_delta(3, (40, 70), 0.5, top=4)
+    packed = pack(delta, CPU)
+    assert isinstance(packed, BitPlanes)
+    levels = np.zeros((40, 70), int)
+    levels.reshape(-1)[delta.indices] = delta.levels
+    for row, column in np.ndindex(levels.shape):
+        words = packed.words[row // 32, :, column // 32, :, row % 32] >> column % 32 & 1
+        assert sum(3**k * int(plus - minus) for k, (plus, minus) in enumerate(words)) == levels[row, column]
+    assert not packed.words[1, :, :, :, 8:].any()
+    assert not (packed.words[:, :, 2] >> 6 & (1 << 26) - 1).any()
+
+
+def test_density_decides_the_form() -> None:
+    shape = (64, 64)
+    at = int(SPARSE_BELOW * 64 * 64)
+    few = SparseDelta(shape, np.arange(at, dtype=np.int32), np.ones(at, np.int8), 1.0)
+    many = SparseDelta(shape, np.arange(at + 1, dtype=np.int32), np.ones(at + 1, np.int8), 1.0)
+    assert isinstance(pack(few, CPU), SparseRows)
+    assert isinstance(pack(many, CPU), BitPlanes)
+
+
+def test_a_tensor_too_wide_for_sixteen_bits_is_packed_in_planes() -> None:
+    wide = SparseDelta((1, 40_000), np.array([39_999], np.int32), np.array([-1], np.int8), 0.5)
+    packed = pack(wide, CPU)
+    assert isinstance(packed, BitPlanes)
+    assert dense(packed)[0, 39_999] == -0.5
+    widest = SparseDelta((1, 1 << 15), np.array([(1 << 15) - 1], np.int32), np.array([-1], np.int8), 0.5)
+    packed = pack(widest, CPU)
+    assert isinstance(packed, SparseRows)
+    assert dense(packed)[0, -1] == -0.5
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), ()])
+def test_dense_deltas_stay_as_they_are(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    values = np.asarray(values, np.float32)
+    packed = pack(DenseDelta(values), CPU)
+    assert isinstance(packed, DenseValues)
+    assert packed.shape == shape
+    assert packed.nbytes == packed_bytes(shape, None) == values.nbytes
+    torch.testing.assert_close(dense(packed), torch.from_numpy(values), rtol=0, atol=0)
+
+
+def test_a_ternary_vector_becomes_dense() -> None:
+    delta = SparseDelta((9,), np.array([2, 8], np.int32), np.array([1, -1], np.int8), 0.25)
+    packed = pack(delta, CPU)
+    assert dense(packed).tolist() == [0, 0, 0.25, 0, 0, 0, 0, 0, -0.25]
+    assert packed.nbytes == packed_bytes((9,), 2)
