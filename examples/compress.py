@@ -58,9 +58,10 @@ def main() -> None:
         if task.name not in (args.task or TASKS) or not (tuned / "finetune.json").is_file() or out.exists():
             continue
         report = compress_task(task, args.base, tuned, out, args.knob, CACHE.parent)
+        kl = f"KL {report.calibration.kl:.4f}, " if report.calibration else ""
         print(
             f"{out.name}: {report.bytes / 1e6:.2f} MB, {report.bits_per_param:.3f} bits/param, "
-            f"{report.times_smaller:.1f} × smaller than bf16, {report.multiplier:.2f} × rms, {report.seconds:.0f} s"
+            f"{report.times_smaller:.1f} × smaller than bf16, {kl}{report.seconds:.0f} s"
         )
 
 

@@ -21,7 +21,7 @@ from store.report import Report
 _STAGES = {
     "fingerprint": "fingerprint of the base",
     "compress": "compressing tensors",
-    "calibrate": "calibrating the knob",
+    "calibrate": "calibrating the scales",
     "write": "writing and checking the file",
 }
 
@@ -77,9 +77,11 @@ def _show(report: Report, output: Path, out: Console) -> None:
         table.add_row(row.kind, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.nonzeros:,}", f"{row.bytes:,}")
     out.print(table)
     knob = str(report.knob)
-    if report.kl is not None and report.kl_at_one is not None:
+    if (found := report.calibration) is not None:
         knob += (
-            f", {report.multiplier:.2f} × rms (KL to the fine-tune {report.kl_at_one:.3f} → {report.kl:.3f} nats/token)"
+            f"; KL to the fine-tune in nats/token: {found.kl_at_one:.3f} with rms, {found.kl_at_multiplier:.3f} with "
+            f"{found.multiplier:.2f} × rms, {found.kl:.3f} with each tensor's own multiplier "
+            f"({min(found.multipliers.values()):.2f} to {max(found.multipliers.values()):.2f})"
         )
     out.print(
         f"[bold]{escape(str(output))}[/]: {report.bytes / 1e6:.2f} MB, {report.bits_per_param:.3f} bits per parameter, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -99,10 +98,10 @@ def compress(
         if compressed is not None:
             packed[tensor] = compressed
 
-    found = Calibration(1.0, math.nan, math.nan)
+    found: Calibration | None = None
     if chosen is Knob.CALIBRATED and exemplars and any(isinstance(item, PackedTernary) for item in packed.values()):
         found = calibrate(base, tuned_folder, packed, exemplars, progress=progress)
-        packed = {tensor: _scaled(tensor, item, found.multiplier) for tensor, item in packed.items()}
+        packed = {tensor: _scaled(tensor, item, found.multipliers.get(tensor, 1.0)) for tensor, item in packed.items()}
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
     tell("write", 0, 1)
     header = write_expert(out, info, packed, manifest)
@@ -116,9 +115,7 @@ def compress(
         density=header.density,
         relative_error=relative_error(overlaps, packed),
         knob=chosen,
-        multiplier=found.multiplier,
-        kl=None if math.isnan(found.kl) else found.kl,
-        kl_at_one=None if math.isnan(found.kl) else found.kl_at_one,
+        calibration=found,
         rows=kind_rows({name: tensor.span.numel for name, tensor in base.tensors.items()}, packed),
         seconds=time.monotonic() - started,
     )

@@ -15,6 +15,8 @@ from store.packed import PackedDense, PackedTensor, PackedTernary
 if TYPE_CHECKING:
     import torch
 
+    from store.calibrate import Calibration
+
 
 @dataclass(frozen=True)
 class KindRow:
@@ -37,9 +39,8 @@ class Report:
         times_smaller: the base's parameters in bfloat16 / `bytes`.
         density: nonzeros / elements over the ternary tensors.
         relative_error: ‖τ − τ̃‖ / ‖τ‖ over all parameters; 0 for an unchanged model.
-        knob, multiplier: how scales were chosen; `multiplier` is 1 unless calibrated.
-        kl, kl_at_one: mean KL(fine-tune ‖ expert) in nats per answer token, with the multiplier and without it; None
-            unless calibrated.
+        knob: how scales were chosen.
+        calibration: the multipliers and what they brought; None unless calibrated.
         rows: per kind of storage.
         seconds: wall time.
     """
@@ -50,9 +51,7 @@ class Report:
     density: float
     relative_error: float
     knob: Knob
-    multiplier: float
-    kl: float | None
-    kl_at_one: float | None
+    calibration: Calibration | None
     rows: tuple[KindRow, ...]
     seconds: float
 

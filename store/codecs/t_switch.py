@@ -29,7 +29,7 @@ class Knob(StrEnum):
     L1 = "l1"
     """Σ|τ| / nnz over the untrimmed tensor: keeps the L1 mass, and needs no data."""
     CALIBRATED = "calibrated"
-    """RMS times one multiplier for the whole expert, found on exemplars (`store.calibrate`)."""
+    """RMS times a multiplier per tensor, learned on exemplars (`store.calibrate`)."""
 
 
 class TSwitch:

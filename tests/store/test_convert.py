@@ -92,7 +92,7 @@ def test_the_report_tells_the_truth(folders: tuple[Path, Path], tmp_path: Path, 
     assert report.bits_per_param == header.bits_per_param
     assert report.density == header.density == pytest.approx(0.1, abs=0.01)
     assert report.relative_error == pytest.approx(measured_error(out, base, tuned), rel=1e-5)
-    assert (report.multiplier, report.kl, report.kl_at_one) == (1.0, None, None)
+    assert report.calibration is None
     rows = {row.kind: row for row in report.rows}
     parameters = sum(math.prod(shape) for shape in manifest_of(base, None).tensors.values())
     assert sum(row.parameters for row in report.rows) == parameters
@@ -109,13 +109,14 @@ def test_calibration_beats_the_plain_knob_and_is_deterministic(folders: tuple[Pa
         reports.append(compress(base, tuned, tmp_path / run, density=0.05, exemplars=EXEMPLARS))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     report = reports[0]
-    assert report.kl is not None
-    assert report.kl_at_one is not None
-    assert report.kl < report.kl_at_one
-    assert 0.5 <= report.multiplier <= 12.0
+    found = report.calibration
+    assert found is not None
+    assert found.kl < found.kl_at_multiplier < found.kl_at_one
+    assert 0.5 <= found.multiplier <= 12.0
+    assert len(set(found.multipliers.values())) == len(found.multipliers)
     header = validate(tmp_path / "a", manifest_of(base, None))
     assert header.exemplars == tuple(EXEMPLARS)
-    assert header.codec_params["multiplier"] == report.multiplier
+    assert header.codec_params["multiplier"] == found.multiplier
     compress(base, tuned, tmp_path / "rms", density=0.05, knob="rms")
     plain, scaled = (dict(read_deltas(tmp_path / run, manifest_of(base, None))) for run in ("rms", "a"))
     for name, delta in plain.items():
@@ -125,7 +126,7 @@ def test_calibration_beats_the_plain_knob_and_is_deterministic(folders: tuple[Pa
             assert (delta.values == other.values).all()
         else:
             assert not isinstance(other, DenseDelta)
-            assert other.scale == pytest.approx(delta.scale * report.multiplier, rel=1e-6)
+            assert other.scale == pytest.approx(delta.scale * found.multipliers[name], rel=1e-6)
     assert report.relative_error == pytest.approx(measured_error(tmp_path / "a", base, tuned), rel=1e-5)
 
 
@@ -165,7 +166,7 @@ def test_densities_by_glob(folders: tuple[Path, Path], tmp_path: Path) -> None:
 def test_an_unchanged_model_gives_an_empty_expert(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, _ = folders
     report = compress(base, base, tmp_path / "e", exemplars=EXEMPLARS)
-    assert (report.relative_error, report.density, report.kl) == (0.0, 0.0, None)
+    assert (report.relative_error, report.density, report.calibration) == (0.0, 0.0, None)
     assert validate(tmp_path / "e", manifest_of(base, None)).tensors == {}
 
 
