@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.router import Router
-from server.engine.types import Engine, EngineRequest, FinishReason, SamplingParams, TokenEvent, TokenStream
+from server.choices import Answer, ChoiceText, Part, Route
+from server.engine.types import Engine, EngineRequest, SamplingParams, TokenStream
 from server.metrics import Metrics
 from server.prompts import Prompt
 from server.text import IncrementalDecoder, StopMatcher
@@ -36,43 +37,8 @@ class GenerationRequest:
     """Most tokens of an answer where `sampling` does not say; fewer if the context leaves fewer."""
     stop: tuple[str, ...] = ()
     n: int = 1
-
-
-@dataclass(frozen=True)
-class Part:
-    """One expert of a mix, as it is told to the client."""
-
-    name: str
-    digest: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which mix answers one prompt, and why."""
-
-    mix: Mix
-    parts: tuple[Part, ...]
-    reason: str
-    distance: float | None = None
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of one choice: the text that has become certain, and how many tokens were spent on it."""
-
-    choice: int
-    text: str
-    tokens: int
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One finished answer."""
-
-    text: str
-    finish: FinishReason
+    echo: bool = False
+    """Begin each answer with its prompt."""
 
 
 class Generation:
@@ -111,9 +77,14 @@ class Generation:
                 await stream.aclose()
             raise
         self._count(routes)
+        tokenizer = self._engine.tokenizer
         texts = [
-            _ChoiceText(IncrementalDecoder(self._engine.tokenizer.decode, tokens), StopMatcher(request.stop))
-            for tokens in prompts
+            ChoiceText(
+                IncrementalDecoder(tokenizer.decode, tokens),
+                StopMatcher(request.stop),
+                prompt.echo(tokenizer) if request.echo else "",
+            )
+            for prompt, tokens in zip(request.prompts, prompts, strict=True)
             for _ in range(request.n)
         ]
         return Answer(routes, sum(map(len, prompts)), list(zip(streams, texts, strict=True)), self._metrics, began)
@@ -201,106 +172,6 @@ class Generation:
             self._metrics.mix_size.observe(len(route.mix.parts))
             for part in route.parts:
                 self._metrics.count_expert(part.name)
-
-
-class Answer:
-    """A request at work: an async iterator of the pieces of all its choices, in the order in which they come.
-
-    Close it, whatever happens: that is what frees the engine.
-    """
-
-    def __init__(
-        self,
-        routes: tuple[Route, ...],
-        prompt_tokens: int,
-        choices: Sequence[tuple[TokenStream, _ChoiceText]],
-        metrics: Metrics,
-        began: float,
-    ) -> None:
-        self.routes = routes
-        """The route of each prompt."""
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = 0
-        """Tokens spent so far on all choices."""
-        self.choices = len(choices)
-        self._metrics = metrics
-        self._began = began
-        self._unfinished = len(choices)
-        self._pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self._streams = [stream for stream, _ in choices]
-        self._pumps = [asyncio.create_task(self._pump(i, *choice)) for i, choice in enumerate(choices)]
-
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if not self._unfinished:
-            raise StopAsyncIteration
-        piece = await self._pieces.get()
-        if isinstance(piece, Exception):
-            raise piece
-        self.completion_tokens += piece.tokens
-        if piece.finish is not None:
-            self._unfinished -= 1
-        return piece
-
-    async def collect(self) -> list[Choice]:
-        """All choices, finished."""
-        texts = [""] * self.choices
-        ends = [FinishReason.STOP] * self.choices
-        async for piece in self:
-            texts[piece.choice] += piece.text
-            ends[piece.choice] = piece.finish or ends[piece.choice]
-        return [Choice(text, finish) for text, finish in zip(texts, ends, strict=True)]
-
-    async def aclose(self) -> None:
-        """Cancel what still runs."""
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        for stream in self._streams:  # a pump that was cancelled before it began has closed nothing
-            await stream.aclose()
-
-    async def _pump(self, choice: int, stream: TokenStream, text: _ChoiceText) -> None:
-        previous: float | None = None
-        try:
-            async for event in stream:
-                now = time.monotonic()
-                if previous is None:
-                    self._metrics.time_to_first_token.observe(now - self._began)
-                else:
-                    self._metrics.inter_token.observe(now - previous)
-                previous = now
-                piece, finish = text.push(event)
-                self._pieces.put_nowait(Delta(choice, piece, int(event.token is not None), finish))
-                if finish is not None:
-                    self._metrics.end_to_end.observe(now - self._began)
-                    return
-            raise RuntimeError("the engine ended an answer without a reason")
-        except Exception as error:
-            self._pieces.put_nowait(error)
-        finally:
-            await stream.aclose()
-
-
-class _ChoiceText:
-    """The text of one choice: decoding, then stop strings."""
-
-    def __init__(self, decoder: IncrementalDecoder, stops: StopMatcher) -> None:
-        self._decoder = decoder
-        self._stops = stops
-
-    def push(self, event: TokenEvent) -> tuple[str, FinishReason | None]:
-        """The text that this event makes certain, and why the choice ends here, if it does."""
-        text = "" if event.token is None else self._decoder.push(event.token)
-        if event.finish is not None:
-            text += self._decoder.flush()
-        text = self._stops.push(text)
-        if self._stops.matched:
-            return text, FinishReason.STOP
-        if event.finish is not None:
-            text += self._stops.flush()
-        return text, event.finish
 
 
 def _nth(sampling: SamplingParams, i: int) -> SamplingParams:

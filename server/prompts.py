@@ -28,6 +28,10 @@ class Prompt(Protocol):
         """The text that routing looks at."""
         ...
 
+    def echo(self, tokenizer: Tokenizer) -> str:
+        """The text as it is sent back in front of an answer."""
+        ...
+
 
 @dataclass(frozen=True)
 class ChatPrompt:
@@ -52,6 +56,9 @@ class ChatPrompt:
                 return message["content"]
         raise InvalidRequestError("routing needs a message from the user", param="messages")
 
+    def echo(self, tokenizer: Tokenizer) -> str:
+        return tokenizer.decode(self.encode(tokenizer))
+
 
 @dataclass(frozen=True)
 class TextPrompt:
@@ -73,6 +80,9 @@ class TextPrompt:
     def question(self, _: Tokenizer) -> str:
         return self.text
 
+    def echo(self, _: Tokenizer) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class TokenPrompt:
@@ -92,4 +102,7 @@ class TokenPrompt:
         return list(self.tokens)
 
     def question(self, tokenizer: Tokenizer) -> str:
+        return tokenizer.decode(self.tokens)
+
+    def echo(self, tokenizer: Tokenizer) -> str:
         return tokenizer.decode(self.tokens)

@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 from server.api.schema import GenerateBody
 from server.api.services import Services
 from server.api.streaming import EventStream, until_disconnect
-from server.generation import Answer, Choice, Delta, Route
+from server.choices import Answer, Choice, Delta, Route
+from server.engine.types import Likelihood, Tokenizer
 
 MIX_HEADER = "x-switchyard-mix"
 _HEADER_MIXES = 8
@@ -59,11 +60,12 @@ class Format(ABC):
     chunk: ClassVar[str]
     """The `object` of a piece."""
 
-    def __init__(self, model: str, fingerprint: str) -> None:
+    def __init__(self, model: str, fingerprint: str, tokenizer: Tokenizer) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._fingerprint = fingerprint
+        self._tokenizer = tokenizer
 
     def envelope(self, kind: str, choices: Sequence[Json]) -> Json:
         """What surrounds the choices; all pieces of one answer share the id."""
@@ -85,7 +87,7 @@ class Format(ABC):
         """What a choice begins with when streamed, if anything."""
 
     @abstractmethod
-    def piece(self, index: int, text: str) -> Json:
+    def piece(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Json:
         """A piece of a choice."""
 
     @abstractmethod
@@ -108,8 +110,8 @@ class Chunks:
             self._opened.add(delta.choice)
             if opening := self._style.opening(delta.choice):
                 yield self._chunk(opening)
-        if delta.text:
-            yield self._chunk(self._style.piece(delta.choice, delta.text))
+        if delta.text or delta.likelihoods:
+            yield self._chunk(self._style.piece(delta.choice, delta.text, delta.likelihoods))
         if delta.finish is not None:
             yield self._chunk(self._style.closing(delta.choice, delta.finish))
 
@@ -123,8 +125,9 @@ class Chunks:
         return envelope | {"usage": None} if self._include_usage else envelope
 
 
-async def respond(request: Request, services: Services, body: GenerateBody, style: Format) -> Response:
-    """Generate what the body asks for and write it in the style; a client that goes away stops it."""
+async def respond(request: Request, services: Services, body: GenerateBody, form: type[Format]) -> Response:
+    """Generate what the body asks for and write it in the form; a client that goes away stops it."""
+    style = form(body.model, services.fingerprint, services.engine.tokenizer)
     answer = await services.generation.start(body.to_request())
     headers = {MIX_HEADER: mix_header(answer.routes)}
     try:

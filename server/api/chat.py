@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -9,9 +10,11 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from server.api.answer import Format, Json, Usage, answer_docs, respond
+from server.api.logprobs import ChatLogprobs, chat_logprobs
 from server.api.schema import ChatBody
 from server.api.services import ReadyServices
-from server.generation import Choice
+from server.choices import Choice
+from server.engine.types import Likelihood
 
 router = APIRouter()
 
@@ -29,7 +32,7 @@ class ChatChoice(TypedDict):
 
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -54,16 +57,20 @@ class ChatFormat(Format):
 
     def choice(self, index: int, choice: Choice) -> Json:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
+        told = self._logprobs(choice.likelihoods)
+        return {"index": index, "message": message, "logprobs": told, "finish_reason": choice.finish}
 
     def opening(self, index: int) -> Json:
         return _delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str) -> Json:
-        return _delta(index, {"content": text})
+    def piece(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Json:
+        return _delta(index, {"content": text}) | {"logprobs": self._logprobs(likelihoods)}
 
     def closing(self, index: int, finish: str) -> Json:
         return _delta(index, {}, finish)
+
+    def _logprobs(self, likelihoods: Sequence[Likelihood]) -> ChatLogprobs | None:
+        return chat_logprobs(likelihoods, self._tokenizer) if likelihoods else None
 
 
 def _delta(index: int, delta: Json, finish: str | None = None) -> Json:
@@ -73,4 +80,4 @@ def _delta(index: int, delta: Json, finish: str | None = None) -> Json:
 @router.post("/v1/chat/completions", responses=answer_docs(ChatCompletion), response_class=Response)
 async def create_chat_completion(request: Request, body: ChatBody, services: ReadyServices) -> Response:
     """Answer a conversation; with `stream`, as server-sent events."""
-    return await respond(request, services, body, ChatFormat(body.model, services.fingerprint))
+    return await respond(request, services, body, ChatFormat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -9,9 +11,11 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from server.api.answer import Format, Json, Usage, answer_docs, respond
+from server.api.logprobs import TextLogprobs, TextLogprobsWriter
 from server.api.schema import CompletionBody
 from server.api.services import ReadyServices
-from server.generation import Choice
+from server.choices import Choice
+from server.engine.types import Likelihood, Tokenizer
 
 router = APIRouter()
 
@@ -21,7 +25,7 @@ class TextChoice(TypedDict):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -44,17 +48,24 @@ class CompletionFormat(Format):
     whole = "text_completion"
     chunk = "text_completion"
 
+    def __init__(self, model: str, fingerprint: str, tokenizer: Tokenizer) -> None:
+        super().__init__(model, fingerprint, tokenizer)
+        self._writers: defaultdict[int, TextLogprobsWriter] = defaultdict(lambda: TextLogprobsWriter(tokenizer))
+
     def choice(self, index: int, choice: Choice) -> Json:
-        return _text(index, choice.text, choice.finish)
+        return _text(index, choice.text, choice.finish) | {"logprobs": self._logprobs(index, choice.likelihoods)}
 
     def opening(self, _: int) -> None:
         return None
 
-    def piece(self, index: int, text: str) -> Json:
-        return _text(index, text)
+    def piece(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Json:
+        return _text(index, text) | {"logprobs": self._logprobs(index, likelihoods)}
 
     def closing(self, index: int, finish: str) -> Json:
         return _text(index, "", finish)
+
+    def _logprobs(self, index: int, likelihoods: Sequence[Likelihood]) -> TextLogprobs | None:
+        return self._writers[index].write(likelihoods) if likelihoods else None
 
 
 def _text(index: int, text: str, finish: str | None = None) -> Json:
@@ -64,4 +75,4 @@ def _text(index: int, text: str, finish: str | None = None) -> Json:
 @router.post("/v1/completions", responses=answer_docs(Completion), response_class=Response)
 async def create_completion(request: Request, body: CompletionBody, services: ReadyServices) -> Response:
     """Continue each prompt; with `stream`, as server-sent events."""
-    return await respond(request, services, body, CompletionFormat(body.model, services.fingerprint))
+    return await respond(request, services, body, CompletionFormat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -21,7 +22,7 @@ def _check_bias(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
-class SamplingFields(Wire):
+class SamplingFields(Wire, ABC):
     """Which tokens are chosen, in both endpoints. A null means the default."""
 
     temperature: float | None = Field(1.0, ge=0.0, le=2.0, description="0 is greedy.")
@@ -39,12 +40,23 @@ class SamplingFields(Wire):
     ignore_eos: bool | None = Field(False, description="Go on where the model ends its turn.")
     stop_token_ids: list[Token] | None = Field(None, max_length=MAX_STOP_TOKENS)
 
-    def to_sampling(self, max_tokens: int | None) -> SamplingParams:
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int | None:
+        """Most tokens of an answer, if the client said so."""
+
+    @property
+    @abstractmethod
+    def told_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell with each token of an answer; None to tell nothing."""
+
+    def to_sampling(self) -> SamplingParams:
         """What the engine is told."""
         given = {name: getattr(self, name) for name in _AS_GIVEN if getattr(self, name) is not None}
         bias = tuple((int(token), value) for token, value in (self.logit_bias or {}).items() if value)
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=self.most_tokens,
+            logprobs=self.told_logprobs,
             top_k=max(0, self.top_k or 0),
             logit_bias=bias,
             stop_tokens=frozenset(self.stop_token_ids or ()),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from server.api.sampling import SamplingFields
 from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, fault
-from server.engine.types import Message
+from server.engine.types import Message, SamplingParams
 from server.generation import GenerationRequest
 from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 MAX_EXPERTS = 16
 MAX_WEIGHT = 10.0
 MAX_STOPS = 4
+MAX_LOGPROBS = 20
 
 
 class TextPart(Wire):
@@ -97,14 +99,13 @@ class GenerateBody(SamplingFields, ABC):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        most = self.most_tokens or self.usual_tokens
+        most = self.usual_tokens if self.most_tokens is None else self.most_tokens
         if most is not None and (self.min_tokens or 0) > most:
             raise fault("min_tokens", f"{self.min_tokens} is more than the {most} tokens that the answer may have")
         return self
 
     @property
     def most_tokens(self) -> int | None:
-        """Most tokens of an answer, if the client said so."""
         return self.max_tokens
 
     @property
@@ -124,7 +125,7 @@ class GenerateBody(SamplingFields, ABC):
             self.model,
             prompts,
             experts=tuple((expert.id, expert.weight) for expert in self.experts or ()),
-            sampling=self.to_sampling(self.most_tokens),
+            sampling=self.to_sampling(),
             usual_tokens=self.usual_tokens,
             stop=tuple(stops),
             n=self.n or 1,
@@ -136,11 +137,12 @@ class ChatBody(GenerateBody):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN)
+    logprobs: bool | None = Field(False, description="Tell how likely each token of the answer was.")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="And the likeliest in its place.")
 
     audio: Annotated[None, OnlyNeutral()] = None
     function_call: Annotated[None, OnlyNeutral("none")] = None
     functions: Annotated[None, OnlyNeutral([])] = None
-    logprobs: Annotated[None, OnlyNeutral(False)] = None
     metadata: Annotated[None, OnlyNeutral({})] = None
     modalities: Annotated[None, OnlyNeutral(["text"])] = None
     parallel_tool_calls: Annotated[None, OnlyNeutral(True)] = None
@@ -153,7 +155,6 @@ class ChatBody(GenerateBody):
     store: Annotated[None, OnlyNeutral(False)] = None
     tool_choice: Annotated[None, OnlyNeutral("none", "auto")] = None
     tools: Annotated[None, OnlyNeutral([])] = None
-    top_logprobs: Annotated[None, OnlyNeutral(0)] = None
     verbosity: Annotated[None, OnlyNeutral("medium")] = None
     web_search_options: Annotated[None, OnlyNeutral()] = None
 
@@ -163,9 +164,19 @@ class ChatBody(GenerateBody):
             raise fault("max_tokens", "not the same as max_completion_tokens: give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise fault("top_logprobs", "only allowed with logprobs")
+        return self
+
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def to_request(self) -> GenerationRequest:
         return self._request(ChatPrompt(tuple(message.to_engine() for message in self.messages)))
@@ -191,13 +202,30 @@ class CompletionBody(GenerateBody):
         Discriminator(_shape_of_prompt),
     ]
 
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKEN, description="0 with `echo` computes the prompt only.")
+    echo: bool | None = Field(False, description="Begin the text with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Tell how likely each token was, and so many likeliest in its place."
+    )
+
     best_of: Annotated[None, OnlyNeutral(1)] = None
-    echo: Annotated[None, OnlyNeutral(False)] = None
-    logprobs: Annotated[None, OnlyNeutral()] = None
     suffix: Annotated[None, OnlyNeutral("")] = None
 
     def to_request(self) -> GenerationRequest:
-        return self._request(*self._prompts())
+        return replace(self._request(*self._prompts()), echo=bool(self.echo))
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise fault("max_tokens", "0 is only allowed with echo")
+        return self
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def to_sampling(self) -> SamplingParams:
+        return replace(super().to_sampling(), prompt_logprobs=self.logprobs if self.echo else None)
 
     def _prompts(self) -> list[Prompt]:
         given = self.prompt

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import describe
-from server.generation import Answer, Delta
+from server.choices import Answer, Delta
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """Truncation and the draw: one token for each of many rows, each by its own rules and its own random numbers.
 
-A token's fate depends on its row alone: which tokens stay is a threshold on the row's logits, so tokens that are
+A token's fate depends on its row alone: which tokens stay is a threshold on the row's weights, so tokens that are
 equally likely stay or go together, and the draw inverts the row's cumulative distribution in the order of token ids.
 """
 
@@ -59,10 +59,14 @@ def draw(logits: torch.Tensor, rules: Rules) -> torch.Tensor:
     Returns:
         `[rows]` int64.
     """
-    # The likeliest token has logit 0, so that no exponential overflows whatever the temperature.
-    scaled = logits - logits.amax(dim=-1, keepdim=True)
-    scaled /= on_device(rules.temperature, logits.device)[:, None]
-    mass = _mass(scaled, thresholds(scaled, rules)).cumsum(dim=-1)
+    # The likeliest token has weight 1, so that nothing overflows whatever the temperature. In place from here on: a
+    # fresh array of this size costs more in page faults than the arithmetic on it.
+    weights = logits - logits.amax(dim=-1, keepdim=True)
+    weights.div_(on_device(rules.temperature, logits.device)[:, None]).exp_()
+    floor = thresholds(weights, rules)
+    if floor is not None:
+        weights.masked_fill_(weights < floor[:, None], 0.0)
+    mass = weights.cumsum_(dim=-1)
     total = mass[:, -1]
     # Strictly below the total: rounding must not point behind the last token that stays.
     below = total.nextafter(torch.zeros_like(total))
@@ -70,51 +74,50 @@ def draw(logits: torch.Tensor, rules: Rules) -> torch.Tensor:
     return torch.searchsorted(mass, target[:, None], right=True)[:, 0]
 
 
-def thresholds(scaled: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """The smallest logit that stays in each row: min-p, then top-k, then top-p of what those two leave.
+def thresholds(weights: torch.Tensor, rules: Rules) -> torch.Tensor | None:
+    """The smallest weight that stays in each row: min-p, then top-k, then top-p of what those two leave.
 
     Args:
-        scaled: `[rows, vocabulary]` float32, the largest of each row 0.
+        weights: `[rows, vocabulary]` float32, proportional to the probabilities, the largest of each row 1.
 
     Returns:
-        `[rows]` float32. A token stays if all tokens that are likelier have less than `top_p` of the mass.
+        `[rows]` float32, or None if all stay. A token stays if all likelier ones have less than `top_p` of the mass.
     """
-    vocabulary, device = scaled.shape[1], scaled.device
-    floor = on_device(rules.min_p, device).log()  # the likeliest token's logit is 0
+    vocabulary, device = weights.shape[1], weights.device
     limited = np.flatnonzero((rules.top_k > 0) & (rules.top_k < vocabulary))
+    nucleus = np.flatnonzero(rules.top_p < 1.0)
+    if not (limited.size or nucleus.size or rules.min_p.any()):
+        return None
+    floor = on_device(rules.min_p, device).clone()
     if limited.size:
         at, rank = on_device(limited, device), rules.top_k[limited]
-        best = scaled[at].topk(int(rank.max()), dim=-1).values
+        best = weights[at].topk(int(rank.max()), dim=-1).values
         kth = best.gather(1, on_device(rank - 1, device)[:, None])[:, 0]
         floor[at] = torch.maximum(floor[at], kth)
-    nucleus = np.flatnonzero(rules.top_p < 1.0)
     if nucleus.size:
         at = on_device(nucleus, device)
-        floor[at] = _nucleus(scaled[at], floor[at], on_device(rules.top_p[nucleus], device))
+        rows = weights if nucleus.size == len(weights) else weights[at]
+        floor[at] = _nucleus(rows, floor[at], on_device(rules.top_p[nucleus], device))
     return floor
 
 
-def _nucleus(scaled: torch.Tensor, floor: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def _nucleus(weights: torch.Tensor, floor: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """`floor`, raised to where the nucleus of the tokens above it ends."""
-    goal = top_p * _mass(scaled, floor).sum(dim=-1)
+    goal = top_p * weights.where(weights >= floor[:, None], 0.0).sum(dim=-1)
     raised = floor.clone()
-    searching = torch.arange(len(scaled), device=scaled.device)
-    count = min(_FIRST_CANDIDATES, scaled.shape[1])
+    searching = torch.arange(len(weights), device=weights.device)
+    count = min(_FIRST_CANDIDATES, weights.shape[1])
     while searching.numel():
-        best = scaled[searching].topk(count, dim=-1).values
-        mass = _mass(best, floor[searching])
+        rows = weights if len(searching) == len(weights) else weights[searching]
+        best = rows.topk(count, dim=-1).values
+        mass = best.where(best >= floor[searching, None], 0.0)
         before = mass.cumsum(dim=-1) - mass
         last = (before < goal[searching, None]).sum(dim=-1).clamp(min=1) - 1
-        found = (last < count - 1) | (count == scaled.shape[1])
+        found = (last < count - 1) | (count == weights.shape[1])
         raised[searching[found]] = best[found].gather(1, last[found, None])[:, 0]
         searching = searching[~found]
-        count = min(count * _MORE_CANDIDATES, scaled.shape[1])
+        count = min(count * _MORE_CANDIDATES, weights.shape[1])
     return torch.maximum(floor, raised)
-
-
-def _mass(logits: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """The tokens' shares, not normalised; 0 below the floor."""
-    return torch.where(logits >= floor[:, None], logits, -torch.inf).exp_()
 
 
 def on_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

@@ -21,6 +21,7 @@ from server.engine.merged import MergedWeights
 from server.engine.model import BaseModel, choose_device, choose_dtype
 from server.engine.outbox import Outbox
 from server.engine.residency import Residency
+from server.engine.sampler import Sampled
 from server.engine.scheduler import Scheduler, Work
 from server.engine.sequence import Sequence
 from server.engine.step import run_step
@@ -155,13 +156,15 @@ class TransformersEngine:
             raise InvalidRequestError(f"token ids must be from 0 to {self._model.vocabulary - 1}", param="prompt")
         self._check_tokens(request.sampling)
         room = self._base.context_length - len(request.prompt)
-        if room < 1 or (request.sampling.max_tokens or 1) > room:
+        most = request.sampling.max_tokens
+        wanted = 1 if most is None else most
+        if wanted > room:
             raise ContextLengthError(
                 f"the context holds {self._base.context_length} tokens; the prompt has {len(request.prompt)} and "
-                f"{request.sampling.max_tokens or 1} more were asked for",
+                f"{wanted} more were asked for",
                 param="max_tokens" if room >= 1 else "messages",
             )
-        limit = request.sampling.max_tokens or room
+        limit = room if most is None else most
         stream = EngineStream(
             request, limit, self._outbox, eos=self._stop_tokens, closed=self._closed, cancel=self._cancel
         )
@@ -302,21 +305,21 @@ class TransformersEngine:
         self._steps += 1
         self._postprocess(mix, work, sampled)
 
-    def _postprocess(self, mix: Mix, work: list[Work], sampled: list[int | None]) -> None:
-        tokens = iter(sampled)
+    def _postprocess(self, mix: Mix, work: list[Work], sampled: list[Sampled | None]) -> None:
+        choices = iter(sampled)
         for item in work:
             sequence, samples = item.sequence, item.samples
             self._prompt_tokens += max(0, min(len(sequence.request.prompt) - sequence.computed, item.count))
             sequence.computed += item.count
             if not samples:
                 continue
-            token = next(tokens)
-            if token is None:
+            choice = next(choices)
+            if choice is None:
                 name = "the base" if mix.is_base else "this mix of experts"
                 self._end(sequence, ExpertUnavailableError(f"{name} produced values that are not finite"))
                 continue
             self._generated_tokens += 1
-            event = sequence.append(token)
+            event = sequence.append(choice.token, choice.likelihood)
             if event.finish is not None:
                 self._end(sequence)
             sequence.emit(event)

@@ -6,17 +6,29 @@ Greedy rows cost one `argmax` whatever their neighbours ask for; all others are 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from server.engine.draw import Rules, draw, uniforms
+from server.engine.likelihood import likelihoods
 from server.engine.logit_edits import edit, edited_rows
 from server.engine.sequence import Sequence
+from server.engine.types import Likelihood
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A chosen token."""
+
+    token: int
+    likelihood: Likelihood | None = None
+    """Where the request asks for it."""
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int | None]:
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | None]:
     """Choose one token per row.
 
     Args:
@@ -24,8 +36,9 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int | None]:
         sequences: the row's requests.
 
     Returns:
-        A token id per row; None where the row holds NaN or no finite value at all, which only a broken expert causes.
+        A token per row; None where the row holds NaN or no finite value at all, which only a broken expert causes.
     """
+    logits_of_model = logits
     best, chosen = logits.max(dim=-1)  # NaN is larger than everything
     edited = edited_rows(sequences)
     random = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
@@ -43,9 +56,22 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int | None]:
         rows = logits if len(random) == len(sequences) else logits[at]
         rows = torch.where(sane[at, None], rows, 0.0)
         chosen[at] = draw(rows, _rules([sequences[row] for row in random]))
-    return [
-        token if token_is_sane else None for token, token_is_sane in zip(chosen.tolist(), sane.tolist(), strict=True)
+    tokens = [token if fine else None for token, fine in zip(chosen.tolist(), sane.tolist(), strict=True)]
+    told = _told(logits_of_model, sequences, tokens)
+    return [None if token is None else Sampled(token, told.get(row)) for row, token in enumerate(tokens)]
+
+
+def _told(logits: torch.Tensor, sequences: Rows[Sequence], tokens: Rows[int | None]) -> dict[int, Likelihood]:
+    """The likelihoods of the chosen tokens, by row, where a request asks for them."""
+    asked = [
+        (row, token, best)
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+        if token is not None and (best := sequence.request.sampling.logprobs) is not None
     ]
+    if not asked:
+        return {}
+    rows, chosen, counts = zip(*asked, strict=True)
+    return dict(zip(rows, likelihoods(logits[list(rows)], chosen, counts), strict=True))
 
 
 def _rules(sequences: Rows[Sequence]) -> Rules:

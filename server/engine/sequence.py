@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from server.engine.token_counts import TokenCounts
-from server.engine.types import EngineRequest, FinishReason, TokenEvent
+from server.engine.types import EngineRequest, FinishReason, Likelihood, TokenEvent
 from store.mix import Mix
 
 Event = TokenEvent | Exception
@@ -48,6 +48,8 @@ class Sequence:
     """Tokens that end the answer and are not part of it."""
     counts: TokenCounts | None = None
     """Kept where the request has penalties."""
+    scored: list[Likelihood] = field(default_factory=list)
+    """Likelihoods of the prompt's first tokens, as far as they are known, where the request asks for them."""
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
@@ -56,6 +58,8 @@ class Sequence:
         self.stop_tokens = sampling.stop_tokens | (frozenset() if sampling.ignore_eos else self.eos)
         if sampling.penalises:
             self.counts = TokenCounts(self.tokens)
+        if sampling.prompt_logprobs is not None:
+            self.scored.append(Likelihood(self.tokens[0], None))
 
     @property
     def mix(self) -> Mix:
@@ -70,10 +74,20 @@ class Sequence:
         """Tokens that the next steps must still run through the model before one can be sampled."""
         return len(self.tokens) - self.computed
 
-    def append(self, token: int) -> TokenEvent:
+    def to_score(self, count: int) -> range:
+        """Which tokens of the prompt have their likelihood told by the logits of the next `count` tokens."""
+        if self.request.sampling.prompt_logprobs is None:
+            return range(0)
+        # The logits at one position are about the next; after a preemption positions are computed a second time.
+        return range(max(self.computed + 1, len(self.scored)), min(self.computed + count + 1, len(self.request.prompt)))
+
+    def append(self, token: int, likelihood: Likelihood | None = None) -> TokenEvent:
         """Take a sampled token and say what the client learns of it."""
+        prompt = tuple(self.scored) if self.output_length == 0 else ()
+        if self.max_tokens == 0:
+            return TokenEvent(None, FinishReason.LENGTH, prompt=prompt)
         if token in self.stop_tokens:
-            return TokenEvent(None, FinishReason.STOP)
+            return TokenEvent(None, FinishReason.STOP, likelihood, prompt)
         self.tokens.append(token)
         finish = FinishReason.LENGTH if self.output_length >= self.max_tokens else None
-        return TokenEvent(token, finish)
+        return TokenEvent(token, finish, likelihood, prompt)

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from server.engine.spelling import Spelling
 from server.engine.types import Message
 from store.errors import ChatTemplateError, CheckpointError
 
@@ -26,6 +27,7 @@ class ModelTokenizer:
             raise CheckpointError(f"transformers cannot load the base's tokenizer: {error}", param="base") from error
         # Encoding may set options of the Rust tokenizer, which fails while another thread encodes. Decoding only reads.
         self._lock = threading.Lock()
+        self._spelling = Spelling(self._tokenizer)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -46,6 +48,9 @@ class ModelTokenizer:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}", param="messages") from error
         # The template has written every special token itself.
         return self.encode(str(text), special=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._spelling.bytes_of(token)
 
     def decode(self, tokens: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -34,6 +34,7 @@ class SamplingParams:
     top-p leave out tokens, in this order."""
 
     max_tokens: int | None = None
+    """None is what the context leaves; 0 computes the prompt only."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -58,6 +59,10 @@ class SamplingParams:
     """Go on where the model ends its turn."""
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the answer besides the model's own."""
+    logprobs: int | None = None
+    """Tell the likelihood of each token of the answer, and of so many likeliest in its place; None is not at all."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt."""
 
     @property
     def greedy(self) -> bool:
@@ -80,15 +85,31 @@ class EngineRequest:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """How likely the model held a token: by its own logits, before anything that a request changes in them."""
+
+    token: int
+    logprob: float | None
+    """None for the first token of a prompt, which nothing comes before."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens in its place with their log-probabilities, best first."""
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One step's result for one request.
 
     `token` is the id of a token that belongs to the answer, or None where the model ended its turn (the
-    end-of-turn token is not part of the answer). The last event of a request carries `finish`.
+    end-of-turn token is not part of the answer). The last event of a request carries `finish`, the first one `prompt`,
+    if it was asked for.
     """
 
     token: int | None
     finish: FinishReason | None = None
+    likelihood: Likelihood | None = None
+    """Of the token, or of the one that ended the turn."""
+    prompt: tuple[Likelihood, ...] = ()
+    """Of each token of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +200,10 @@ class Tokenizer(Protocol):
         Raises:
             ChatTemplateError: the model has no chat template, or the template refuses the messages.
         """
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for in UTF-8, be it half a character; the name of a special token."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:

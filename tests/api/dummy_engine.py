@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.types import BaseInfo, EngineRequest, EngineStats, FinishReason, Message, TokenEvent
+from server.engine.types import BaseInfo, EngineRequest, EngineStats, FinishReason, Likelihood, Message, TokenEvent
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.manifest import BaseManifest
 
@@ -32,6 +32,11 @@ def tell(request: EngineRequest) -> bytes:
     return f"{who}{seed} heard: ".encode() + said.rpartition(b"\n")[2]
 
 
+def likelihood(token: int, best: int) -> Likelihood:
+    """A likelihood that is a function of the token; the likeliest in its place are itself and those after it."""
+    return Likelihood(token, -token / 100, tuple((token + i, -token / 100 - i) for i in range(best)))
+
+
 class DummyTokenizer:
     """UTF-8 bytes."""
 
@@ -41,6 +46,9 @@ class DummyTokenizer:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         turns = [f"{message['role']}: {message['content']}\n" for message in messages]
         return self.encode("".join(turns) + "assistant: ")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < SPECIAL else b"<special>"
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < SPECIAL).decode(errors="replace")
@@ -55,7 +63,12 @@ class DummyStream:
         self.closed = False
         self._engine = engine
         self._reply = engine.reply(request)
-        self._limit = request.sampling.max_tokens or CONTEXT - len(request.prompt)
+        most = request.sampling.max_tokens
+        self._limit = CONTEXT - len(request.prompt) if most is None else most
+        asked = request.sampling.prompt_logprobs
+        self._scored = () if asked is None else tuple(likelihood(token, asked) for token in request.prompt)
+        if self._scored:
+            self._scored = (Likelihood(request.prompt[0], None), *self._scored[1:])
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -66,13 +79,21 @@ class DummyStream:
         await asyncio.sleep(self._engine.delay)
         if self._engine.failure is not None and self.given >= self._engine.fail_after:
             raise self._engine.failure
+        scored, self._scored = self._scored, ()
+        if not self._limit:
+            self.closed = True
+            return TokenEvent(None, FinishReason.LENGTH, prompt=scored)
+        best = self.request.sampling.logprobs
         if self.given == len(self._reply):
             self.closed = True
-            return TokenEvent(None, FinishReason.STOP)
+            own = None if best is None else likelihood(SPECIAL, best)
+            return TokenEvent(None, FinishReason.STOP, own, scored)
+        token = self._reply[self.given]
         self.given += 1
         self._engine.generated += 1
         self.closed = self.given == self._limit
-        return TokenEvent(self._reply[self.given - 1], FinishReason.LENGTH if self.closed else None)
+        own = None if best is None else likelihood(token, best)
+        return TokenEvent(token, FinishReason.LENGTH if self.closed else None, own, scored)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -132,7 +153,8 @@ class DummyEngine:
             raise InvalidRequestError("no such token", param="logit_bias")
         if any(token >= VOCABULARY for token in sampling.stop_tokens):
             raise InvalidRequestError("no such token", param="stop_token_ids")
-        if len(request.prompt) + (request.sampling.max_tokens or 1) > CONTEXT:
+        most = request.sampling.max_tokens
+        if len(request.prompt) + (1 if most is None else most) > CONTEXT:
             raise ContextLengthError(f"the context holds {CONTEXT} tokens", param="max_tokens")
         self.streams.append(DummyStream(self, request))
         return self.streams[-1]

@@ -19,7 +19,6 @@ CHAT: list[tuple[str, Any, Any]] = [
     ("audio", {"voice": "alloy"}, None),
     ("function_call", "auto", "none"),
     ("functions", [{"name": "f"}], []),
-    ("logprobs", True, False),
     ("metadata", {"a": "b"}, {}),
     ("modalities", ["audio"], ["text"]),
     ("parallel_tool_calls", False, True),
@@ -32,14 +31,11 @@ CHAT: list[tuple[str, Any, Any]] = [
     ("store", True, False),
     ("tool_choice", "required", "none"),
     ("tools", [{"type": "function", "function": {"name": "f"}}], []),
-    ("top_logprobs", 2, None),
     ("verbosity", "low", None),
     ("web_search_options", {}, None),
 ]
 COMPLETION: list[tuple[str, Any, Any]] = [
     ("best_of", 2, 1),
-    ("echo", True, False),
-    ("logprobs", 0, None),
     ("suffix", "end", None),
 ]
 
@@ -104,6 +100,10 @@ async def test_unsupported_in_completions(house: House, name: str, asking: Any, 
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "invalid_value"),
         ({"min_tokens": -1}, "min_tokens", "invalid_value"),
         ({"ignore_eos": 1}, "ignore_eos", "invalid_value"),
+        ({"logprobs": 3}, "logprobs", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"echo": True}, "echo", "unknown_parameter"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": 17}, "n", "invalid_request"),
         ({"n": True}, "n", "invalid_value"),

@@ -40,7 +40,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.prompts": ("server.engine.types", "store.errors"),
     "server.text": (),
     "server.library": ("server.engine.types", "router.router", "store.errors", "store.expert_file", "store.registry"),
+    "server.choices": ("server.engine.types", "server.metrics", "server.text", "store.mix"),
     "server.generation": (
+        "server.choices",
         "server.engine.types",
         "server.metrics",
         "server.prompts",
@@ -52,6 +54,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     "server.api": (
         "server.api",
+        "server.choices",
         "server.engine.types",
         "server.generation",
         "server.library",

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.types import EngineRequest, FinishReason, SamplingParams
+from server.engine.engine import TransformersEngine
+from server.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from store.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -142,6 +143,42 @@ def test_penalties_biases_and_stops_reach_the_model_s_answers(library: Library) 
                 with pytest.raises(InvalidRequestError) as refused:
                     engine.submit(EngineRequest((1,), sampling))
                 assert refused.value.param == name
+
+    run(body())
+
+
+def test_likelihoods_of_prompt_and_answer(library: Library) -> None:
+    """As transformers has them on the merged model: over prompts longer than a step, and through preemptions."""
+    mix = Mix.of({library.add(1): 1.0})
+
+    async def ask(engine: TransformersEngine, prompt: list[int], most: int) -> list[TokenEvent]:
+        sampling = SamplingParams(max_tokens=most, temperature=0.0, logprobs=2, prompt_logprobs=1)
+        return [event async for event in engine.submit(EngineRequest(tuple(prompt), sampling, mix))]
+
+    async def body() -> None:
+        async with running(library) as engine:
+            block = engine._cache.shape.block_bytes
+        model = library.merged(mix)
+        async with running(library, replace(SETTINGS, kv_bytes=16 * block)) as engine:
+            cases = [(prompt, most) for prompt in prompts(5, seed=3) for most in (0, 40)]
+            answers = await asyncio.gather(*(ask(engine, *case) for case in cases))
+            assert engine.stats().preemptions > 0
+            with pytest.raises(ContextLengthError):
+                engine.submit(EngineRequest((1,) * 513, SamplingParams(max_tokens=0)))
+        for (prompt, most), events in zip(cases, answers, strict=True):
+            said = [event.likelihood.token for event in events if event.likelihood is not None]
+            with torch.inference_mode():
+                expected = model(torch.tensor([prompt + said])).logits[0].log_softmax(dim=-1)
+            assert all(not event.prompt for event in events[1:])
+            assert (events[0].prompt[0].token, events[0].prompt[0].logprob) == (prompt[0], None)
+            told = [*events[0].prompt[1:], *(event.likelihood for event in events if event.likelihood is not None)]
+            assert [one.token for one in told] == (prompt + said)[1:]
+            for row, one in zip(expected, told, strict=False):
+                assert one.logprob == pytest.approx(row[one.token].item(), abs=1e-3)
+                assert one.best[0][1] == pytest.approx(row.max().item(), abs=1e-3)
+            assert [len(one.best) for one in told] == [1] * (len(prompt) - 1) + [2] * len(said)
+            if not most:
+                assert events == [TokenEvent(None, FinishReason.LENGTH, prompt=events[0].prompt)]
 
     run(body())
 

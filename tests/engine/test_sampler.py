@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from server.engine import draw as drawing
 from server.engine.draw import uniforms
-from server.engine.sampler import sample
+from server.engine.likelihood import likelihoods
+from server.engine.sampler import sample as sample_all
 from server.engine.sampling_reference import distribution, edited
 from server.engine.sequence import Sequence
 from server.engine.token_counts import TokenCounts
@@ -27,6 +28,10 @@ def sequence(sampling: SamplingParams, prompt: list[int], answer: list[int]) -> 
     made = Sequence(EngineRequest(tuple(prompt), sampling), 1000, emit=lambda event: None, eos=EOS)
     made.tokens += answer
     return made
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | None]:
+    return [None if choice is None else choice.token for choice in sample_all(logits, sequences)]
 
 
 @st.composite
@@ -122,10 +127,11 @@ def test_a_nucleus_wider_than_the_first_candidates(spread: float) -> None:
     scaled = logits - logits.amax(dim=-1, keepdim=True)
     ones = np.ones(3, np.float32)
     rules = drawing.Rules(ones, np.zeros(3, np.int64), ones * np.float32(0.9), ones * 0, ones * 0)
-    floor = drawing.thresholds(scaled, rules)
+    floor = drawing.thresholds(scaled.exp(), rules)
+    assert floor is not None
     for row, lowest in zip(scaled.double().numpy(), floor.tolist(), strict=True):
         kept = distribution(row, SamplingParams(top_p=0.9)) > 0
-        assert abs(int((row >= lowest).sum()) - int(kept.sum())) <= 1
+        assert abs(int((np.exp(row) >= lowest).sum()) - int(kept.sum())) <= 1
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -193,3 +199,33 @@ def test_tokens_are_counted_as_they_come(prompt: list[int], pieces: list[list[in
     answer = tokens[len(prompt) :]
     said = dict(zip(counts.tokens.tolist(), counts.counts.tolist(), strict=True))
     assert said == {token: answer.count(token) for token in set(tokens)}
+
+
+@few
+@given(st.integers(1, 150), st.integers(2, 30), st.randoms(use_true_random=False))
+def test_likelihoods_are_log_softmax(rows: int, vocabulary: int, random: Any) -> None:
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(random.randrange(1000))) * 5
+    tokens = [random.randrange(vocabulary) for _ in range(rows)]
+    best = [random.choice([0, 1, 3, 40]) for _ in range(rows)]
+    expected = logits.double().log_softmax(dim=-1)
+    for row, found in enumerate(likelihoods(logits, tokens, best)):
+        assert found.token == tokens[row]
+        assert found.logprob == pytest.approx(expected[row, tokens[row]].item(), abs=1e-4)
+        assert [value for _, value in found.best] == pytest.approx(
+            expected[row].sort(descending=True).values[: best[row]].tolist(), abs=1e-4
+        )
+        assert [expected[row, token].item() for token, _ in found.best] == pytest.approx(
+            [value for _, value in found.best], abs=1e-4
+        )
+
+
+def test_likelihoods_are_told_to_those_who_ask_and_are_the_model_s_own() -> None:
+    """Whatever the request changes in the logits."""
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    asks = SamplingParams(temperature=0.1, seed=1, logit_bias=((4, 100.0),), presence_penalty=1.0, logprobs=2)
+    rows = [sequence(s, [1], [4]) for s in (SamplingParams(), asks, replace(asks, temperature=0.0, logprobs=0))]
+    silent, full, short = sample_all(logits, rows)
+    assert silent is not None and full is not None and short is not None  # noqa: PT018
+    assert silent.likelihood is None
+    assert full.likelihood == likelihoods(logits[1:2], [4], [2])[0]
+    assert short.likelihood == likelihoods(logits[2:3], [4], [0])[0]
