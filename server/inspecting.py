@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from store.expert_file import TernaryEntry, digest_of, read_header
-from store.expert_header import ExpertHeader
+from store.expert_file import SparseEntry, digest_of, read_header
+from store.expert_header import ExpertHeader, LevelsEntry, LowRankEntry, TensorEntry
 
 _SHOWN_EXEMPLARS = 5
 
@@ -57,14 +57,19 @@ def _modules(header: ExpertHeader) -> Table:
     groups: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, entry in header.tensors.items():
         module = ".".join(part for part in name.split(".") if not part.isdigit())
-        ternary = isinstance(entry, TernaryEntry)
-        group = groups[module, entry.encoding if isinstance(entry, TernaryEntry) else "bf16"]
+        group = groups[module, _stored_as(entry)]
         group[0] += 1
         group[1] += entry.numel
-        group[2] += entry.nnz if ternary and isinstance(entry, TernaryEntry) else entry.numel
+        group[2] += entry.nnz if isinstance(entry, SparseEntry) else entry.numel
     table = Table("tensors", "stored as", "count", "parameters", "density")
     for column in table.columns[2:]:
         column.justify = "right"
     for (module, stored), (count, numel, nonzeros) in groups.items():
         table.add_row(escape(module), stored, str(count), f"{numel:,}", f"{nonzeros / max(numel, 1):.4f}")
     return table
+
+
+def _stored_as(entry: TensorEntry) -> str:
+    if isinstance(entry, SparseEntry):
+        return f"{entry.encoding}, levels" if isinstance(entry, LevelsEntry) else entry.encoding
+    return f"rank {entry.rank}" if isinstance(entry, LowRankEntry) else "bf16"

@@ -15,7 +15,7 @@ class SparseDelta:
     Attributes:
         shape: shape of the whole tensor.
         indices: `[nnz]` int32 (int64 where the tensor has 2³¹ or more elements), strictly ascending, flat row-major.
-        levels: `[nnz]` int8; ±1 for ternary codecs.
+        levels: `[nnz]` int8, never 0; ±1 for ternary codecs, else up to ±127.
         scale: float32 value as a Python float; finite, > 0.
     """
 
@@ -31,7 +31,7 @@ class SparseDelta:
 
 @dataclass(frozen=True)
 class DenseDelta:
-    """A delta stored for every element: norms, biases and other tiny tensors.
+    """A delta stored for every element: norms, biases and other tiny tensors; or the product of low-rank factors.
 
     Attributes:
         values: float32, in the tensor's own shape.

@@ -1,56 +1,53 @@
-"""Bit layouts of a ternary sparse tensor: where its nonzeros are, and their signs. NumPy only; no torch.
+"""Bit layouts of a sparse tensor: where its nonzeros are, then their values. NumPy only; no torch.
 
-Two layouts, of which the encoder takes the smaller, per tensor:
-
-* `bitmap`: one bit per element (1 = nonzero), then one sign bit per nonzero: n (1 + d) bits.
-* `rice`: the gap before each nonzero in a Rice code with parameter k (Rice 1971, as ComPEFT, arXiv 2311.13171, uses
-  it for sparse task vectors), then the signs. On random positions within 3 % of the entropy bound n (H(d) + d) up to
-  d = 0.38, where the bitmap takes over.
-
-A textbook Rice stream is sequential: each codeword starts where the last one ended. Here its three parts are kept in
-three streams (quotients in unary, k-bit remainders, signs), so that decoding is array arithmetic. Let p_i be the
-position of the i-th terminator in the unary stream and R_i = r_0 + ... + r_i the running sum of the remainders; since
-each terminator is preceded by one zero per unit of quotient, the quotients up to i sum to p_i − i, and
-
-    index_i = ((p_i − i) << k) + R_i + i.
-
-Every stream is little-endian in bits (bit j of a stream is bit j mod 8 of byte j div 8), starts on a byte and is
-padded with zero bits. docs/expert-file.md is the specification.
+Positions are laid out as `store.positions` says. Values follow in one of three ways: signs (one bit each, for a tensor
+of ±1), levels (small integers, entropy-coded) or steps (16-bit integers, in two bytes). docs/expert-file.md is the
+specification.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from store.errors import ExpertFileError
+from store.bits import Bytes, Indices, as_indices, bytes_for, check_padding, fail
+from store.positions import (
+    BITMAP,
+    GROUPED,
+    MAX_K,
+    MIN_K,
+    RICE,
+    RICE_ZEROS,
+    Layout,
+    best_group,
+    decode_positions,
+    encode_grouped,
+    encode_positions,
+)
+from store.symbols import decode_symbols, encode_symbols
 from store.tensor_file import MAX_NUMEL
 
-BITMAP = "bitmap"
-RICE = "rice"
-MIN_K, MAX_K = 1, 24
-"""k = 0 is the bitmap itself; beyond 24 (mean gap over 16 million) there is nothing left to save."""
+__all__ = [
+    "BITMAP", "GROUPED", "MAX_K", "MAX_LEVEL", "MIN_K", "RICE", "RICE_ZEROS", "Encoded", "Indices", "Levels", "Steps",
+    "as_indices", "best_group", "decode", "decode_levels", "decode_steps", "encode_in_groups", "encode_levels",
+    "encode_smallest", "encode_steps",
+]  # fmt: skip
 
-Bytes = npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+MAX_LEVEL = 127
 Levels = npt.NDArray[np.int8]
-
-_CHUNK_BITS = 1 << 21
-"""Bits expanded to bytes at a time: bounds the memory above the result to a few MB, and stays in cache."""
-_CHUNK_VALUES = 1 << 18
-"""Values decoded at a time; a multiple of 8, so that every chunk of remainders starts on a byte."""
+Steps = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A ternary tensor's positions and signs as bytes.
+    """A sparse tensor's positions and values as bytes.
 
     Attributes:
-        name: `BITMAP` or `RICE`.
-        params: what the decoder needs besides nnz and numel: `{"k": ...}` for `RICE`, else empty.
+        name: the layout of the positions.
+        params: what the decoder needs besides nnz and numel: the layout's parameter, the largest level, and how many bytes
+            the streams of values take where the length is not known without.
         payload: the streams, one after the other.
     """
 
@@ -59,13 +56,8 @@ class Encoded:
     payload: bytes
 
 
-def as_indices(positions: npt.NDArray[np.int64], numel: int) -> Indices:
-    """Flat positions in the type of a tensor of `numel` elements: int32 below 2³¹ of them, which halves the memory."""
-    return positions.astype(np.int32) if numel < 2**31 else positions
-
-
 def encode_smallest(indices: Indices, levels: Levels, numel: int) -> Encoded:
-    """Encode the nonzeros of a tensor in the layout that takes the fewest bytes (`bitmap` on a tie).
+    """Encode the nonzeros of a ternary tensor in the layout that takes the fewest bytes (`bitmap` on a tie).
 
     Args:
         indices: `[nnz]` integers, strictly ascending, in [0, numel).
@@ -75,27 +67,20 @@ def encode_smallest(indices: Indices, levels: Levels, numel: int) -> Encoded:
     Raises:
         ValueError: the arguments break these rules.
     """
-    nnz = len(indices)
-    if len(levels) != nnz or not 0 <= numel <= MAX_NUMEL:
-        raise ValueError("indices and levels differ in length, or numel is out of range")
-    if nnz and (indices[0] < 0 or indices[-1] >= numel or not bool(np.all(indices[1:] > indices[:-1]))):
-        raise ValueError("indices must be strictly ascending and below numel")
-    if not bool(np.all(np.abs(levels) == 1)):
-        raise ValueError("levels must be +1 or -1")
-    signs = np.packbits(levels > 0, bitorder="little")
-    if nnz:
-        gaps = np.diff(indices, prepend=np.asarray([-1], dtype=indices.dtype)) - 1
-        k, unary_bits = _best_k(gaps)
-        if _bytes(unary_bits) + _bytes(nnz * k) < _bytes(numel):
-            terminators = np.cumsum(gaps >> k, dtype=np.int64) + np.arange(nnz)
-            unary = _set_bits(terminators, unary_bits)
-            remainders = _pack_remainders(gaps & ((1 << k) - 1), k)
-            return Encoded(RICE, {"k": k}, unary.tobytes() + remainders.tobytes() + signs.tobytes())
-    return Encoded(BITMAP, {}, _set_bits(indices, numel).tobytes() + signs.tobytes())
+    _check_positions(indices, len(levels), numel)
+    layout, positions = encode_positions(indices, numel)
+    return Encoded(layout.name, layout.params, positions + _encode_signs(levels))
+
+
+def encode_in_groups(indices: Indices, levels: Levels, numel: int, group: int) -> Encoded:
+    """`encode_smallest` in the layout `grouped` with groups of 2 to 256 elements, whatever its size."""
+    _check_positions(indices, len(levels), numel)
+    layout, positions = encode_grouped(indices, numel, group)
+    return Encoded(layout.name, layout.params, positions + _encode_signs(levels))
 
 
 def decode(encoded: Encoded, *, nnz: int, numel: int, tensor: str) -> tuple[Indices, Levels]:
-    """Recover exactly what was encoded. The payload may be hostile: nothing is trusted but `numel`.
+    """Recover exactly what `encode_smallest` encoded. The payload may be hostile: nothing is trusted but `numel`.
 
     Args:
         encoded: name, parameters and payload as read from a file.
@@ -109,141 +94,110 @@ def decode(encoded: Encoded, *, nnz: int, numel: int, tensor: str) -> tuple[Indi
     Raises:
         ExpertFileError: any stream has the wrong length, count, range or padding; `param` is the tensor.
     """
-    if not 0 <= nnz <= numel <= MAX_NUMEL:
-        _fail(tensor, f"claims {nnz} nonzeros among {numel} elements")
-    payload = np.frombuffer(encoded.payload, dtype=np.uint8)
-    sign_bytes = _bytes(nnz)
-    if encoded.name == BITMAP and not encoded.params:
-        if len(payload) != _bytes(numel) + sign_bytes:
-            _fail(tensor, f"has {len(payload)} payload bytes, its bitmap needs {_bytes(numel) + sign_bytes}")
-        indices = _decode_bitmap(payload[: _bytes(numel)], nnz, numel, tensor)
-    elif encoded.name == RICE and encoded.params.keys() == {"k"}:
-        indices = _decode_rice(payload[: max(0, len(payload) - sign_bytes)], encoded.params["k"], nnz, numel, tensor)
-    else:
-        _fail(tensor, f"has the unknown encoding {encoded.name} {encoded.params}; a newer Switchyard may read it")
-    signs = payload[len(payload) - sign_bytes :]
-    _check_padding(signs, nnz, tensor, "signs")
+    indices, signs = _positions(encoded, bytes_for(nnz), nnz, numel, tensor)
+    check_padding(signs, nnz, tensor, "signs")
     levels = np.unpackbits(signs, count=nnz, bitorder="little").view(np.int8)
     levels <<= 1
     levels -= 1
     return indices, levels
 
 
-def _decode_bitmap(plane: Bytes, nnz: int, numel: int, tensor: str) -> Indices:
-    _check_padding(plane, numel, tensor, "mask")
-    return _find_bits(plane, nnz, numel, tensor, "mask")
+def encode_levels(indices: Indices, levels: Levels, numel: int) -> Encoded:
+    """Encode a tensor of small integers: positions, then one symbol per nonzero, 2 (|level| − 1) + (level < 0).
+
+    Args:
+        indices, numel: as for `encode_smallest`.
+        levels: `[nnz]` int8, none of them 0 or −128.
+
+    Raises:
+        ValueError: the arguments break these rules.
+    """
+    _check_positions(indices, len(levels), numel)
+    magnitudes = np.abs(levels.astype(np.int16))
+    if len(levels) and not (magnitudes.min() >= 1 and magnitudes.max() <= MAX_LEVEL):
+        raise ValueError(f"levels must be whole numbers of 1 to {MAX_LEVEL}, with a sign")
+    layout, positions = encode_positions(indices, numel)
+    values = encode_symbols((2 * (magnitudes - 1) + (levels < 0)).astype(np.uint8))
+    return Encoded(
+        layout.name, {**layout.params, "top": int(magnitudes.max(initial=1)), "values": len(values)}, positions + values
+    )
 
 
-def _decode_rice(streams: Bytes, k: int, nnz: int, numel: int, tensor: str) -> Indices:
-    if not MIN_K <= k <= MAX_K:
-        _fail(tensor, f"has the Rice parameter k = {k}; it must lie between {MIN_K} and {MAX_K}")
-    unary_bytes = len(streams) - _bytes(nnz * k)
-    # The quotients of gaps that sum to less than numel sum to at most numel >> k.
-    if not _bytes(nnz) <= unary_bytes <= _bytes(nnz + (numel >> k)):
-        _fail(tensor, f"has {len(streams)} bytes of Rice code, which cannot hold {nnz} gaps with k = {k}")
-    unary, remainders = streams[:unary_bytes], streams[unary_bytes:]
-    _check_padding(remainders, nnz * k, tensor, "remainders")
-    indices = _find_bits(unary, nnz, numel, tensor, "unary")
-    if unary_bytes and not unary[-1]:
-        _fail(tensor, "has bytes after the last gap of its unary stream")
-    total = 0
-    for start in range(0, nnz, _CHUNK_VALUES):
-        stop = min(start + _CHUNK_VALUES, nnz)
-        order = np.arange(start, stop)
-        sums = total + np.cumsum(_unpack_remainders(remainders, k, start, stop), dtype=np.int64)
-        total = int(sums[-1])
-        chunk = ((indices[start:stop] - order) << k) + sums + order
-        if chunk[-1] >= numel:
-            _fail(tensor, f"has an index beyond its {numel} elements")
-        indices[start:stop] = chunk
-    return indices
+def decode_levels(encoded: Encoded, *, nnz: int, numel: int, tensor: str) -> tuple[Indices, Levels]:
+    """Recover what `encode_levels` encoded; arguments, checks and errors as `decode`."""
+    layout, (top, length) = _without(encoded, ("top", "values"))
+    indices, values = _positions(layout, length, nnz, numel, tensor)
+    symbols = decode_symbols(values, nnz, tensor)
+    highest = int(symbols.max(initial=0) >> 1) + 1
+    if highest != top or highest > MAX_LEVEL:
+        fail(tensor, f"has levels up to {highest} instead of {top}")
+    levels = (symbols >> 1).astype(np.int8) + np.int8(1)
+    return indices, np.where(symbols & 1, -levels, levels).astype(np.int8)
 
 
-def _best_k(gaps: Indices) -> tuple[int, int]:
-    """The k of least size, and the bits of its unary stream. The size is convex in k: walking downhill is exact."""
-    nnz = len(gaps)
+def encode_steps(indices: Indices, steps: Steps, numel: int) -> Encoded:
+    """Encode a tensor of 16-bit integers: positions, then the high and the low bytes of the folded steps less one.
 
-    def unary_bits(k: int) -> int:
-        return nnz + int(np.sum(gaps >> k, dtype=np.int64))
+    A step s is folded to 2 s or −2 s − 1, so that small ones of either sign have a high byte of zero.
 
-    mean = max(1.0, float(np.mean(gaps, dtype=np.float64)) * np.log(2))
-    k = min(max(int(np.log2(mean)), MIN_K), MAX_K)
-    bits = unary_bits(k)
-    for step in (1, -1):
-        while MIN_K <= k + step <= MAX_K and (other := unary_bits(k + step)) + nnz * step < bits:
-            k, bits = k + step, other
-    return k, bits
+    Args:
+        indices, numel: as for `encode_smallest`.
+        steps: `[nnz]` int16, none of them 0.
 
-
-def _bytes(bits: int) -> int:
-    return (bits + 7) // 8
-
-
-def _set_bits(positions: Indices, nbits: int) -> Bytes:
-    """A stream of `nbits` bits that is 1 at the ascending `positions`."""
-    stream = np.zeros(_bytes(nbits), dtype=np.uint8)
-    for start in range(0, nbits, _CHUNK_BITS):
-        stop = min(start + _CHUNK_BITS, nbits)
-        first, last = np.searchsorted(positions, (start, stop))
-        bits = np.zeros(stop - start, dtype=np.uint8)
-        bits[positions[first:last] - start] = 1
-        stream[start // 8 : _bytes(stop)] = np.packbits(bits, bitorder="little")
-    return stream
+    Raises:
+        ValueError: the arguments break these rules.
+    """
+    _check_positions(indices, len(steps), numel)
+    if not bool(np.all(steps != 0)):
+        raise ValueError("steps must not be 0")
+    folded = ((steps << 1) ^ (steps >> 15)).view(np.uint16) - np.uint16(1)
+    layout, positions = encode_positions(indices, numel)
+    high = encode_symbols((folded >> 8).astype(np.uint8))
+    low = encode_symbols((folded & 0xFF).astype(np.uint8))
+    params = {**layout.params, "high": len(high), "low": len(low)}
+    return Encoded(layout.name, params, positions + high + low)
 
 
-def _find_bits(stream: Bytes, nnz: int, numel: int, tensor: str, part: str) -> Indices:
-    """Positions of the 1 bits of a stream, which must be exactly `nnz`; none is trusted to be below numel."""
-    positions: Indices = np.empty(nnz, np.int32) if numel < 2**31 else np.empty(nnz, np.int64)
-    done = 0
-    for start in range(0, len(stream), _CHUNK_BITS // 8):
-        bits = np.unpackbits(stream[start : start + _CHUNK_BITS // 8], bitorder="little")
-        found = np.flatnonzero(bits.view(np.bool_))
-        if done + len(found) > nnz:
-            _fail(tensor, f"has more than {nnz} ones in its {part} stream")
-        positions[done : done + len(found)] = found + 8 * start
-        done += len(found)
-    if done != nnz:
-        _fail(tensor, f"has {done} ones in its {part} stream instead of {nnz}")
-    return positions
+def decode_steps(encoded: Encoded, *, nnz: int, numel: int, tensor: str) -> tuple[Indices, Steps]:
+    """Recover what `encode_steps` encoded; arguments, checks and errors as `decode`."""
+    layout, (high, low) = _without(encoded, ("high", "low"))
+    indices, values = _positions(layout, high + low, nnz, numel, tensor)
+    upper, lower = (decode_symbols(part, nnz, tensor).astype(np.uint16) for part in (values[:high], values[high:]))
+    folded = (upper << np.uint16(8)) + lower
+    if nnz and folded.max() == 0xFFFF:
+        fail(tensor, "has a step of 0")
+    folded += np.uint16(1)
+    steps: Steps = (folded >> np.uint16(1)).view(np.int16) ^ -(folded & np.uint16(1)).view(np.int16)
+    return indices, steps
 
 
-def _lanes(k: int) -> list[tuple[int, int, int]]:
-    """Eight k-bit values fill k bytes: (first byte, shift within it, bytes touched) of each of the eight."""
-    return [(lane * k // 8, lane * k % 8, _bytes(lane * k % 8 + k)) for lane in range(8)]
+def _check_positions(indices: Indices, values: int, numel: int) -> None:
+    nnz = len(indices)
+    if values != nnz or not 0 <= numel <= MAX_NUMEL:
+        raise ValueError("indices and values differ in length, or numel is out of range")
+    if nnz and (indices[0] < 0 or indices[-1] >= numel or not bool(np.all(indices[1:] > indices[:-1]))):
+        raise ValueError("indices must be strictly ascending and below numel")
 
 
-def _pack_remainders(values: Indices, k: int) -> Bytes:
-    padded = np.zeros(_bytes(len(values)) * 8, dtype=np.uint32)
-    padded[: len(values)] = values
-    groups = padded.reshape(-1, 8)
-    stream = np.zeros((len(groups), k), dtype=np.uint8)
-    for lane, (first, shift, touched) in enumerate(_lanes(k)):
-        shifted = groups[:, lane] << np.uint32(shift)
-        for byte in range(touched):
-            stream[:, first + byte] |= (shifted >> np.uint32(8 * byte)).astype(np.uint8)
-    return stream.reshape(-1)[: _bytes(len(values) * k)]
+def _encode_signs(levels: Levels) -> bytes:
+    if not bool(np.all(np.abs(levels) == 1)):
+        raise ValueError("levels must be +1 or -1")
+    return np.packbits(levels > 0, bitorder="little").tobytes()
 
 
-def _unpack_remainders(stream: Bytes, k: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
-    """Values `start` to `stop` of a stream of k-bit values; `start` is a multiple of 8."""
-    groups = _bytes(stop - start)
-    part = stream[start // 8 * k : start // 8 * k + groups * k]
-    padded = np.zeros(groups * k, dtype=np.uint8)
-    padded[: len(part)] = part
-    blocks = padded.reshape(groups, k)
-    values = np.empty((groups, 8), dtype=np.uint32)
-    for lane, (first, shift, touched) in enumerate(_lanes(k)):
-        word = blocks[:, first].astype(np.uint32)
-        for byte in range(1, touched):
-            word |= blocks[:, first + byte].astype(np.uint32) << np.uint32(8 * byte)
-        values[:, lane] = (word >> np.uint32(shift)) & np.uint32((1 << k) - 1)
-    return values.reshape(-1)[: stop - start]
+def _positions(encoded: Encoded, values: int, nnz: int, numel: int, tensor: str) -> tuple[Indices, Bytes]:
+    """The positions, and the last `values` bytes of the payload, which are not theirs."""
+    if not 0 <= nnz <= numel <= MAX_NUMEL:
+        fail(tensor, f"claims {nnz} nonzeros among {numel} elements")
+    payload = np.frombuffer(encoded.payload, dtype=np.uint8)
+    place = len(payload) - values
+    if place < 0 or values < 0:
+        fail(tensor, f"has {len(payload)} payload bytes, which cannot hold its values")
+    layout = Layout(encoded.name, encoded.params)
+    return decode_positions(layout, payload[:place], nnz=nnz, numel=numel, tensor=tensor), payload[place:]
 
 
-def _check_padding(stream: Bytes, nbits: int, tensor: str, part: str) -> None:
-    if nbits % 8 and stream[-1] >> (nbits % 8):
-        _fail(tensor, f"has padding bits set in its {part} stream")
-
-
-def _fail(tensor: str, fault: str) -> NoReturn:
-    raise ExpertFileError(f"tensor {tensor} {fault}; the file is damaged: create it or upload it again", param=tensor)
+def _without(encoded: Encoded, names: tuple[str, ...]) -> tuple[Encoded, list[int]]:
+    """The parameters that are the layout's own, and the lengths; one that is missing is one that no payload has."""
+    own = {name: value for name, value in encoded.params.items() if name not in names}
+    return Encoded(encoded.name, own, encoded.payload), [encoded.params.get(name, MAX_NUMEL) for name in names]

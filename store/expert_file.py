@@ -24,14 +24,18 @@ from store.expert_header import (
     DenseEntry,
     ExpertHeader,
     ExpertInfo,
+    LevelsEntry,
+    LowRankEntry,
+    SparseEntry,
     TensorEntry,
     TernaryEntry,
     density_of,
+    features_of,
     header_from_json,
     header_to_json,
 )
 from store.manifest import BaseManifest
-from store.packed import PackedDense, PackedTensor, PackedTernary
+from store.packed import PackedDense, PackedLevels, PackedLowRank, PackedTensor, PackedTernary
 from store.strict_json import FieldError
 from store.tensor_file import TensorSpan, TensorTable, read_tensor_table
 
@@ -40,6 +44,9 @@ __all__ = [
     "DenseEntry",
     "ExpertHeader",
     "ExpertInfo",
+    "LevelsEntry",
+    "LowRankEntry",
+    "SparseEntry",
     "TernaryEntry",
     "digest_of",
     "read_deltas",
@@ -69,7 +76,7 @@ def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTenso
         StoreError: the file cannot be written.
     """
     # bfloat16 first keeps every tensor aligned to its element size.
-    order = sorted(tensors, key=lambda name: (isinstance(tensors[name], PackedTernary), name))
+    order = sorted(tensors, key=lambda name: (not isinstance(tensors[name], PackedDense), name))
     entries = {name: _entry_of(tensors[name]) for name in order}
     data_bytes = sum(tensor.nbytes for tensor in tensors.values())
     header = ExpertHeader(
@@ -78,15 +85,16 @@ def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTenso
         density=density_of(entries),
         bits_per_param=_bits_per_param(data_bytes, base),
         tensors=entries,
+        required_features=features_of(entries),
     )
     text = header_to_json(header)
     table: dict[str, object] = {"__metadata__": {_METADATA_KEY: text}}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        dtype, shape = ("BF16", tensor.shape) if isinstance(tensor, PackedDense) else ("U8", (tensor.nbytes,))
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
+        dtype, shape = _span_of(entries[name], tensors[name].nbytes)
+        end = offset + tensors[name].nbytes
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     try:
@@ -195,13 +203,21 @@ def _read_for(file: BinaryIO, base: BaseManifest) -> tuple[ExpertHeader, TensorT
     return header, table
 
 
+def _span_of(entry: TensorEntry, nbytes: int) -> tuple[str, tuple[int, ...]]:
+    """How the container holds an entry of `nbytes` bytes: its type and shape."""
+    if isinstance(entry, LowRankEntry):
+        return "BF16", (entry.rank * sum(entry.shape),)
+    return ("BF16", entry.shape) if isinstance(entry, DenseEntry) else ("U8", (nbytes,))
+
+
 def _check_span(name: str, entry: TensorEntry, span: TensorSpan) -> None:
+    dtype, shape = _span_of(entry, span.nbytes)
     if isinstance(entry, DenseEntry):
-        if span.dtype != "BF16" or span.shape != entry.shape:
-            raise FieldError(f"is stored as {span.dtype} {list(span.shape)}, not BF16 {list(entry.shape)}", name)
+        if span.dtype != dtype or span.shape != shape:
+            raise FieldError(f"is stored as {span.dtype} {list(span.shape)}, not {dtype} {list(shape)}", name)
     elif span.dtype != "U8" or len(span.shape) != 1:
         raise FieldError(f"is stored as {span.dtype} {list(span.shape)}; an encoded tensor is U8 with one axis", name)
-    elif not entry.nnz <= 8 * span.nbytes <= 2 * entry.numel + 64:
+    elif isinstance(entry, TernaryEntry) and not entry.nnz <= 8 * span.nbytes <= 2 * entry.numel + 64:
         # No encoding is larger than the bitmap, nor smaller than its signs.
         raise FieldError(f"has {span.nbytes} payload bytes for {entry.nnz} of {entry.numel} elements", name)
 
@@ -222,17 +238,27 @@ def _decode(file: BinaryIO, header: ExpertHeader, table: TensorTable) -> Iterato
         payload = file.read(span.nbytes)
         if len(payload) != span.nbytes:
             raise ExpertFileError(f"tensor {name} ends beyond the end of the file: it is cut short", param=name)
-        if isinstance(entry, DenseEntry):
-            yield name, PackedDense(entry.shape, payload).decode(name)
-        else:
-            encoded = Encoded(entry.encoding, entry.params, payload)
-            yield name, PackedTernary(entry.shape, entry.nnz, entry.scale, encoded).decode(name)
+        yield name, _packed(entry, payload).decode(name)
+
+
+def _packed(entry: TensorEntry, payload: bytes) -> PackedTensor:
+    if isinstance(entry, LowRankEntry):
+        return PackedLowRank(entry.shape, payload, entry.rank)
+    if isinstance(entry, DenseEntry):
+        return PackedDense(entry.shape, payload)
+    encoded = Encoded(entry.encoding, entry.params, payload)
+    if isinstance(entry, LevelsEntry):
+        return PackedLevels(entry.shape, entry.nnz, entry.scale, encoded)
+    return PackedTernary(entry.shape, entry.nnz, entry.scale, encoded)
 
 
 def _entry_of(tensor: PackedTensor) -> TensorEntry:
+    if isinstance(tensor, PackedLowRank):
+        return LowRankEntry(tensor.shape, tensor.rank)
     if isinstance(tensor, PackedDense):
         return DenseEntry(tensor.shape)
-    return TernaryEntry(tensor.shape, tensor.nnz, tensor.scale, tensor.encoded.name, tensor.encoded.params)
+    kind = LevelsEntry if isinstance(tensor, PackedLevels) else TernaryEntry
+    return kind(tensor.shape, tensor.nnz, tensor.encoded.name, tensor.encoded.params, tensor.scale)
 
 
 def _bits_per_param(data_bytes: int, base: BaseManifest) -> float:

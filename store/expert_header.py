@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from store.encodings import BITMAP, MAX_K, MIN_K, RICE
+from store.encodings import MAX_LEVEL
+from store.positions import GROUPED, PARAMETER, RICE_ZEROS
 from store.strict_json import FieldError, Fields, parse_json
 from store.tensor_file import MAX_NUMEL, MAX_RANK
 
 FORMAT_VERSION = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()
+LEVELS, LOW_RANK = "levels", "low-rank"
+KNOWN_FEATURES = frozenset({GROUPED, LEVELS, LOW_RANK, RICE_ZEROS})
+"""Kinds and layouts that came after the first readers: a file that uses one says so in `required_features`."""
+MAX_RANK_OF_FACTORS = 65536
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 MAX_EXEMPLARS = 1024
@@ -30,21 +34,6 @@ CodecParams = Mapping[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)
-class TernaryEntry:
-    """How one ternary tensor is stored: `nnz` of its elements are ±`scale`; see `store.encodings` for the rest."""
-
-    shape: tuple[int, ...]
-    nnz: int
-    scale: float
-    encoding: str
-    params: dict[str, int]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class DenseEntry:
     """A tensor stored whole in bfloat16."""
 
@@ -55,7 +44,42 @@ class DenseEntry:
         return math.prod(self.shape)
 
 
-TensorEntry = TernaryEntry | DenseEntry
+@dataclass(frozen=True)
+class LowRankEntry(DenseEntry):
+    """A matrix stored as two bfloat16 factors, `[rows, rank]` and `[rank, columns]`; it decodes to a dense one."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class SparseEntry:
+    """How a tensor with `nnz` nonzeros is stored; see `store.encodings` for `encoding` and `params`."""
+
+    shape: tuple[int, ...]
+    nnz: int
+    encoding: str
+    params: dict[str, int]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TernaryEntry(SparseEntry):
+    """The nonzeros are ±`scale`."""
+
+    scale: float
+
+
+@dataclass(frozen=True)
+class LevelsEntry(SparseEntry):
+    """The nonzeros are whole multiples of `scale`, up to ±127."""
+
+    scale: float
+
+
+TensorEntry = TernaryEntry | LevelsEntry | DenseEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +110,7 @@ class ExpertHeader(ExpertInfo):
 
     Attributes:
         base_fingerprint: hex sha256 of the base's weights (`store.fingerprint`).
-        density: nonzeros of the ternary tensors / elements of the ternary tensors; 0 without any.
+        density: nonzeros of the sparse tensors / elements of the sparse tensors; 0 without any.
         bits_per_param: bits in the data section / parameters of the whole base, stored or not.
         tensors: name → how it is stored.
         required_features: words a reader must know, or refuse the file.
@@ -107,8 +131,23 @@ def check_info(info: ExpertInfo) -> None:
 
 def density_of(tensors: Mapping[str, TensorEntry]) -> float:
     """The density as `ExpertHeader` defines it."""
-    ternary = [entry for entry in tensors.values() if isinstance(entry, TernaryEntry)]
-    return sum(entry.nnz for entry in ternary) / max(1, sum(entry.numel for entry in ternary))
+    sparse = [entry for entry in tensors.values() if isinstance(entry, SparseEntry)]
+    return sum(entry.nnz for entry in sparse) / max(1, sum(entry.numel for entry in sparse))
+
+
+def features_of(tensors: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+    """The required features of a file with these entries, sorted."""
+    used = {_kind_of(entry) for entry in tensors.values()}
+    used |= {entry.encoding for entry in tensors.values() if isinstance(entry, SparseEntry)}
+    return tuple(sorted(used & KNOWN_FEATURES))
+
+
+def _kind_of(entry: TensorEntry) -> str:
+    if isinstance(entry, LowRankEntry):
+        return LOW_RANK
+    if isinstance(entry, DenseEntry):
+        return "dense"
+    return LEVELS if isinstance(entry, LevelsEntry) else "ternary"
 
 
 def header_to_json(header: ExpertHeader) -> str:
@@ -136,17 +175,12 @@ def header_to_json(header: ExpertHeader) -> str:
 
 
 def _entry_to_json(entry: TensorEntry) -> dict[str, object]:
+    common = {"kind": _kind_of(entry), "shape": list(entry.shape), "numel": entry.numel}
+    if isinstance(entry, LowRankEntry):
+        return {**common, "rank": entry.rank}
     if isinstance(entry, DenseEntry):
-        return {"kind": "dense", "shape": list(entry.shape), "numel": entry.numel}
-    return {
-        "kind": "ternary",
-        "shape": list(entry.shape),
-        "numel": entry.numel,
-        "nnz": entry.nnz,
-        "scale": entry.scale,
-        "encoding": entry.encoding,
-        **entry.params,
-    }
+        return common
+    return {**common, "nnz": entry.nnz, "scale": entry.scale, "encoding": entry.encoding, **entry.params}
 
 
 def header_from_json(text: str) -> ExpertHeader:
@@ -166,6 +200,8 @@ def header_from_json(text: str) -> ExpertHeader:
         fields.fail("required_features", f"asks for {', '.join(unknown)}: this file needs a newer Switchyard")
     entries = fields.child("tensors")
     tensors = {name: _entry_from_json(entries.get(name), name) for name in entries.names()}
+    if missing := sorted(set(features_of(tensors)) - set(features)):
+        fields.fail("required_features", f"lacks {', '.join(missing)}, which a tensor of the file needs")
     density = fields.number("density", low=0.0, high=1.0)
     if not math.isclose(density, density_of(tensors), rel_tol=1e-6):
         fields.fail("density", f"is {density}, the tensors' counts give {density_of(tensors):.6g}")
@@ -215,21 +251,31 @@ def _entry_from_json(value: object, name: str) -> TensorEntry:
             entry.fail("numel", f"is {numel}, its shape has {math.prod(shape)} elements")
         if kind == "dense":
             return DenseEntry(shape)
-        if kind != "ternary":
-            entry.fail("kind", f"is {kind}; this Switchyard knows ternary and dense")
-        encoding = entry.text("encoding", max_bytes=32)
-        if encoding not in (BITMAP, RICE):
-            entry.fail("encoding", f"is {encoding}; this Switchyard knows {BITMAP} and {RICE}")
-        return TernaryEntry(
-            shape,
-            nnz=entry.integer("nnz", low=1, high=numel),
-            scale=_scale(entry),
-            encoding=encoding,
-            params={"k": entry.integer("k", low=MIN_K, high=MAX_K)} if encoding == RICE else {},
-        )
+        if kind == LOW_RANK:
+            if len(shape) != 2:
+                entry.fail("shape", "must have two dimensions: only matrices have low-rank factors")
+            return LowRankEntry(shape, entry.integer("rank", low=1, high=min(*shape, MAX_RANK_OF_FACTORS)))
+        if kind not in ("ternary", LEVELS):
+            entry.fail("kind", f"is {kind}; this Switchyard knows ternary, {LEVELS}, dense and {LOW_RANK}")
+        nnz = entry.integer("nnz", low=1, high=numel)
+        scale = _scale(entry)
+        encoding, params = _layout(entry)
+        if kind == "ternary":
+            return TernaryEntry(shape, nnz, encoding, params, scale)
+        params["top"] = entry.integer("top", low=1, high=MAX_LEVEL)
+        params["values"] = entry.integer("values", low=1, high=MAX_NUMEL)
+        return LevelsEntry(shape, nnz, encoding, params, scale)
     except FieldError as error:
         where = "" if error.field == name else f"{error.field} "
         raise FieldError(where + error.message, name) from None
+
+
+def _layout(entry: Fields) -> tuple[str, dict[str, int]]:
+    encoding = entry.text("encoding", max_bytes=32)
+    if encoding not in PARAMETER:
+        entry.fail("encoding", f"is {encoding}; this Switchyard knows {', '.join(PARAMETER)}")
+    rule = PARAMETER[encoding]
+    return encoding, {rule[0]: entry.integer(rule[0], low=rule[1], high=rule[2])} if rule else {}
 
 
 def _scale(entry: Fields) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from store.bfloat16 import from_bfloat16
 from store.deltas import DenseDelta, SparseDelta
-from store.encodings import Encoded, decode
+from store.encodings import Encoded, decode, decode_levels
 from store.errors import ExpertFileError
 
 
@@ -24,6 +26,7 @@ class PackedTernary:
         encoded: positions and signs.
     """
 
+    kind: ClassVar[str] = "ternary"
     shape: tuple[int, ...]
     nnz: int
     scale: float
@@ -49,6 +52,18 @@ class PackedTernary:
 
 
 @dataclass(frozen=True)
+class PackedLevels(PackedTernary):
+    """A tensor of whole multiples of `scale`, 0 included, up to ±127; positions and levels encoded."""
+
+    kind: ClassVar[str] = "levels"
+
+    def decode(self, tensor: str) -> SparseDelta:
+        """Raises ExpertFileError naming `tensor` if the payload is not what the counts promise."""
+        indices, levels = decode_levels(self.encoded, nnz=self.nnz, numel=self.numel, tensor=tensor)
+        return SparseDelta(self.shape, indices, levels, self.scale)
+
+
+@dataclass(frozen=True)
 class PackedDense:
     """A tensor kept whole in bfloat16.
 
@@ -57,6 +72,7 @@ class PackedDense:
         payload: little-endian bfloat16, row-major; 2 bytes per element.
     """
 
+    kind: ClassVar[str] = "dense"
     shape: tuple[int, ...]
     payload: bytes
 
@@ -71,12 +87,41 @@ class PackedDense:
 
     def decode(self, tensor: str) -> DenseDelta:
         """Raises ExpertFileError naming `tensor` on a wrong length, NaN or infinity."""
-        if len(self.payload) != 2 * self.numel:
-            raise ExpertFileError(f"tensor {tensor} has {len(self.payload)} bytes, not 2 per element", param=tensor)
-        values = from_bfloat16(np.frombuffer(self.payload, dtype="<u2").reshape(self.shape))
+        return DenseDelta(_finite(self.payload, self.shape, tensor))
+
+
+@dataclass(frozen=True)
+class PackedLowRank(PackedDense):
+    """A matrix kept as the product of two factors.
+
+    Attributes:
+        shape: (rows, columns) of the matrix.
+        payload: little-endian bfloat16: `[rows, rank]`, then `[rank, columns]`, each row-major.
+        rank: columns of the first factor and rows of the second, > 0.
+    """
+
+    kind: ClassVar[str] = "low-rank"
+    rank: int
+
+    def decode(self, tensor: str) -> DenseDelta:
+        """Raises ExpertFileError naming `tensor` on a wrong length, NaN or infinity, in the product too."""
+        rows, columns = self.shape
+        factors = _finite(self.payload, (self.rank * (rows + columns),), tensor)
+        with np.errstate(over="ignore", invalid="ignore"):
+            left = factors[: rows * self.rank].reshape(rows, self.rank)
+            values = left @ factors[rows * self.rank :].reshape(self.rank, columns)
         if not bool(np.isfinite(values).all()):
-            raise ExpertFileError(f"tensor {tensor} holds NaN or infinite values; create the file again", param=tensor)
+            raise ExpertFileError(f"tensor {tensor} has factors too large to multiply", param=tensor)
         return DenseDelta(values)
+
+
+def _finite(payload: bytes, shape: tuple[int, ...], tensor: str) -> npt.NDArray[np.float32]:
+    if len(payload) != 2 * math.prod(shape):
+        raise ExpertFileError(f"tensor {tensor} has {len(payload)} bytes, not 2 per element", param=tensor)
+    values = from_bfloat16(np.frombuffer(payload, dtype="<u2").reshape(shape))
+    if not bool(np.isfinite(values).all()):
+        raise ExpertFileError(f"tensor {tensor} holds NaN or infinite values; create the file again", param=tensor)
+    return values
 
 
 PackedTensor = PackedTernary | PackedDense

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from store.codecs.t_switch import Knob
-from store.packed import PackedDense, PackedTensor, PackedTernary
+from store.deltas import DenseDelta
+from store.packed import PackedTensor, PackedTernary
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KindRow:
-    """One line of a report: all tensors stored one way; `kind` is "ternary", "dense" or "unchanged"."""
+    """One line of a report: all tensors stored one way; `kind` is an entry's kind in the file, or "unchanged"."""
 
     kind: str
     tensors: int
@@ -37,7 +38,7 @@ class Report:
         bytes: size of the expert file.
         bits_per_param: bits of its data section per parameter of the whole base.
         times_smaller: the base's parameters in bfloat16 / `bytes`.
-        density: nonzeros / elements over the ternary tensors.
+        density: nonzeros / elements over the sparse tensors.
         relative_error: ‖τ − τ̃‖ / ‖τ‖ over all parameters; 0 for an unchanged model.
         knob: how scales were chosen.
         calibration: the multipliers and what they brought; None unless calibrated.
@@ -58,16 +59,18 @@ class Report:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Sums that give ‖τ − scale · levels‖² for any scale without τ: `tau2 − 2 scale · dot + scale² · nnz`."""
+    """Sums that give ‖τ − scale · levels‖² for any scale without τ: `tau2 − 2 scale · dot + scale² · levels2`."""
 
     tau2: float
     dot: float = 0.0
-    nnz: int = 0
+    levels2: float = 0.0
     fixed: float | None = None
     """The squared error itself, for a tensor whose reconstruction no knob changes."""
 
     def squared_error(self, scale: float) -> float:
-        return self.fixed if self.fixed is not None else self.tau2 - 2 * scale * self.dot + scale * scale * self.nnz
+        if self.fixed is not None:
+            return self.fixed
+        return self.tau2 - 2 * scale * self.dot + scale * scale * self.levels2
 
 
 def overlap_of(name: str, delta: torch.Tensor, packed: PackedTensor | None) -> Overlap:
@@ -76,11 +79,12 @@ def overlap_of(name: str, delta: torch.Tensor, packed: PackedTensor | None) -> O
     tau2 = float(np.sum(np.square(tau, dtype=np.float64)))
     if packed is None:
         return Overlap(tau2, fixed=tau2)
-    if isinstance(packed, PackedDense):
-        error = tau - packed.decode(name).values.reshape(-1)
+    decoded = packed.decode(name)
+    if isinstance(decoded, DenseDelta):
+        error = tau - decoded.values.reshape(-1)
         return Overlap(tau2, fixed=float(np.sum(np.square(error, dtype=np.float64))))
-    sparse = packed.decode(name)
-    return Overlap(tau2, float(np.sum(tau[sparse.indices] * sparse.levels, dtype=np.float64)), packed.nnz)
+    levels2 = float(np.sum(np.square(decoded.levels, dtype=np.float64)))
+    return Overlap(tau2, float(np.sum(tau[decoded.indices] * decoded.levels, dtype=np.float64)), levels2)
 
 
 def relative_error(overlaps: Mapping[str, Overlap], packed: Mapping[str, PackedTensor]) -> float:
@@ -97,7 +101,7 @@ def kind_rows(sizes: Mapping[str, int], packed: Mapping[str, PackedTensor]) -> t
     """One row per kind of storage; `sizes` is name → elements of every parameter of the base."""
     kinds: dict[str, list[PackedTensor]] = {"ternary": [], "dense": []}
     for item in packed.values():
-        kinds["ternary" if isinstance(item, PackedTernary) else "dense"].append(item)
+        kinds.setdefault(item.kind, []).append(item)
     rows = [
         KindRow(
             kind,

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from server.api.services import AnyServices, ReadyServices, Services
 from store.errors import InvalidRequestError
 from store.exemplars import MAX_BYTES, parse_exemplars
-from store.expert_header import ExpertHeader, TernaryEntry
+from store.expert_header import ExpertHeader, SparseEntry
 from store.registry import ExpertRecord
 
 router = APIRouter(prefix="/v1/experts")
@@ -172,10 +172,10 @@ def _expert(record: ExpertRecord, services: Services) -> Expert:
 
 def _tensors(header: ExpertHeader) -> Tensors:
     entries = list(header.tensors.values())
-    ternary = [entry for entry in entries if isinstance(entry, TernaryEntry)]
+    sparse = [entry for entry in entries if isinstance(entry, SparseEntry)]
     return {
-        "ternary": len(ternary),
-        "dense": len(entries) - len(ternary),
+        "ternary": len(sparse),
+        "dense": len(entries) - len(sparse),
         "elements": sum(entry.numel for entry in entries),
-        "nonzeros": sum(entry.nnz if isinstance(entry, TernaryEntry) else entry.numel for entry in entries),
+        "nonzeros": sum(entry.nnz if isinstance(entry, SparseEntry) else entry.numel for entry in entries),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from server.engine.merged import DecodedExpert, to_device
-from store.expert_file import TernaryEntry, read_deltas, read_header
+from store.expert_file import SparseEntry, read_deltas, read_header
 from store.manifest import BaseManifest
 
 _INT32_NUMEL = 1 << 31
@@ -26,7 +26,7 @@ class ExpertLoader:
     def decoded_bytes(self, digest: str) -> int:
         total = 0
         for entry in read_header(self._fetch(digest)).tensors.values():
-            if isinstance(entry, TernaryEntry):
+            if isinstance(entry, SparseEntry):
                 total += entry.nnz * ((4 if entry.numel < _INT32_NUMEL else 8) + 1)
             else:
                 total += entry.numel * 4

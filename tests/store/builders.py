@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from store.bfloat16 import to_bfloat16
-from store.encodings import as_indices, encode_smallest
+from store.encodings import as_indices, encode_in_groups, encode_levels, encode_smallest
 from store.expert_file import ExpertInfo, write_expert
 from store.manifest import BaseManifest
-from store.packed import PackedDense, PackedTensor, PackedTernary
+from store.packed import PackedDense, PackedLevels, PackedLowRank, PackedTensor, PackedTernary
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (37, 16),
@@ -47,6 +47,34 @@ def packed_dense(rng: np.random.Generator, shape: tuple[int, ...]) -> PackedDens
     return PackedDense(shape, to_bfloat16(rng.normal(size=shape).astype(np.float32)).tobytes())
 
 
+def packed_levels(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> PackedLevels:
+    numel = int(np.prod(shape))
+    indices, signs = random_positions(rng, numel, density)
+    if not len(indices):
+        indices, signs = np.array([numel // 2]), np.array([1], dtype=np.int8)
+    levels = (np.minimum(rng.geometric(0.2, len(indices)), 127) * signs).astype(np.int8)
+    encoded = encode_levels(as_indices(indices, numel), levels, numel)
+    return PackedLevels(shape, len(indices), float(np.float32(rng.uniform(1e-4, 1e-2))), encoded)
+
+
+def packed_low_rank(rng: np.random.Generator, shape: tuple[int, int], rank: int) -> PackedLowRank:
+    factors = rng.normal(size=rank * sum(shape)).astype(np.float32)
+    return PackedLowRank(shape, to_bfloat16(factors).tobytes(), rank)
+
+
+def packed_newer(seed: int = 0) -> dict[str, PackedTensor]:
+    """An expert of the kinds and layouts that `required_features` announces."""
+    rng = np.random.default_rng(seed)
+    indices, levels = random_positions(rng, 9 * 5 * 7, 0.3)
+    grouped = encode_in_groups(as_indices(indices, 9 * 5 * 7), levels, 9 * 5 * 7, 8)
+    return {
+        "embed.weight": packed_levels(rng, SHAPES["embed.weight"], 0.05),
+        "layers.0.mlp.weight": packed_low_rank(rng, (32, 24), 3),
+        "layers.0.norm.weight": packed_levels(rng, SHAPES["layers.0.norm.weight"], 0.9),
+        "layers.1.mlp.weight": PackedTernary(SHAPES["layers.1.mlp.weight"], len(indices), 0.125, grouped),
+    }
+
+
 def packed_expert(seed: int = 0) -> dict[str, PackedTensor]:
     rng = np.random.default_rng(seed)
     return {
@@ -57,7 +85,7 @@ def packed_expert(seed: int = 0) -> dict[str, PackedTensor]:
     }
 
 
-def write_sample(path: Path, seed: int = 0, **info: object) -> Path:
+def write_sample(path: Path, seed: int = 0, tensors: Mapping[str, PackedTensor] | None = None, **info: object) -> Path:
     """A valid expert file for `base_manifest()`; another seed, another digest."""
     fields: dict[str, object] = {
         "codec": "t-switch",
@@ -67,7 +95,7 @@ def write_sample(path: Path, seed: int = 0, **info: object) -> Path:
         "exemplars": ("Was ist das?", 'Say "hé"'),
         **info,
     }
-    write_expert(path, ExpertInfo(**fields), packed_expert(seed), base_manifest())  # type: ignore[arg-type]
+    write_expert(path, ExpertInfo(**fields), tensors or packed_expert(seed), base_manifest())  # type: ignore[arg-type]
     return path
 
 

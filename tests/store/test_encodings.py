@@ -7,7 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.encodings import BITMAP, RICE, Encoded, as_indices, decode, encode_smallest
+from store.encodings import (
+    BITMAP,
+    GROUPED,
+    MAX_LEVEL,
+    RICE,
+    RICE_ZEROS,
+    Encoded,
+    as_indices,
+    best_group,
+    decode,
+    decode_levels,
+    decode_steps,
+    encode_in_groups,
+    encode_levels,
+    encode_smallest,
+    encode_steps,
+)
 from store.errors import ExpertFileError
 from tests.store.builders import random_positions
 
@@ -29,16 +45,34 @@ def textbook_decode(encoded: Encoded, nnz: int, numel: int) -> tuple[list[int], 
     levels = [1 if bit else -1 for bit in signs[:nnz]]
     if encoded.name == BITMAP:
         return [index for index in range(numel) if bits[index]], levels
+    if encoded.name == GROUPED:
+        return textbook_groups(bits, encoded.params["group"], nnz, numel), levels
     k = encoded.params["k"]
-    remainders = bits[len(bits) - len(signs) - (nnz * k + 7) // 8 * 8 :]
+    count = nnz if encoded.name == RICE else numel - nnz
+    remainders = bits[len(bits) - len(signs) - (count * k + 7) // 8 * 8 :]
     indices, place, index = [], 0, -1
-    for number in range(nnz):
+    for number in range(count):
         quotient = bits.index(1, place) - place
         place += quotient + 1
         remainder = sum(remainders[number * k + bit] << bit for bit in range(k))
         index += (quotient << k) + remainder + 1
         indices.append(index)
+    if encoded.name == RICE_ZEROS:
+        indices = sorted(set(range(numel)) - set(indices))
     return indices, levels
+
+
+def textbook_groups(bits: list[int], group: int, nnz: int, numel: int) -> list[int]:
+    groups, width = -(-numel // group), math.ceil(math.log2(group))
+    occupied = iter([number for number in range(groups) if bits[number]])
+    flags = bits[(groups + 7) // 8 * 8 :]
+    places = flags[(nnz + 7) // 8 * 8 :]
+    indices, here = [], next(occupied, 0)
+    for number in range(nnz):
+        indices.append(here * group + sum(places[number * width + bit] << bit for bit in range(width)))
+        if flags[number]:
+            here = next(occupied, 0)
+    return indices
 
 
 @settings(max_examples=100, deadline=None)
@@ -47,6 +81,54 @@ def test_the_layout_is_the_documented_one(numel: int, density: float, seed: int)
     indices, levels = random_positions(np.random.default_rng(seed), numel, density)
     encoded = encode_smallest(as_indices(indices, numel), levels, numel)
     assert textbook_decode(encoded, len(indices), numel) == (indices.tolist(), levels.tolist())
+
+
+@settings(max_examples=150, deadline=None)
+@given(numel=st.integers(0, 1500), density=st.floats(0, 1), group=st.integers(2, 256), seed=st.integers(0, 2**32 - 1))
+def test_groups_of_any_size(numel: int, density: float, group: int, seed: int) -> None:
+    indices, levels = random_positions(np.random.default_rng(seed), numel, density)
+    encoded = encode_in_groups(as_indices(indices, numel), levels, numel, group)
+    found, signs = decode(encoded, nnz=len(indices), numel=numel, tensor="t")
+    np.testing.assert_array_equal(found, indices)
+    np.testing.assert_array_equal(signs, levels)
+    assert textbook_decode(encoded, len(indices), numel) == (indices.tolist(), levels.tolist())
+    # Why the encoder does not try this layout (store/positions.py): at most two bytes of padding apart.
+    smallest = encode_smallest(as_indices(indices, numel), levels, numel)
+    assert not len(indices) or len(smallest.payload) <= len(encoded.payload) + 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    numel=st.integers(0, 3000),
+    density=st.floats(0, 1),
+    top=st.integers(1, MAX_LEVEL),
+    peak=st.floats(0.02, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_levels_survive_the_round_trip(numel: int, density: float, top: int, peak: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    indices, signs = random_positions(rng, numel, density)
+    levels = (np.minimum(rng.geometric(peak, len(indices)), top) * signs).astype(np.int8)
+    encoded = encode_levels(as_indices(indices, numel), levels, numel)
+    found, values = decode_levels(encoded, nnz=len(indices), numel=numel, tensor="t")
+    assert (found.dtype, values.dtype) == (np.int32, np.int8)
+    np.testing.assert_array_equal(found, indices)
+    np.testing.assert_array_equal(values, levels)
+
+
+@settings(max_examples=200, deadline=None)
+@given(numel=st.integers(0, 3000), density=st.floats(0, 1), width=st.integers(1, 15), seed=st.integers(0, 2**32 - 1))
+def test_steps_survive_the_round_trip(numel: int, density: float, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    indices, signs = random_positions(rng, numel, density)
+    steps = (rng.integers(1, 2**width, len(indices)) * signs).astype(np.int16)
+    if len(steps):
+        steps[0] = -(2**15)
+    encoded = encode_steps(as_indices(indices, numel), steps, numel)
+    found, values = decode_steps(encoded, nnz=len(indices), numel=numel, tensor="t")
+    assert (found.dtype, values.dtype) == (np.int32, np.int16)
+    np.testing.assert_array_equal(found, indices)
+    np.testing.assert_array_equal(values, steps)
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,14 +159,82 @@ def test_empty_full_and_odd_sizes(numel: int) -> None:
         round_trip(np.array([numel - 1]), np.array([1], dtype=np.int8), numel)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.382, 0.42, 0.5])
-def test_size_is_within_five_percent_of_the_entropy(density: float) -> None:
-    numel = 3_000_001
+def entropy(counts: np.ndarray) -> float:
+    """Bits of a sequence of symbols that occur so often."""
+    counts = counts[counts > 0].astype(float)
+    return float(np.sum(counts * np.log2(counts.sum() / counts)))
+
+
+DENSITIES = [0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.42, 0.5, 0.6, 0.8, 0.95, 0.999, 1.0]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_size_is_within_three_percent_of_the_entropy(density: float) -> None:
+    numel = 1_000_001
     indices, levels = random_positions(np.random.default_rng(1), numel, density)
     encoded = round_trip(indices, levels, numel)
-    d = len(indices) / numel
-    bound = numel * (-d * math.log2(d) - (1 - d) * math.log2(1 - d) + d)
-    assert 0.99 < 8 * len(encoded.payload) / bound < 1.05
+    bound = entropy(np.array([len(indices), numel - len(indices)])) + len(indices)
+    assert 0.99 < 8 * len(encoded.payload) / bound < 1.03
+
+
+def test_the_worst_density_is_the_golden_one() -> None:
+    """Where bitmap and Rice meet, at (3 − √5) / 2 = 0.382, the better of the two is furthest from the entropy."""
+    numel = 1_000_001
+    indices, levels = random_positions(np.random.default_rng(1), numel, 0.382)
+    bound = entropy(np.array([len(indices), numel - len(indices)])) + len(indices)
+    assert 8 * len(round_trip(indices, levels, numel).payload) / bound == pytest.approx(1.031, abs=0.002)
+
+
+@pytest.mark.parametrize("density", [0.002, 0.01, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("peak", [0.9, 0.6, 0.3, 0.1, 0.03])
+def test_levels_are_within_three_percent_of_the_entropy(density: float, peak: float) -> None:
+    numel, rng = int(100_000 / density) + 1, np.random.default_rng(2)
+    indices, signs = random_positions(rng, numel, density)
+    levels = (np.minimum(rng.geometric(peak, len(indices)), MAX_LEVEL) * signs).astype(np.int8)
+    encoded = encode_levels(as_indices(indices, numel), levels, numel)
+    bound = entropy(np.array([len(indices), numel - len(indices)])) + entropy(np.unique(levels, return_counts=True)[1])
+    assert 0.99 < 8 * len(encoded.payload) / bound < 1.03
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.3])
+def test_steps_are_within_three_percent_of_the_entropy(density: float) -> None:
+    numel, rng = int(100_000 / density) + 1, np.random.default_rng(3)
+    indices, signs = random_positions(rng, numel, density)
+    steps = (np.ceil(np.exp(rng.normal(1, 1.5, len(indices)))).clip(1, 2**15 - 1) * signs).astype(np.int16)
+    encoded = encode_steps(as_indices(indices, numel), steps, numel)
+    bound = entropy(np.array([len(indices), numel - len(indices)])) + entropy(np.unique(steps, return_counts=True)[1])
+    assert 0.9 < 8 * len(encoded.payload) / bound < 1.03
+
+
+@pytest.mark.parametrize(
+    ("zeros", "paper", "sass", "golomb"),
+    [
+        (0.6, (2, 1.700), 1.700, 1.400),
+        (0.7, (2, 1.400), 1.400, 1.188),
+        (0.8, (3, 1.133), 1.050, 0.939),
+        (0.9, (7, 0.643), 0.625, 0.576),
+        (0.95, (14, 0.371), 0.363, 0.339),
+        (0.97, (24, 0.252), 0.241, 0.228),
+        (0.98, (35, 0.189), 0.171, 0.162),
+        (0.99, (70, 0.104), 0.096, 0.091),
+        (0.999, (256, 0.014), 0.014, 0.012),
+    ],
+)
+def test_the_storage_table(zeros: float, paper: tuple[int, float], sass: float, golomb: float) -> None:
+    """Bits per parameter at one-bit values: groups of the published size, of the best size, and Golomb with signs."""
+    numel = 2**22
+    indices, levels = random_positions(np.random.default_rng(4), numel, 1 - zeros)
+    found = as_indices(indices, numel)
+    # One standard deviation of the number of nonzeros is at most this share of the size; the table has 3 decimals.
+    noise = 4 * math.sqrt(zeros / (1 - zeros) / numel)
+
+    def bits(encoded: Encoded) -> float:
+        return 8 * len(encoded.payload) / numel
+
+    assert bits(encode_in_groups(found, levels, numel, paper[0])) == pytest.approx(paper[1], rel=noise, abs=6e-4)
+    best = encode_in_groups(found, levels, numel, best_group(len(indices), numel))
+    assert bits(best) == pytest.approx(sass, rel=noise, abs=6e-4)
+    assert bits(encode_smallest(found, levels, numel)) == pytest.approx(golomb, rel=noise, abs=6e-4)
 
 
 def test_positions_beyond_int32_come_back_as_int64() -> None:
@@ -130,6 +280,14 @@ BITMAP_SAMPLE = encode_smallest(np.arange(0, 19, 2, dtype=np.int32), np.ones(10,
         (Encoded(BITMAP, {}, BITMAP_SAMPLE.payload + b"\0"), 10, 19, "needs"),
         (Encoded(BITMAP, {}, b"\xff" * 3 + b"\xff\x03"), 10, 19, "padding"),
         (Encoded(BITMAP, {}, b""), 0, 8, "needs"),
+        (Encoded(RICE_ZEROS, {"k": 1}, b"\xff"), 7, 8, "hold"),
+        (Encoded(GROUPED, {"group": 1}, b"\x01"), 1, 8, "parameter"),
+        (Encoded(GROUPED, {"group": 4}, b"\x01\x01\x00"), 1, 8, "need"),
+        (Encoded(GROUPED, {"group": 4}, b"\x01\x00\x00\x00"), 1, 8, "without a last"),
+        (Encoded(GROUPED, {"group": 4}, b"\x01\x01\x04\x00"), 1, 8, "padding"),
+        (Encoded(GROUPED, {"group": 4}, b"\x02\x01\x03\x00"), 1, 7, "ascend"),
+        (Encoded(GROUPED, {"group": 4}, b"\x01\x02\x05\x00"), 2, 8, "ascend"),
+        (Encoded(GROUPED, {"group": 3}, b"\x01\x01\x03\x00"), 1, 8, "ascend"),
     ],
 )
 def test_the_decoder_names_the_tensor_and_the_fault(encoded: Encoded, nnz: int, numel: int, fault: str) -> None:
@@ -154,3 +312,33 @@ def test_random_bytes_decode_to_a_valid_tensor_or_an_error(
     assert len(indices) == len(levels) == nnz
     assert nnz == 0 or (indices[0] >= 0 and indices[-1] < numel and bool((np.diff(indices) > 0).all()))
     assert set(levels.tolist()) <= {-1, 1}
+
+
+LEVELS_SAMPLE = encode_levels(np.arange(0, 200, 2, dtype=np.int32), np.tile([1, 1, 1, -4], 25).astype(np.int8), 200)
+STEPS_SAMPLE = encode_steps(np.arange(0, 200, 2, dtype=np.int32), np.tile([1, -300, 2, 1], 25).astype(np.int16), 200)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data(), whole=st.booleans())
+def test_damaged_values_decode_to_a_valid_tensor_or_an_error(data: st.DataObject, whole: bool) -> None:
+    sample, read = data.draw(st.sampled_from([(LEVELS_SAMPLE, decode_levels), (STEPS_SAMPLE, decode_steps)]))
+    payload = bytearray(sample.payload)
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    params = sample.params if whole else {**sample.params, "top": 4, "values": data.draw(st.integers(0, 60))}
+    try:
+        indices, values = read(Encoded(sample.name, params, bytes(payload)), nnz=100, numel=200, tensor="t")  # type: ignore[operator]
+    except ExpertFileError as error:
+        assert error.param == "t"
+        return
+    assert len(indices) == len(values) == 100
+    assert bool((np.diff(indices) > 0).all())
+    assert bool((values != 0).all())
+
+
+@pytest.mark.parametrize("levels", [[0], [-128]])
+def test_levels_beyond_the_range_are_refused(levels: list[int]) -> None:
+    with pytest.raises(ValueError, match="levels must"):
+        encode_levels(np.array([1], dtype=np.int32), np.array(levels, dtype=np.int8), 9)
+    with pytest.raises(ValueError, match="steps must"):
+        encode_steps(np.array([1], dtype=np.int32), np.array([0], dtype=np.int16), 9)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from store.bfloat16 import from_bfloat16, to_bfloat16
 from store.deltas import DenseDelta, SparseDelta
 from store.errors import ExpertFileError, InvalidRequestError, StoreError, WrongBaseError
 from store.expert_file import (
@@ -27,12 +28,14 @@ from store.expert_file import (
 )
 from store.expert_header import ExpertHeader, TernaryEntry
 from store.manifest import BaseManifest
+from store.packed import PackedLowRank, PackedTernary
 from tests.store.builders import (
     SHAPES,
     base_manifest,
     join_file,
     packed_dense,
     packed_expert,
+    packed_newer,
     packed_ternary,
     split_file,
     write_sample,
@@ -84,6 +87,66 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
             assert delta.scale == expected.scale
             np.testing.assert_array_equal(delta.indices, expected.indices)
             np.testing.assert_array_equal(delta.levels, expected.levels)
+
+
+def test_newer_kinds_are_announced_and_survive(tmp_path: Path) -> None:
+    tensors = packed_newer()
+    path = write_sample(tmp_path / "e", tensors=tensors)
+    header = validate(path, base_manifest())
+    assert header.required_features == ("grouped", "levels", "low-rank")
+    sparse = [tensor for tensor in tensors.values() if isinstance(tensor, PackedTernary)]
+    assert header.density == sum(tensor.nnz for tensor in sparse) / sum(tensor.numel for tensor in sparse)
+    for name, delta in read_deltas(path, base_manifest()):
+        expected = tensors[name].decode(name)
+        assert type(delta) is type(expected)
+        for key, value in vars(expected).items():
+            np.testing.assert_array_equal(vars(delta)[key], value)
+    low_rank = tensors["layers.0.mlp.weight"]
+    factors = from_bfloat16(np.frombuffer(low_rank.payload, dtype="<u2")).astype(np.float64)
+    product = factors[: 32 * 3].reshape(32, 3) @ factors[32 * 3 :].reshape(3, 24)
+    np.testing.assert_allclose(dict(read_deltas(path, base_manifest()))["layers.0.mlp.weight"].values, product, 1e-5)  # type: ignore[union-attr]
+
+
+def test_a_file_for_the_first_readers_stays_one(tmp_path: Path) -> None:
+    assert read_header(write_sample(tmp_path / "e")).required_features == ()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "changes", "fault"),
+    [
+        ("embed.weight", {"values": 0}, "between"),
+        ("embed.weight", {"values": 10**6}, "hold"),
+        ("embed.weight", {"values": None}, "missing"),
+        ("embed.weight", {"top": 127}, "instead of 127"),
+        ("embed.weight", {"top": 128}, "between"),
+        ("embed.weight", {"encoding": "bitmap"}, "bitmap needs"),
+        ("embed.weight", {"kind": "ternary"}, "hold|density|has"),
+        ("layers.0.mlp.weight", {"rank": 0}, "between"),
+        ("layers.0.mlp.weight", {"rank": 25}, "between"),
+        ("layers.0.mlp.weight", {"rank": 4}, "not BF16"),
+        ("layers.0.mlp.weight", {"shape": [768]}, "two dimensions"),
+        ("layers.1.mlp.weight", {"group": 257}, "between"),
+        ("layers.1.mlp.weight", {"group": 16}, "groups of 16 need|hold"),
+    ],
+)
+def test_faults_of_newer_kinds(tmp_path: Path, tensor: str, changes: dict[str, object], fault: str) -> None:
+    path = edit_tensor(write_sample(tmp_path / "e", tensors=packed_newer()), tensor, **changes)
+    with pytest.raises(ExpertFileError, match=fault) as caught:
+        validate(path, base_manifest())
+    assert caught.value.param == tensor
+
+
+def test_an_unannounced_kind_is_refused(tmp_path: Path) -> None:
+    path = edit(write_sample(tmp_path / "e", tensors=packed_newer()), required_features=["grouped", "low-rank"])
+    with pytest.raises(ExpertFileError, match="lacks levels"):
+        read_header(path)
+
+
+def test_factors_too_large_to_multiply(tmp_path: Path) -> None:
+    huge = PackedLowRank((32, 24), to_bfloat16(np.full(56, 1e30, dtype=np.float32)).tobytes(), 1)
+    path = write_sample(tmp_path / "e", tensors={"layers.0.mlp.weight": huge})
+    with pytest.raises(ExpertFileError, match="too large to multiply"):
+        validate(path, base_manifest())
 
 
 def test_density_and_bits_per_parameter_are_what_they_say(tmp_path: Path) -> None:
@@ -187,7 +250,7 @@ def test_header_faults_name_the_field(tmp_path: Path, changes: dict[str, object]
     ("changes", "fault"),
     [
         ({"kind": "dense"}, "counts"),
-        ({"kind": "sparse"}, "ternary and dense"),
+        ({"kind": "sparse"}, "knows ternary"),
         ({"shape": [16, 37]}, "the base's has"),
         ({"shape": [37, 17]}, "shape has"),
         ({"shape": [37, -16]}, "integers"),

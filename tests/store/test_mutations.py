@@ -1,4 +1,4 @@
-"""2,000 damaged or hostile expert files: each is refused by name, or decodes to a sound expert; nothing else."""
+"""2,800 damaged or hostile expert files: each is refused by name, or decodes to a sound expert; nothing else."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 from store.deltas import DenseDelta
 from store.errors import ExpertFileError
 from store.expert_file import read_deltas, validate
-from tests.store.builders import SHAPES, base_manifest, join_file, split_file, write_sample
+from tests.store.builders import SHAPES, base_manifest, join_file, packed_newer, split_file, write_sample
 
-COUNT = 2000
+COUNT = 2800
 HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**38, 2**53, 2**63, 2**64, 10**400, 0.5, -0.0, 1e-320, 1e308, float("nan"),
     float("inf"), "", "x", "\ud800", "a" * 10_000, "../..", [], [[]], [0], [2**40], [2**20] * 8, {}, {"a": {}},
-    "F32", "BF16", "bitmap", "rice", "dense", "ternary",
+    "F32", "BF16", "bitmap", "rice", "rice-zeros", "grouped", "dense", "ternary", "levels", "low-rank",
 ]  # fmt: skip
 
 
@@ -98,8 +98,8 @@ def change_tensor(rng: random.Random, data: bytes) -> bytes:
     key = rng.choice(sorted(entry))
     entry[key] = rng.choice([*HOSTILE, *range(1, 26), [16, 37], [37, 16], [592], [1, 592]])
     try:
-        ternary = [item for item in document["tensors"].values() if item["kind"] == "ternary"]
-        document["density"] = sum(item["nnz"] for item in ternary) / sum(item["numel"] for item in ternary)
+        sparse = [item for item in document["tensors"].values() if item["kind"] in ("ternary", "levels")]
+        document["density"] = sum(item["nnz"] for item in sparse) / sum(item["numel"] for item in sparse)
     except (TypeError, KeyError, ZeroDivisionError, OverflowError):
         pass
     table["__metadata__"] = {"switchyard": json.dumps(document)}
@@ -129,7 +129,8 @@ def assert_sound(path: Path) -> None:
         assert delta.indices[0] >= 0
         assert delta.indices[-1] < np.prod(delta.shape)
         assert (np.diff(delta.indices) > 0).all()
-        assert (np.abs(delta.levels) == 1).all()
+        assert (delta.levels != 0).all()
+        assert (delta.levels != -128).all()
         assert np.float32(delta.scale) > 0
         assert np.isfinite(np.float32(delta.scale))
 
@@ -138,6 +139,7 @@ def assert_sound(path: Path) -> None:
 def test_no_mutation_gets_past_validation(tmp_path: Path, part: int) -> None:
     path = tmp_path / "expert"
     samples = [write_sample(path, seed=sample, name="sample").read_bytes() for sample in range(7)]
+    samples += [write_sample(path, tensors=packed_newer(seed), name="sample").read_bytes() for seed in range(6)]
     refusals = []
     for seed in range(part * COUNT // 4, (part + 1) * COUNT // 4):
         rng = random.Random(seed)
