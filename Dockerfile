@@ -40,6 +40,10 @@ RUN pip install --no-deps --no-build-isolation .
 
 FROM base-${VARIANT} AS runtime
 LABEL org.opencontainers.image.title="Switchyard" org.opencontainers.image.licenses="Apache-2.0"
+# The kernels of mixed mode are compiled for the machine they run on, at the first start (Triton's need a compiler too).
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 switchyard \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin switchyard \
     && install -d -o 10001 -g 10001 /data /cache /cache/tmp

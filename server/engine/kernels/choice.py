@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 
+from server.engine.kernels.build import BuildError
+from server.engine.kernels.cpu import CpuKernels
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import Kernels
 from store.errors import InvalidRequestError
 
 log = logging.getLogger(__name__)
 
-_Maker = Callable[[torch.device], Kernels | str]
+_Maker = Callable[[torch.device, Path | None], Kernels | str]
 """Makes an implementation for a device, or says why there is none."""
 
 
-_MAKERS: dict[str, _Maker] = {"reference": lambda _device: ReferenceKernels()}
+def _cpu(device: torch.device, cache_dir: Path | None) -> Kernels | str:
+    if device.type != "cpu":
+        return f"the device is {device.type}"
+    try:
+        return CpuKernels(cache_dir or Path(_own_folder().name))
+    except (BuildError, OSError) as error:
+        return str(error)
+
+
+@cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this process alone: what lies there is run, so it must not be a place where others may write."""
+    return tempfile.TemporaryDirectory(prefix="switchyard-kernels-")
+
+
+_MAKERS: dict[str, _Maker] = {"cpu": _cpu, "reference": lambda _device, _cache_dir: ReferenceKernels()}
 """By name, the fastest first."""
 
 NAMES = ("auto", *_MAKERS)
 
 
-def backend(name: str, device: torch.device) -> Kernels:
+def backend(name: str, device: torch.device, cache_dir: Path | None = None) -> Kernels:
     """The implementation of that name; with "auto", the fastest that runs on the device.
+
+    Args:
+        cache_dir: where compiled kernels are kept for the next start; None compiles them anew in every process.
 
     Raises:
         InvalidRequestError: there is no such implementation, or it cannot run here; says why.
@@ -35,7 +58,7 @@ def backend(name: str, device: torch.device) -> Kernels:
     for candidate, make in _MAKERS.items():
         if name not in ("auto", candidate):
             continue
-        made = make(device)
+        made = make(device, cache_dir)
         if not isinstance(made, str):
             reasons = "".join(f"; not {reason}" for reason in passed_over)
             log.info("kernels: %s on %s%s", made.name, device, reasons)
@@ -44,10 +67,10 @@ def backend(name: str, device: torch.device) -> Kernels:
     raise InvalidRequestError(f"the kernels cannot be used here: {passed_over[0]}", param="kernels")
 
 
-def available(device: torch.device) -> dict[str, str | None]:
+def available(device: torch.device, cache_dir: Path | None = None) -> dict[str, str | None]:
     """For each implementation, why it cannot run on the device, or None if it can."""
     found = {}
     for name, make in _MAKERS.items():
-        made = make(device)
+        made = make(device, cache_dir)
         found[name] = made if isinstance(made, str) else None
     return found

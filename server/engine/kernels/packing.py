@@ -64,9 +64,9 @@ def gather_rows(delta: PackedDelta, rows: torch.Tensor) -> torch.Tensor:
         return delta.values.view(count, columns)[rows]
     if isinstance(delta, BitPlanes):
         return _decode_words(delta.words[rows // BLOCK, :, :, :, rows % BLOCK], delta.scale, columns)
-    place = torch.empty_like(delta.order)
-    place[delta.order.long()] = torch.arange(count, dtype=torch.int32, device=delta.device)
-    place = place[rows].long()
+    block = (rows // BLOCK * BLOCK)[:, None] + torch.arange(BLOCK, device=delta.device)
+    block.clamp_(max=count - 1)
+    place = block.gather(1, (delta.order[block] == rows[:, None]).to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
     starts, counts = delta.starts[place].long(), (delta.starts[place + 1] - delta.starts[place]).long()
     owner = torch.repeat_interleave(torch.arange(len(rows), device=delta.device), counts)
     first = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
@@ -101,7 +101,7 @@ def _sparse_rows(delta: SparseDelta, top: int, device: torch.device) -> SparseRo
     rows, columns = rows_and_columns(delta.shape)
     owner = (delta.indices // columns).astype(np.int64)
     counts = np.bincount(owner, minlength=rows)
-    order = np.argsort(-counts, kind="stable")
+    order = np.lexsort((-counts, np.arange(rows) // BLOCK))
     starts = np.concatenate([[0], np.cumsum(counts[order])])
     natural = np.concatenate([[0], np.cumsum(counts)])[:-1]
     chosen = np.arange(len(owner)) + np.repeat(natural[order] - starts[:-1], counts[order])

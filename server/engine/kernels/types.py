@@ -48,7 +48,8 @@ class BitPlanes:
 class SparseRows:
     """A delta as a list of nonzeros per row, for few of them.
 
-    Rows are sorted by their number of nonzeros, most first, so that neighbours can be worked on in step.
+    Within each 32 rows, they are sorted by their number of nonzeros, most first: neighbours can be worked on in step,
+    and whoever has a block of 32 touches no other rows.
     Leading dimensions count as rows.
 
     Attributes:

@@ -1,0 +1,121 @@
+"""The kernels of `native.cpp`, called from Python."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from server.engine.kernels import build
+from server.engine.kernels.build import BuildError
+from server.engine.kernels.packing import pack
+from server.engine.kernels.reference import ReferenceKernels
+from server.engine.kernels.types import BitPlanes, DenseValues, Group, PackedDelta, SparseRows, rows_and_columns
+from store.deltas import SparseDelta
+
+_TERM = struct.Struct("<qqiifi")
+"""`Term` of native.cpp up to its pointers: first row, last row, form, opens a group, factor, digits."""
+_POINTERS = struct.Struct("<5Q")
+
+
+class CpuKernels:
+    """Sums by table lookup, driven by the planes themselves; see `native.cpp`.
+
+    What is not float32 is widened for the call. Dense deltas are left to torch, which multiplies them no slower.
+
+    Raises:
+        BuildError: the library cannot be built here, or computes wrongly.
+    """
+
+    name = "cpu"
+
+    def __init__(self, cache_dir: Path, *, flags: tuple[str, ...] = ()) -> None:
+        library = build.load(cache_dir, flags=flags)
+        self._add = library.switchyard_add_linear
+        self._add.restype = None
+        self._add.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int),
+        )
+        self.parallel = bool(library.switchyard_parallel())
+        self.permute = int(library.switchyard_permute())
+        """Entries of the table that one vector instruction looks up; 0 where there is none."""
+        self._plain = ReferenceKernels()
+        self._pointers: WeakKeyDictionary[PackedDelta, bytes] = WeakKeyDictionary()
+        self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
+        self._check()
+
+    def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
+        if y.dtype is not torch.float32:
+            wide = y.float()
+            self.add_linear(wide, x.float(), groups)
+            y.copy_(wide)
+            return
+        rows, shape = y.shape[0], (y.shape[1], x.shape[1])
+        if not (y.is_contiguous() and x.is_contiguous() and x.dtype is torch.float32 and x.shape[0] == rows):
+            raise ValueError("y and x must be contiguous, of one dtype, and have the same rows")
+        records = []
+        for group in groups:
+            known = self._records.get(group)
+            if known is None or known[0] != shape:
+                known = shape, self._record(group, shape)
+                self._records[group] = known
+            if not 0 <= group.start <= group.stop <= rows:
+                raise ValueError(f"the group [{group.start}, {group.stop}) is not within {rows} rows")
+            records.append(known[1])
+        joined = b"".join(records)
+        if joined:
+            count = len(joined) // (_TERM.size + _POINTERS.size)
+            self._add(y.data_ptr(), x.data_ptr(), *shape, joined, count, torch.get_num_threads())
+        for group in groups:
+            if any(isinstance(delta, DenseValues) for _, delta in group.terms):
+                dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
+                self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
+
+    def _record(self, group: Group, shape: tuple[int, int]) -> bytes:
+        """The terms of a group as `native.cpp` reads them; those that it computes."""
+        parts: list[bytes] = []
+        if group.start == group.stop:
+            return b""
+        for weight, delta in group.terms:
+            if rows_and_columns(delta.shape) != shape:
+                raise ValueError(f"a delta of shape {delta.shape} cannot be applied to {shape[1]} → {shape[0]}")
+            if isinstance(delta, DenseValues):
+                continue
+            digits = delta.digits if isinstance(delta, BitPlanes) else 0
+            factor = weight * delta.scale
+            form = int(isinstance(delta, SparseRows))
+            parts += (_TERM.pack(group.start, group.stop, form, not parts, factor, digits), self._pointers_of(delta))
+        return b"".join(parts)
+
+    def _pointers_of(self, delta: BitPlanes | SparseRows) -> bytes:
+        known = self._pointers.get(delta)
+        if known is None:
+            if isinstance(delta, BitPlanes):
+                addresses = (delta.words.data_ptr(), 0, 0, 0, 0)
+            else:
+                levels = 0 if delta.levels is None else delta.levels.data_ptr()
+                lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr())
+                addresses = (0, *lists, levels)
+            known = self._pointers[delta] = _POINTERS.pack(*addresses)
+        return known
+
+    def _check(self) -> None:
+        """Compare with plain torch on a small case: what a foreign compiler has made is not believed unseen."""
+        rng = np.random.default_rng(0)
+        for density in (0.02, 0.5):
+            kept = np.flatnonzero(rng.random(72 * 100) < density).astype(np.int32)
+            levels = rng.choice(np.array([-1, 1], np.int8), len(kept))
+            delta = pack(SparseDelta((72, 100), kept, levels, 0.1), torch.device("cpu"))
+            groups = [Group(0, 1, ((1.0, delta),)), Group(2, 9, ((0.5, delta),))]
+            x = torch.from_numpy(rng.standard_normal((9, 100), np.float32))
+            ours, expected = torch.ones(9, 72), torch.ones(9, 72)
+            self.add_linear(ours, x, groups)
+            self._plain.add_linear(expected, x, groups)
+            if not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4):
+                raise BuildError("what the compiler made computes wrongly on this machine")
