@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from router.router import Router
 from server import __version__
-from server.api import chat, completions, errors, experts, models, ops, route
+from server.api import chat, completions, embeddings, errors, experts, models, ops, route, tokens
 from server.api.auth import AuthMiddleware
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.services import Services
@@ -64,7 +64,7 @@ def create_app(settings: Settings, *, engine: Engine, registry: Registry, router
     )
     app.state.services = services
     errors.install(app)
-    for resource in (chat, completions, models, experts, route, ops):
+    for resource in (chat, completions, embeddings, tokens, models, experts, route, ops):
         app.include_router(resource.router)
 
     def body_limit(scope: Scope) -> int:

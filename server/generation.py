@@ -89,6 +89,15 @@ class Generation:
         ]
         return Answer(routes, sum(map(len, prompts)), list(zip(streams, texts, strict=True)), self._metrics, began)
 
+    async def check_model(self, model: str) -> None:
+        """Whether a request may name the model.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        if model not in (AUTO, self._engine.base.name):
+            await self._expert(model, "model")
+
     def _check_limits(self, request: GenerationRequest) -> None:
         if request.n > self._max_n:
             raise InvalidRequestError(f"n is {request.n}, the limit is {self._max_n}", param="n")

@@ -65,10 +65,7 @@ class TextPrompt:
     """Plain text to continue."""
 
     text: str
-
-    @property
-    def param(self) -> str:
-        return "prompt"
+    param: str = "prompt"
 
     @property
     def characters(self) -> int:
@@ -89,10 +86,7 @@ class TokenPrompt:
     """Token ids to continue."""
 
     tokens: tuple[int, ...]
-
-    @property
-    def param(self) -> str:
-        return "prompt"
+    param: str = "prompt"
 
     @property
     def characters(self) -> int:

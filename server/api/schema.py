@@ -189,18 +189,28 @@ def _shape_of_prompt(value: object) -> str:
     return "token_lists" if isinstance(first, list) else "tokens" if isinstance(first, int) else "texts"
 
 
+Prompts = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Field(min_length=1), Tag("texts")]
+    | Annotated[list[Token], Field(min_length=1), Tag("tokens")]
+    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Tag("token_lists")],
+    Discriminator(_shape_of_prompt),
+]
+"""One or several, as text or as token ids."""
+
+
+def prompts_of(given: str | list[str] | list[int] | list[list[int]], param: str) -> list[Prompt]:
+    """What stands in a field of type `Prompts`."""
+    several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    return [TextPrompt(item, param) if isinstance(item, str) else TokenPrompt(tuple(item), param) for item in several]
+
+
 class CompletionBody(GenerateBody):
     """The body of `POST /v1/completions`."""
 
     usual_tokens = 16  # OpenAI's default; chat has none
 
-    prompt: Annotated[
-        Annotated[Text, Tag("text")]
-        | Annotated[list[Text], Field(min_length=1), Tag("texts")]
-        | Annotated[list[Token], Tag("tokens")]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Tag("token_lists")],
-        Discriminator(_shape_of_prompt),
-    ]
+    prompt: Prompts
 
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKEN, description="0 with `echo` computes the prompt only.")
     echo: bool | None = Field(False, description="Begin the text with the prompt.")
@@ -212,7 +222,7 @@ class CompletionBody(GenerateBody):
     suffix: Annotated[None, OnlyNeutral("")] = None
 
     def to_request(self) -> GenerationRequest:
-        return replace(self._request(*self._prompts()), echo=bool(self.echo))
+        return replace(self._request(*prompts_of(self.prompt, "prompt")), echo=bool(self.echo))
 
     @model_validator(mode="after")
     def _check_echo(self) -> Self:
@@ -226,11 +236,6 @@ class CompletionBody(GenerateBody):
 
     def to_sampling(self) -> SamplingParams:
         return replace(super().to_sampling(), prompt_logprobs=self.logprobs if self.echo else None)
-
-    def _prompts(self) -> list[Prompt]:
-        given = self.prompt
-        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-        return [TextPrompt(item) if isinstance(item, str) else TokenPrompt(tuple(item)) for item in several]
 
 
 class RouteBody(Wire):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from server.engine.sequence import Sequence
 from server.engine.step import run_step
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, SamplingParams
+from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats
 from store.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -98,6 +98,7 @@ class TransformersEngine:
             name=name,
             manifest=self._model.manifest,
             context_length=min(self._model.context_length, self._cache.capacity_tokens),
+            vocabulary=self._model.vocabulary,
             feature_dim=self._model.hidden_size,
             feature_layer=settings.feature_layer,
             dtype=str(dtype).removeprefix("torch."),
@@ -151,10 +152,9 @@ class TransformersEngine:
             raise QueueFullError(f"{self._open} requests are waiting already; try again soon", retry_after=1)
         if not request.prompt:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        if not all(0 <= token < self._model.vocabulary for token in request.prompt):
-            # In the step it would fail the whole batch.
-            raise InvalidRequestError(f"token ids must be from 0 to {self._model.vocabulary - 1}", param="prompt")
-        self._check_tokens(request.sampling)
+        self._check_vocabulary(request.prompt, "prompt")
+        self._check_vocabulary((token for token, _ in request.sampling.logit_bias), "logit_bias")
+        self._check_vocabulary(request.sampling.stop_tokens, "stop_token_ids")
         room = self._base.context_length - len(request.prompt)
         most = request.sampling.max_tokens
         wanted = 1 if most is None else most
@@ -173,24 +173,29 @@ class TransformersEngine:
         self._open += 1
         return stream
 
-    def _check_tokens(self, sampling: SamplingParams) -> None:
-        """An id outside the vocabulary would fail the whole batch."""
-        for param, tokens in (
-            ("logit_bias", [token for token, _ in sampling.logit_bias]),
-            ("stop_token_ids", sampling.stop_tokens),
-        ):
-            if not all(0 <= token < self._model.vocabulary for token in tokens):
-                raise InvalidRequestError(f"token ids must be from 0 to {self._model.vocabulary - 1}", param=param)
+    def _check_vocabulary(self, tokens: Iterable[int], param: str) -> None:
+        """A token that there is not would fail the whole batch."""
+        if not all(0 <= token < self._base.vocabulary for token in tokens):
+            raise InvalidRequestError(f"token ids must be from 0 to {self._base.vocabulary - 1}", param=param)
 
     async def features(self, texts: Items[str]) -> npt.NDArray[np.float32]:
-        if not self.alive:
-            raise EngineDeadError(_NOT_RUNNING)
         limit = self._settings.feature_tokens
-        loop = asyncio.get_running_loop()
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(text)[:limit] for text in texts])
         if not all(prompts):
             raise InvalidRequestError("an empty text has no routing features", param="prompt")
-        jobs = [(prompt, loop.create_future()) for prompt in prompts]
+        return await self.embed(prompts)
+
+    async def embed(self, prompts: Items[Items[int]]) -> npt.NDArray[np.float32]:
+        if not self.alive:
+            raise EngineDeadError(_NOT_RUNNING)
+        for prompt in prompts:
+            self._check_vocabulary(prompt, "input")
+            if len(prompt) > self._base.context_length:
+                raise ContextLengthError(
+                    f"the context holds {self._base.context_length} tokens; the text has {len(prompt)}", param="input"
+                )
+        loop = asyncio.get_running_loop()
+        jobs = [(list(prompt), loop.create_future()) for prompt in prompts]
         if not self._post(lambda: self._features.add(jobs)):
             raise EngineDeadError(_NOT_RUNNING)
         rows = await asyncio.gather(*(future for _, future in jobs))

@@ -119,6 +119,8 @@ class BaseInfo:
     name: str
     manifest: BaseManifest
     context_length: int
+    vocabulary: int
+    """Token ids are below."""
     feature_dim: int
     feature_layer: int
     """How many of the base's layers the routing features pass through."""
@@ -244,6 +246,15 @@ class Engine(Protocol):
 
     async def features(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Routing features, `[len(texts), feature_dim]` float32, from the pristine base whatever is patched in."""
+        ...
+
+    async def embed(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """As `features`, of whole prompts of token ids, at least one each.
+
+        Raises:
+            InvalidRequestError: a token is not in the vocabulary.
+            ContextLengthError: a prompt is longer than the context.
+        """
         ...
 
     async def drop_expert(self, digest: str) -> None:

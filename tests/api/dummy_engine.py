@@ -107,6 +107,7 @@ class DummyEngine:
             name=name,
             manifest=MANIFEST,
             context_length=CONTEXT,
+            vocabulary=VOCABULARY,
             feature_dim=DIMENSIONS,
             feature_layer=0,
             dtype="float32",
@@ -169,6 +170,13 @@ class DummyEngine:
             for word in text.lower().split():
                 row[zlib.crc32(word.encode()) % DIMENSIONS] += 1
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+    async def embed(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        if any(token >= VOCABULARY for prompt in prompts for token in prompt):
+            raise InvalidRequestError("no such token", param="input")
+        if any(len(prompt) > CONTEXT for prompt in prompts):
+            raise ContextLengthError(f"the context holds {CONTEXT} tokens", param="input")
+        return await self.features([self.tokenizer.decode(prompt) for prompt in prompts]) * 3
 
     async def drop_expert(self, digest: str) -> None:
         self.dropped.append(digest)

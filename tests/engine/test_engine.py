@@ -91,6 +91,22 @@ def test_features_come_from_the_base_whatever_is_patched_in(library: Library) ->
     run(body())
 
 
+def test_embeddings_are_features_of_whole_texts(library: Library) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            short, long = engine.tokenizer.encode("hello there"), list(range(250))
+            vectors = await engine.embed([short, long])
+            np.testing.assert_allclose(vectors[0], (await engine.features(["hello there"]))[0], rtol=1e-5, atol=1e-6)
+            cut = await engine.embed([long[: SETTINGS.feature_tokens]])
+            assert np.abs(vectors[1] - cut[0]).max() > 1e-3
+            with pytest.raises(ContextLengthError):
+                await engine.embed([[1] * 513])
+            with pytest.raises(InvalidRequestError):
+                await engine.embed([[260]])
+
+    run(body())
+
+
 def test_a_seed_fixes_a_sampled_answer_whatever_runs_beside_it(library: Library) -> None:
     async def body() -> None:
         async with running(library) as engine:

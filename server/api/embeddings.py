@@ -1,0 +1,102 @@
+"""`POST /v1/embeddings`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter
+from pydantic import Field, model_validator
+from typing_extensions import TypedDict
+
+from server.api.schema import Prompts, prompts_of
+from server.api.services import ReadyServices, Services
+from server.api.wire import OnlyNeutral, Text, Wire, fault
+from store.errors import InvalidRequestError
+
+MAX_INPUTS = 256
+
+router = APIRouter()
+
+
+class EmbeddingBody(Wire):
+    """The body of `POST /v1/embeddings`."""
+
+    model: Text = Field(description="The base's name.")
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = Field("float", description="base64: little-endian float32.")
+    user: str | None = Field(None, description="Accepted and not used.")
+    dimensions: Annotated[None, OnlyNeutral()] = None
+
+    @model_validator(mode="after")
+    def _check_count(self) -> EmbeddingBody:
+        if isinstance(self.input, list) and not isinstance(self.input[0], int) and len(self.input) > MAX_INPUTS:
+            raise fault("input", f"has {len(self.input)} texts, the limit is {MAX_INPUTS}")
+        return self
+
+
+class Embedding(TypedDict):
+    """One text's vector, of length 1."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    """Tokens spent."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(TypedDict):
+    """The vectors of all texts, in their order."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+@router.post("/v1/embeddings")
+async def create_embeddings(body: EmbeddingBody, services: ReadyServices) -> EmbeddingList:
+    """Vectors of texts: the mean of the base's hidden states after the layers that routing looks at."""
+    await _check_model(body.model, services)
+    prompts, tokenizer = prompts_of(body.input, "input"), services.engine.tokenizer
+    tokens = await asyncio.to_thread(lambda: [prompt.encode(tokenizer) for prompt in prompts])
+    if not all(tokens):
+        raise InvalidRequestError("an empty text has no embedding", param="input")
+    vectors = await services.engine.embed(tokens)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    count = sum(map(len, tokens))
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
+            for i, vector in enumerate(vectors)
+        ],
+        "model": body.model,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+
+
+async def _check_model(model: str, services: Services) -> None:
+    """Embeddings must not change with the experts that come and go.
+
+    Raises:
+        InvalidRequestError: the model is an expert or `auto`.
+        NotFoundError: there is no such model.
+    """
+    base = services.engine.base.name
+    if model == base:
+        return
+    await services.generation.check_model(model)
+    raise InvalidRequestError(f"embeddings come from the base alone: set model to {base!r}", param="model")
+
+
+def _encoded(vector: npt.NDArray[np.float32], form: str | None) -> list[float] | str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if form == "base64" else vector.tolist()

@@ -1,0 +1,75 @@
+"""`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from server.api.schema import RouteBody
+from server.api.services import ReadyServices
+from server.api.wire import Text, Token, Wire
+from store.errors import InvalidRequestError
+
+router = APIRouter()
+
+
+class TokenizeBody(RouteBody):
+    """The body of `POST /tokenize`: a text or a conversation."""
+
+    model: Text | None = Field(None, description="Any; all experts share the base's tokenizer.")
+    add_special_tokens: bool | None = Field(
+        None, description="What the model puts around plain text, such as a BOS; default: as completions do."
+    )
+    return_token_strs: bool | None = Field(False, description="Also tell what each token stands for.")
+
+
+class DetokenizeBody(Wire):
+    """The body of `POST /detokenize`."""
+
+    model: Text | None = Field(None, description="Any; all experts share the base's tokenizer.")
+    tokens: list[Token]
+
+
+class Tokens(TypedDict):
+    """A text in tokens."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    """A text, special tokens included."""
+
+    prompt: str
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, services: ReadyServices) -> Tokens:
+    """The token ids of a text, or of a conversation in the chat template."""
+    tokenizer = services.engine.tokenizer
+    if body.prompt is not None and body.add_special_tokens is False:
+        tokens = await asyncio.to_thread(tokenizer.encode, body.prompt, special=False)
+    else:
+        tokens = await asyncio.to_thread(body.to_prompt().encode, tokenizer)
+    shown = [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+    return {
+        "count": len(tokens),
+        "max_model_len": services.engine.base.context_length,
+        "tokens": tokens,
+        "token_strs": shown if body.return_token_strs else None,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, services: ReadyServices) -> Detokenized:
+    """The text of token ids."""
+    if any(token >= services.engine.base.vocabulary for token in body.tokens):
+        raise InvalidRequestError(f"token ids must be below {services.engine.base.vocabulary}", param="tokens")
+    tokenizer = services.engine.tokenizer
+    spelled = await asyncio.to_thread(lambda: b"".join(map(tokenizer.token_bytes, body.tokens)))
+    return {"prompt": spelled.decode(errors="replace")}
