@@ -82,20 +82,21 @@ def create_app(settings: Settings, *, engine: Engine, registry: Registry, router
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     await services.engine.start()
-    restoring = asyncio.create_task(_restore(services))
+    following = asyncio.create_task(_follow(services))
     try:
         yield
     finally:
         services.ready = False
-        restoring.cancel()
-        await asyncio.gather(restoring, return_exceptions=True)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
         await services.engine.stop()
 
 
-async def _restore(services: Services) -> None:
+async def _follow(services: Services) -> None:
     try:
-        await services.library.restore()
+        await services.library.align()
     except Exception:
         log.exception("the router could not be restored; the server stays not ready")
-    else:
-        services.ready = True
+        return
+    services.ready = True
+    await services.library.follow()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,10 @@ from store.expert_file import ExpertHeader, read_header
 from store.registry import ExpertRecord, Registry
 
 log = logging.getLogger(__name__)
+
+_FOLLOW_SECONDS = 0.2
+"""How often the registry is asked whether anything has changed; asking costs microseconds."""
+_RETRY_SECONDS = 5.0
 
 
 class Library:
@@ -33,16 +38,41 @@ class Library:
         self._quarantine = quarantine
         # A publication and a removal of one name, interleaved, would leave registry and router of two minds.
         self._changing = asyncio.Lock()
+        self._aligned: int | None = None
+        self._known: dict[str, ExpertRecord] = {}
+        """What the router has been told of."""
+        self._unlearned: set[str] = set()
+        self._retry_at = 0.0
 
-    async def restore(self) -> None:
-        """Tell the router of every expert in the registry; one with unreadable exemplars is logged and left out."""
-        for record in await self.list():
+    async def align(self) -> None:
+        """Tell the router and the engine what has come and gone in the registry, whoever published or removed it.
+
+        An expert whose exemplars cannot be read is logged, left out, and tried again later.
+        """
+        edition = self._registry.edition
+        again = bool(self._unlearned) and time.monotonic() > self._retry_at
+        if edition == self._aligned and not again:
+            return
+        async with self._changing:
+            present = {record.name: record for record in await self.list()}
+            for name in self._known.keys() - present.keys():
+                await self._forget(self._known[name])
+            for name, record in present.items():
+                if self._known.get(name) != record or name in self._unlearned:
+                    await self._learn(record)
+            self._aligned, self._retry_at = edition, time.monotonic() + _RETRY_SECONDS
+
+    async def follow(self) -> None:
+        """Keep router and engine in step with the registry until cancelled, and heal what the store has lost."""
+        while True:
+            await asyncio.sleep(_FOLLOW_SECONDS)
             try:
-                await self._teach(record)
+                await asyncio.to_thread(self._registry.restore_lost)
+                await self.align()
             except EngineDeadError:
                 raise
             except SwitchyardError as error:
-                log.warning("the expert %s will not be routed to: %s", record.name, error.message)
+                log.warning("the registry cannot be followed just now: %s", error.message)
 
     async def publish(
         self, file: IO[bytes], *, name: str | None, exemplars: Sequence[str] | None
@@ -62,6 +92,7 @@ class Library:
                 record, created = await asyncio.to_thread(self._registry.publish, path, name=name, exemplars=exemplars)
                 try:
                     await self._teach(record)
+                    self._known[record.name] = record
                 except BaseException:
                     if created:
                         await asyncio.to_thread(self._registry.remove, record.name)
@@ -78,9 +109,7 @@ class Library:
         """
         async with self._changing:
             record = await asyncio.to_thread(self._registry.remove, name)
-            self._router.remove_expert(name)
-            if all(other.digest != record.digest for other in await self.list()):
-                await self._engine.drop_expert(record.digest)
+            await self._forget(record)
         return record
 
     async def list(self) -> list[ExpertRecord]:
@@ -103,11 +132,33 @@ class Library:
         """
         return await asyncio.to_thread(lambda: read_header(self._registry.expert_path(record.digest)))
 
+    async def _learn(self, record: ExpertRecord) -> None:
+        """Take up what somebody else has published."""
+        try:
+            await self._teach(record)
+        except EngineDeadError:
+            raise
+        except SwitchyardError as error:
+            log.warning("the expert %s will not be routed to: %s", record.name, error.message)
+            self._unlearned.add(record.name)
+        else:
+            self._unlearned.discard(record.name)
+        self._known[record.name] = record
+
+    async def _forget(self, record: ExpertRecord) -> None:
+        self._known.pop(record.name, None)
+        self._unlearned.discard(record.name)
+        self._router.remove_expert(record.name)
+        if all(other.digest != record.digest for other in await self.list()):
+            await self._engine.drop_expert(record.digest)
+
     async def _teach(self, record: ExpertRecord) -> None:
         if record.exemplar_count:
             exemplars = await asyncio.to_thread(self._registry.exemplars, record)
             key = record.exemplars_digest or record.digest
             await self._router.add_expert(record.name, record.digest, exemplars, key)
+        else:
+            self._router.remove_expert(record.name)
 
 
 def _copy(file: IO[bytes], folder: Path) -> Path:

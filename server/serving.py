@@ -28,7 +28,7 @@ from server.engine.engine import TransformersEngine
 from server.engine.model import resolve_base
 from server.generation import AUTO
 from server.settings import Settings
-from store.backends.disk import DiskStore
+from store.backends.opening import open_store
 from store.errors import SwitchyardError
 from store.fingerprint import manifest_of
 from store.registry import ExpertRecord, Registry
@@ -53,7 +53,11 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
     with out.status(f"preparing the base {escape(settings.base)} (a GGUF file is converted once)"):
         folder = resolve_base(settings.base, settings.cache_dir)
         manifest = manifest_of(folder, settings.cache_dir)
-    store = DiskStore(settings.data_dir)
+    store = open_store(
+        settings.store or str(settings.data_dir),
+        cache=settings.cache_dir / "store",
+        cache_bytes=settings.store_cache_bytes,
+    )
     try:
         registry = Registry(store, manifest, reserved=frozenset({AUTO, settings.served_base_name}))
         if preload is not None:

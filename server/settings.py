@@ -35,6 +35,13 @@ class Settings(BaseSettings):
         default_factory=lambda: _xdg("XDG_DATA_HOME", ".local/share"),
         description="Folder of the experts; what is in it survives restarts.",
     )
+    store: str | None = Field(
+        None,
+        description="Where experts are kept instead: redis://HOST:PORT/DB, which several servers may share.",
+    )
+    store_cache_bytes: ByteSize = Field(
+        ByteSize(10 << 30), gt=0, description="Disk for a cache of the experts in Redis, below CACHE_DIR."
+    )
     cache_dir: Path = Field(
         default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache"),
         description="Folder of what can be made again: a converted base, fingerprints, routing features.",

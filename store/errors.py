@@ -98,9 +98,21 @@ class ExpertUnavailableError(SwitchyardError):
 
 
 class StoreError(SwitchyardError):
-    """The store failed: no space, no permission, damaged bytes (503)."""
+    """The store failed: no permission, a broken disk, damaged bytes (503)."""
 
     code = "store_error"
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached now, or does not answer; what is local is served on (503)."""
+
+    code = "store_unavailable"
+
+
+class StorageFullError(StoreError):
+    """The store has no room for more bytes; nothing of the upload is kept (507)."""
+
+    code = "storage_full"
 
 
 class EngineDeadError(SwitchyardError):

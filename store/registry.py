@@ -6,8 +6,11 @@ import difflib
 import hashlib
 import json
 import logging
+import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +69,10 @@ class ExpertRecord:
 
 
 class Registry:
-    """The experts of one base in a store. Thread-safe; sees at once what other processes publish and remove.
+    """The experts of one base in a store. Thread-safe; sees what other processes publish and remove.
+
+    All records are held in memory and read again when the store's edition has changed, so that looking up an expert
+    costs microseconds, whatever their number.
 
     Experts that the store holds for other bases keep their names but are not listed or served. A damaged record is
     logged and counts as absent: it must not hide the others, and can be published over.
@@ -84,6 +90,11 @@ class Registry:
         self._store = store
         self._base = base
         self._reserved = reserved
+        self._reading = threading.Lock()
+        self._edition: int | None = None
+        self._records: Mapping[str, bytes] = {}
+        self._catalogue: Mapping[str, ExpertRecord] = {}
+        self._served: tuple[ExpertRecord, ...] = ()
         self._collect_garbage()
 
     def publish(
@@ -135,15 +146,16 @@ class Registry:
                     _write(beside, own)
                     self._store.put_blob(beside, record.exemplars_digest)
                 self._store.put_blob(path, digest)
-                if existing is not None:  # its blobs are written all the same: that heals damaged ones
-                    return existing, False
-                expected = ABSENT if present is None else present
-                if not self._store.put_record(chosen, _to_json(record), expected=expected):
-                    raise StoreError("the store let another writer in")
             except StoreError:
                 with suppress(StoreError):
                     self._drop(record.blobs)
                 raise
+            if existing is not None:  # its blobs are written all the same: that heals damaged ones
+                return existing, False
+            expected = ABSENT if present is None else present
+            # Where this fails the record may have arrived, or arrive yet: its blobs are left to the next collection.
+            if not self._store.put_record(chosen, _to_json(record), expected=expected):
+                raise StoreError("the store let another writer in")
         return record, True
 
     def get(self, name: str) -> ExpertRecord:
@@ -153,10 +165,9 @@ class Registry:
             NotFoundError: there is none; the message lists close matches.
             ExpertUnavailableError: it was made for another base.
         """
-        record = self._read(name)
+        record = self._all().get(name)
         if record is None:
-            names = [known.name for known in self.list()]
-            close = difflib.get_close_matches(name, names, n=3)
+            close = difflib.get_close_matches(name[:64], [known.name for known in self._served], n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise NotFoundError(f"there is no model or expert named {name[:64]!r}{hint}", param="model")
         if record.base_fingerprint != self._base.fingerprint:
@@ -165,7 +176,13 @@ class Registry:
 
     def list(self) -> list[ExpertRecord]:
         """All experts of this base, by name."""
-        return [record for record in self._all() if record.base_fingerprint == self._base.fingerprint]
+        self._all()
+        return list(self._served)
+
+    @property
+    def edition(self) -> int:
+        """Another number once experts have come or gone. Takes microseconds."""
+        return self._store.edition()
 
     def remove(self, name: str) -> ExpertRecord:
         """Unpublish an expert; its bytes go when no other name refers to them. Returns what it was.
@@ -174,7 +191,7 @@ class Registry:
             NotFoundError: there is none.
         """
         with self._store.exclusive():
-            record = self._read(name)
+            record = self._all().get(name)
             if record is None:
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
             # The record first: a blob without a record is garbage, a record without its blob is a broken promise.
@@ -203,6 +220,36 @@ class Registry:
         """
         return self._store.fetch(digest)
 
+    def restore_lost(self) -> None:
+        """Put back what the store's medium has lost, where its bytes are still on this machine; give up the rest.
+
+        Raises:
+            StoreError: the store failed; what is left is tried again by the next call.
+        """
+        for name, data in self._store.lost().items():
+            record = _parsed(name, data)
+            with self._store.exclusive():
+                try:
+                    for digest in record.blobs if record is not None else ():
+                        self._put_again(digest)
+                except ExpertUnavailableError:
+                    _log.error("the expert %s is lost: its bytes are nowhere; upload it again", name)
+                    self._store.delete_record(name)
+                    continue
+                if self._store.put_record(name, data, expected=ABSENT):
+                    _log.warning("the expert %s was lost by the store and has been put back", name)
+
+    def _put_again(self, digest: str) -> None:
+        with tempfile.NamedTemporaryFile(dir=self._store.quarantine(), delete=False) as copy:
+            path = Path(copy.name)
+        try:
+            shutil.copyfile(self._store.fetch(digest), path)
+            self._store.put_blob(path, digest)
+        except OSError as error:
+            raise StoreError(f"cannot copy the file: {error.strerror}") from error
+        finally:
+            path.unlink(missing_ok=True)
+
     def _checked_name(self, name: str) -> str:
         if not NAME_PATTERN.fullmatch(name):
             raise InvalidRequestError(
@@ -214,22 +261,33 @@ class Registry:
             raise InvalidRequestError(f"the name {name} is reserved; choose another", param="name")
         return name
 
-    def _read(self, name: str) -> ExpertRecord | None:
-        return _parsed(name, self._store.get_record(name)) if NAME_PATTERN.fullmatch(name) else None
-
-    def _all(self) -> Sequence[ExpertRecord]:
-        found = (_parsed(name, data) for name, data in self._store.records().items())
-        return [record for record in found if record is not None]
+    def _all(self) -> Mapping[str, ExpertRecord]:
+        """Every sound record by name, of whatever base."""
+        edition = self._store.edition()
+        if edition == self._edition:
+            return self._catalogue
+        with self._reading:
+            records, known = self._store.records(), self._records
+            catalogue = {}
+            for name, data in records.items():
+                same = known.get(name) == data
+                record = self._catalogue.get(name) if same else _parsed(name, data)
+                if record is not None:
+                    catalogue[name] = record
+            served = [r for r in catalogue.values() if r.base_fingerprint == self._base.fingerprint]
+            self._records, self._catalogue, self._served = records, catalogue, tuple(served)
+            self._edition = edition  # last: whoever sees it sees the rest; what changed since is read next time
+        return catalogue
 
     def _collect_garbage(self) -> None:
         """Delete blobs that a process killed between a blob and its record left behind."""
         with self._store.exclusive():
-            if len(self._all()) == len(self._store.records()):  # a damaged record may refer to any of them
+            if len(self._all()) == len(self._records):  # a damaged record may refer to any of them
                 self._drop(self._store.blobs())
 
     def _drop(self, digests: set[str]) -> None:
         """Delete those of the blobs that no record refers to. Called with the store held."""
-        used: set[str] = set().union(*(record.blobs for record in self._all()))
+        used: set[str] = set().union(*(record.blobs for record in self._all().values()))
         for digest in digests - used:
             self._store.delete_blob(digest)
 

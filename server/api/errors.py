@@ -63,6 +63,7 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.QueueFullError: 429,
     errors.ExpertUnavailableError: 503,
     errors.StoreError: 503,
+    errors.StorageFullError: 507,
     errors.EngineDeadError: 503,
     NotReadyError: 503,
     errors.SwitchyardError: 500,

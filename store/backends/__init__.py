@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,15 @@ class Expect(Enum):
     ABSENT = "absent"
 
 
+class Health(Enum):
+    """What `BlobStore.verify` found."""
+
+    SOUND = "sound"
+    HEALED = "healed"
+    DAMAGED = "damaged"
+    GONE = "gone"
+
+
 ANYTHING: Final = Expect.ANYTHING
 ABSENT: Final = Expect.ABSENT
 
@@ -23,7 +33,8 @@ class BlobStore(Protocol):
     """Immutable blobs by sha256, and small mutable records by name.
 
     Safe to use from many threads and processes at once. What a call has acknowledged survives the process, killed at
-    any instant; what it has not is invisible. Every method raises StoreError where the medium fails.
+    any instant; what it has not is invisible. Every method raises StoreError where the medium fails,
+    StorageFullError where it has no room, and StoreUnavailableError where it does not answer.
     """
 
     def quarantine(self) -> Path:
@@ -41,7 +52,7 @@ class BlobStore(Protocol):
         ...
 
     def fetch(self, digest: str) -> Path:
-        """A local file with exactly the bytes of that digest, verified.
+        """A local file with exactly the bytes of that digest, verified. Open it at once: it may be a cache's.
 
         Raises:
             ExpertUnavailableError: there is no such blob, or its bytes are damaged.
@@ -54,6 +65,10 @@ class BlobStore(Protocol):
 
     def blobs(self) -> set[str]:
         """Digests of all blobs."""
+        ...
+
+    def verify(self, digest: str, *, repair: bool) -> Health:
+        """Read all copies of a blob afresh. With `repair`, a damaged one is made anew from a sound one."""
         ...
 
     def put_record(self, name: str, data: bytes, *, expected: bytes | Expect) -> bool:
@@ -69,7 +84,18 @@ class BlobStore(Protocol):
         ...
 
     def records(self) -> dict[str, bytes]:
-        """All records by name."""
+        """All records by name, in order. Cheap where little has changed since the last call."""
+        ...
+
+    def edition(self) -> int:
+        """A number that is another one once records have changed, whoever changed them. Takes microseconds."""
+        ...
+
+    def lost(self) -> Mapping[str, bytes]:
+        """Records that this process saw acknowledged and that the medium has lost since, by name.
+
+        `records` goes on to hold them until they are put again or deleted.
+        """
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:
@@ -77,4 +103,8 @@ class BlobStore(Protocol):
 
         Reentrant in a thread. A holder that dies lets go. Readers need not enter.
         """
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; the store is not used afterwards."""
         ...

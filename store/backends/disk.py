@@ -4,6 +4,7 @@
     records/NAME.json   small, replaced atomically
     quarantine/ID/      bytes on their way in; one folder per process, held by a lock on its file `.lock`
     lock                held while anything is changed
+    edition             counts the changes of records: odd while one is under way
 
 Everything enters by rename, after an fsync of the file and before one of the folder (a rename is durable only once the
 folder is). The locks are flock: the kernel drops them when their holder dies, whatever way.
@@ -18,12 +19,13 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from store.backends import ABSENT, ANYTHING, Expect
-from store.errors import ExpertUnavailableError, StoreError
+from store.backends import ABSENT, ANYTHING, Expect, Health
+from store.errors import ExpertUnavailableError, StorageFullError, StoreError
 from store.expert_header import DIGEST_PATTERN, NAME_PATTERN
 
 _REASONS = {
@@ -33,6 +35,13 @@ _REASONS = {
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_TRUST_SECONDS = 5.0
+"""How long a hash counts: the steps of one load share it, and bytes that rot later are noticed by the next load."""
+
+_Stamp = tuple[int, int, int]
+"""What changes with a file: inode, size, time of the last change in nanoseconds."""
 
 
 class DiskStore:
@@ -49,22 +58,27 @@ class DiskStore:
         self._root = root
         self._thread_lock = threading.RLock()
         self._depth = 0
-        self._verified: dict[str, tuple[int, int, int]] = {}
+        self._verified: dict[str, tuple[_Stamp, float]] = {}
+        self._records: dict[str, tuple[_Stamp, bytes]] = {}
         with _reported("open the store"):
             for folder in ("blobs", "records", "quarantine"):
                 (root / folder).mkdir(parents=True, exist_ok=True)
             self._lock_file = (root / "lock").open("ab")
+            (root / "edition").touch()
+            self._edition_file = (root / "edition").open("r+b", buffering=0)
         with self.exclusive(), _reported("open the store"):
+            self._bump(odd=False)
             self._clear_quarantine()
             self._quarantine = Path(tempfile.mkdtemp(dir=root / "quarantine"))
             self._quarantine_lock = (self._quarantine / ".lock").open("ab")
             fcntl.flock(self._quarantine_lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
-        """Empty this process's quarantine and let go of the locks; the store is not used afterwards."""
+        """See `BlobStore.close`. Empties this process's quarantine."""
         shutil.rmtree(self._quarantine, ignore_errors=True)
         self._quarantine_lock.close()
         self._lock_file.close()
+        self._edition_file.close()
 
     def quarantine(self) -> Path:
         """See `BlobStore.quarantine`."""
@@ -84,18 +98,19 @@ class DiskStore:
             self._verified.pop(digest, None)
 
     def fetch(self, digest: str) -> Path:
-        """See `BlobStore.fetch`. Hashes a blob the first time, and again when its file has changed."""
+        """See `BlobStore.fetch`. Hashes a blob unless it did so just now and its file is still the same."""
         path = self._blob(digest)
         try:
             with path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if self._verified.get(digest) != seen:
+                stamp = _stamp(os.fstat(file.fileno()))
+                seen, when = self._verified.get(digest, (None, 0.0))
+                if seen != stamp or time.monotonic() - when > _TRUST_SECONDS:
+                    self._verified.pop(digest, None)
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise ExpertUnavailableError(
                             f"the stored bytes of {digest[:12]}… are damaged; upload the expert again"
                         )
-                    self._verified[digest] = seen
+                    self._verified[digest] = stamp, time.monotonic()
         except FileNotFoundError:
             raise ExpertUnavailableError(
                 f"the stored bytes of {digest[:12]}… are gone; upload the expert again"
@@ -121,6 +136,18 @@ class DiskStore:
             names = {path.name for path in (self._root / "blobs").glob("*/*")}
         return {name for name in names if DIGEST_PATTERN.fullmatch(name)}
 
+    def verify(self, digest: str, *, repair: bool) -> Health:
+        """See `BlobStore.verify`. There is one copy: nothing to repair it from."""
+        del repair
+        try:
+            with self._blob(digest).open("rb") as file:
+                sound = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except FileNotFoundError:
+            return Health.GONE
+        except OSError:  # a sector that cannot be read
+            return Health.DAMAGED
+        return Health.SOUND if sound else Health.DAMAGED
+
     def put_record(self, name: str, data: bytes, *, expected: bytes | Expect) -> bool:
         """See `BlobStore.put_record`."""
         target = self._record(name)
@@ -137,7 +164,10 @@ class DiskStore:
                         file.write(data)
                         file.flush()
                         os.fsync(file.fileno())
-                    temporary.replace(target)
+                    # The kernel's own time stamps come in ticks of milliseconds: two changes could look like one.
+                    os.utime(temporary, ns=(now := time.time_ns(), now))
+                    with self._changing_records():
+                        temporary.replace(target)
                 finally:
                     with suppress(OSError):
                         temporary.unlink(missing_ok=True)
@@ -156,19 +186,42 @@ class DiskStore:
         """See `BlobStore.delete_record`."""
         target = self._record(name)
         with self.exclusive(), _reported("delete the record"):
-            try:
-                target.unlink()
-            except FileNotFoundError:
+            if not target.exists():
                 return False
+            with self._changing_records():
+                target.unlink()
             _sync_folder(target.parent)
         return True
 
     def records(self) -> dict[str, bytes]:
-        """See `BlobStore.records`."""
-        with _reported("list the store"):
-            names = sorted(path.stem for path in (self._root / "records").glob("*.json"))
-        found = ((name, self.get_record(name)) for name in names if NAME_PATTERN.fullmatch(name))
-        return {name: data for name, data in found if data is not None}
+        """See `BlobStore.records`. Reads the files that have changed since the last call."""
+        found: dict[str, tuple[_Stamp, bytes]] = {}
+        known = self._records
+        with _reported("list the store"), os.scandir(self._root / "records") as entries:
+            for entry in entries:
+                name, _, suffix = entry.name.rpartition(".")
+                if suffix != "json" or not NAME_PATTERN.fullmatch(name):
+                    continue
+                try:
+                    stamp = _stamp(entry.stat())
+                except FileNotFoundError:  # deleted since it was listed
+                    continue
+                if name in known and known[name][0] == stamp:
+                    found[name] = known[name]
+                elif (data := self.get_record(name)) is not None:
+                    found[name] = stamp, data
+        self._records = found
+        return {name: found[name][1] for name in sorted(found)}
+
+    def edition(self) -> int:
+        """See `BlobStore.edition`."""
+        count = self._count()
+        # Half a change, or one whose maker was killed: nobody may take it for the last word.
+        return count if count % 2 == 0 else -time.monotonic_ns()
+
+    def lost(self) -> Mapping[str, bytes]:
+        """See `BlobStore.lost`. A file system that loses what was flushed is beyond us."""
+        return {}
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -184,6 +237,22 @@ class DiskStore:
                 self._depth -= 1
                 if self._depth == 0:
                     fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    @contextmanager
+    def _changing_records(self) -> Iterator[None]:
+        """Around the one step that changes a record; the store is held."""
+        self._bump(odd=True)
+        try:
+            yield
+        finally:
+            self._bump(odd=False)
+
+    def _bump(self, *, odd: bool) -> None:
+        count = self._count() + 1
+        os.pwrite(self._edition_file.fileno(), (count + (count % 2 != odd)).to_bytes(8, "little"), 0)
+
+    def _count(self) -> int:
+        return int.from_bytes(os.pread(self._edition_file.fileno(), 8, 0), "little")
 
     def _clear_quarantine(self) -> None:
         """Remove what dead processes left. A folder's lock can be taken only if its owner is gone."""
@@ -216,6 +285,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _stamp(stat: os.stat_result) -> _Stamp:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _reason(error: OSError) -> str:
     return _REASONS.get(error.errno or 0) or error.strerror or "input/output error"
 
@@ -226,4 +299,5 @@ def _reported(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot {action}: {_reason(error)}") from error
+        kind = StorageFullError if error.errno in _FULL else StoreError
+        raise kind(f"cannot {action}: {_reason(error)}") from error

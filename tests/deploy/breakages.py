@@ -91,6 +91,8 @@ BREAKAGES: Mapping[Check, Sequence[Edit]] = {
     ],
     checks.redis_keeps_what_it_has: [
         (COMPOSE, '- "yes"', '- "no"', "--appendonly is no"),
+        (COMPOSE, "- always\n", "- everysec\n", "--appendfsync is everysec"),
+        (COMPOSE, "redis://redis:6379", "redis://cache:6379", "keeps its experts elsewhere"),
         (COMPOSE, "    mem_limit: 1g\n", "", "memory is not bounded"),
         (COMPOSE, "redis-cli ping", "redis-cli info", "does not ping"),
     ],

@@ -223,7 +223,7 @@ def redis_keeps_what_it_has(project: Project) -> Iterator[str]:
     """Redis appends to a file, is bounded, evicts nothing, and is asked for its health."""
     redis = project.compose["services"]["redis"]
     options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
-    for option, value in {"--appendonly": "yes", "--maxmemory-policy": "noeviction"}.items():
+    for option, value in {"--appendonly": "yes", "--appendfsync": "always", "--maxmemory-policy": "noeviction"}.items():
         if options.get(option) != value:
             yield f"redis: {option} is {options.get(option)}"
     if "--maxmemory" not in options or "mem_limit" not in redis:
@@ -232,6 +232,12 @@ def redis_keeps_what_it_has(project: Project) -> Iterator[str]:
         yield "redis: the health check does not ping"
     if "redis" not in project.compose["services"]["server"].get("depends_on", {}):
         yield "the server does not wait for redis"
+    if (
+        not project.compose["services"]["server"]["environment"]
+        .get("SWITCHYARD_STORE", "")
+        .startswith("redis://redis:")
+    ):
+        yield "the server keeps its experts elsewhere"
 
 
 def compose_starts_the_server(project: Project) -> Iterator[str]:

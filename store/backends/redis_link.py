@@ -1,0 +1,183 @@
+"""The connection to Redis: our errors for its own, scripts that change the catalogue, and the lease of one writer."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from store.errors import InvalidRequestError, StorageFullError, StoreError, StoreUnavailableError
+
+SCHEMES = ("redis://", "rediss://", "unix://")
+CHANNEL = "switchyard:changed"
+LEASE = "switchyard:lease"
+EPOCH = "switchyard:epoch"
+"""A random word, made with the store: another one, or none, tells that Redis has lost everything."""
+EDITION = "switchyard:edition"
+RECORDS = "switchyard:records"
+"""Hash: name → record."""
+CHANGES = "switchyard:changes"
+"""Sorted set: name → the edition in which it changed last."""
+BLOBS = "switchyard:blobs"
+"""Hash: digest → "complete BYTES CHUNKS", or "partial ..." while the chunks are on their way."""
+
+_IF_HELD = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LEASE lost') end\n"
+_TELL = """
+local edition = redis.call('INCR', KEYS[4])
+redis.call('ZADD', KEYS[3], edition, ARGV[2])
+redis.call('PUBLISH', ARGV[3], edition)
+return 1
+"""
+_PUT = f"""{_IF_HELD}
+local present = redis.call('HGET', KEYS[2], ARGV[2])
+if present == ARGV[4] then return 1 end -- the answer to the first attempt was lost on its way
+if ARGV[5] == 'absent' and present then return 0 end
+if ARGV[5] == 'equal' and present ~= ARGV[6] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[4])
+{_TELL}"""
+_DELETE = f"""{_IF_HELD}
+if redis.call('HDEL', KEYS[2], ARGV[2]) == 0 then return 0 end
+{_TELL}"""
+_FORGET = f"""{_IF_HELD}
+redis.call('HDEL', KEYS[2], ARGV[2])
+for i = 0, tonumber(ARGV[3]) - 1 do redis.call('UNLINK', ARGV[4] .. i) end
+return 1
+"""
+_ACQUIRE = """
+local holder = redis.call('GET', KEYS[1])
+if holder == ARGV[1] then return 1 end -- the answer to the first attempt was lost on its way
+if holder then return 0 end
+redis.call('DEL', KEYS[1]) -- after a first write that needs no memory, a script may go on: deleting must always work
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+class RedisLink:
+    """One Redis server. Thread-safe.
+
+    Every change goes through a script that first checks the lease: a holder that slept through its end changes nothing.
+
+    Args:
+        url: redis://, rediss:// or unix://.
+        timeout: seconds to wait for an answer.
+        lease_seconds: how long a holder that died is waited for; renewed while it lives.
+
+    Raises:
+        InvalidRequestError: the address is malformed.
+    """
+
+    def __init__(self, url: str, *, timeout: float, lease_seconds: float) -> None:
+        try:
+            # One more attempt, without a pause: a pooled connection may have gone stale. Pauses are the caller's.
+            retry = Retry(NoBackoff(), 1)
+            self.client: Any = redis.Redis.from_url(
+                url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=retry
+            )
+        except (ValueError, TypeError) as error:
+            raise InvalidRequestError(f"the address of the store is malformed: {error}", param="store") from None
+        parts = urlsplit(url)
+        self.where = f"Redis at {parts.hostname or parts.path or 'localhost'}"
+        """For messages; holds no password."""
+        self._lease_seconds = lease_seconds
+        self._token = b""
+        self._thread_lock = threading.RLock()
+        self._depth = 0
+        script = self.client.register_script
+        self._put, self._delete, self._forget = script(_PUT), script(_DELETE), script(_FORGET)
+        self._take, self._renew, self._release = script(_ACQUIRE), script(_RENEW), script(_RELEASE)
+
+    def close(self) -> None:
+        self.client.close()
+
+    @contextmanager
+    def reported(self, action: str) -> Iterator[None]:
+        """Turn Redis's errors into ours; the messages name no password."""
+        try:
+            yield
+        except redis.exceptions.OutOfMemoryError:
+            raise StorageFullError(f"cannot {action}: {self.where} has no memory left (maxmemory)") from None
+        except redis.exceptions.AuthenticationError:
+            raise StoreError(f"cannot {action}: {self.where} refuses our name or password") from None
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            raise StoreUnavailableError(f"cannot {action}: {self.where} cannot be reached") from error
+        except redis.exceptions.RedisError as error:
+            kind, _, rest = str(error).partition(" ")
+            if kind in ("LEASE", "MISCONF", "READONLY", "LOADING"):
+                raise StoreUnavailableError(f"cannot {action}: {self.where} says: {rest or kind}") from None
+            if "OOM" in str(error):  # in a script
+                raise StorageFullError(f"cannot {action}: {self.where} has no memory left (maxmemory)") from None
+            raise StoreError(f"cannot {action}: {self.where} says: {error}") from None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lease. Reentrant in a thread; renewed in the background.
+
+        Raises:
+            StoreUnavailableError: another writer holds it for too long.
+        """
+        with self._thread_lock:
+            if self._depth:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+                return
+            self._acquire()
+            done = threading.Event()
+            renewing = threading.Thread(target=self._keep, args=(done,), name="lease", daemon=True)
+            renewing.start()
+            self._depth = 1
+            try:
+                yield
+            finally:
+                self._depth = 0
+                done.set()
+                renewing.join()
+                with suppress(redis.exceptions.RedisError):  # it ends by itself
+                    self._release(keys=[LEASE], args=[self._token])
+
+    def put_record(self, name: str, data: bytes, mode: str, expected: bytes) -> bool:
+        """Compare and set, and tell everyone. The lease is held."""
+        arguments: list[str | bytes] = [self._token, name, CHANNEL, data, mode, expected]
+        return bool(self._put(keys=[LEASE, RECORDS, CHANGES, EDITION], args=arguments))
+
+    def delete_record(self, name: str) -> bool:
+        """Delete, and tell everyone. The lease is held."""
+        return bool(self._delete(keys=[LEASE, RECORDS, CHANGES, EDITION], args=[self._token, name, CHANNEL]))
+
+    def forget_blob(self, digest: str, chunks: int) -> None:
+        """Delete a blob and its chunks in one step. The lease is held."""
+        self._forget(keys=[LEASE, BLOBS], args=[self._token, digest, chunks, chunk_key(digest)])
+
+    def _acquire(self) -> None:
+        # One that hangs may give us the lease long after we have gone: it is handed back first.
+        stray, self._token = self._token, uuid.uuid4().hex.encode()
+        deadline = time.monotonic() + 3 * self._lease_seconds
+        with self.reported("lock the store"):
+            self._release(keys=[LEASE], args=[stray])
+            while not self._take(keys=[LEASE], args=[self._token, int(1000 * self._lease_seconds)]):
+                if time.monotonic() > deadline:
+                    raise StoreUnavailableError("the store is held by another writer; try again soon")
+                time.sleep(0.01)
+
+    def _keep(self, done: threading.Event) -> None:
+        while not done.wait(self._lease_seconds / 3):
+            with suppress(redis.exceptions.RedisError):
+                self._renew(keys=[LEASE], args=[self._token, int(1000 * self._lease_seconds)])
+
+
+def chunk_key(digest: str, index: int | str = "") -> str:
+    """Where a chunk of a blob is."""
+    return f"switchyard:blob:{digest}:{index}"
