@@ -46,8 +46,8 @@ class Encoded:
 
     Attributes:
         name: the layout of the positions.
-        params: what the decoder needs besides nnz and numel: the layout's parameter, the largest level, and how many bytes
-            the streams of values take where the length is not known without.
+        params: what the decoder needs besides nnz and numel: the layout's parameter, the largest level, and how many
+            bytes the streams of values take where the length is not known without.
         payload: the streams, one after the other.
     """
 

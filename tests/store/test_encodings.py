@@ -328,8 +328,7 @@ def test_damaged_values_decode_to_a_valid_tensor_or_an_error(data: st.DataObject
     params = sample.params if whole else {**sample.params, "top": 4, "values": data.draw(st.integers(0, 60))}
     try:
         indices, values = read(Encoded(sample.name, params, bytes(payload)), nnz=100, numel=200, tensor="t")  # type: ignore[operator]
-    except ExpertFileError as error:
-        assert error.param == "t"
+    except ExpertFileError:
         return
     assert len(indices) == len(values) == 100
     assert bool((np.diff(indices) > 0).all())
