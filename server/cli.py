@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +16,7 @@ from server import __version__
 from server.cli_options import with_settings
 from server.client import Client
 from server.settings import Settings
+from store.codecs.base import CodecName
 from store.codecs.t_switch import Knob
 from store.errors import SwitchyardError
 
@@ -55,7 +57,16 @@ def compress(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, a GGUF file or a hub id.")],
     tuned: Annotated[Path, typer.Option(help="The fine-tuned checkpoint folder (safetensors).")],
     output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
-    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of the weights that are kept.")] = 0.05,
+    codec: Annotated[CodecName, typer.Option(help="The method.")] = CodecName.T_SWITCH,
+    density: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the weights that t-switch and compeft keep.")
+    ] = 0.05,
+    bits_per_param: Annotated[
+        float | None, typer.Option(help="What flex-switch may spend per parameter of the base; default: 0.04.")
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(help="The same as a file size: 500KB, 1MB.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank.")] = 8,
+    strength: Annotated[float, typer.Option(help="Scale of compeft, in standard deviations.")] = 1.0,
     tensor_density: Annotated[
         list[str] | None, typer.Option(help="Another density for some tensors: 'GLOB=DENSITY'; may be repeated.")
     ] = None,
@@ -76,7 +87,8 @@ def compress(
 
     densities = _tensor_densities(tensor_density or [])
     compress_with_progress(
-        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, density=density, knob=knob,
+        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
+        bits_per_param=bits_per_param, max_size=_bytes(max_size) if max_size else None, rank=rank, strength=strength,
         tensor_density=densities, name=name, description=description,
     )  # fmt: skip
 
@@ -188,6 +200,13 @@ def _tensor_densities(given: list[str]) -> dict[str, float]:
         if not separator or not 0.0 <= densities[pattern] <= 1.0:
             raise SwitchyardError(f"--tensor-density must be GLOB=DENSITY with a density from 0 to 1, not {text}")
     return densities
+
+
+def _bytes(text: str) -> int:
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise SwitchyardError(f"--max-size must be a size such as 500KB or 1MiB, not {text}") from None
 
 
 def main(arguments: list[str] | None = None) -> Any:

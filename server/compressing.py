@@ -20,6 +20,7 @@ from store.report import Report
 
 _STAGES = {
     "fingerprint": "fingerprint of the base",
+    "learn": "learning from exemplars",
     "compress": "compressing tensors",
     "calibrate": "calibrating the scales",
     "write": "writing and checking the file",
@@ -76,15 +77,18 @@ def _show(report: Report, output: Path, out: Console) -> None:
     for row in report.rows:
         table.add_row(row.kind, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.nonzeros:,}", f"{row.bytes:,}")
     out.print(table)
-    knob = str(report.knob)
+    how = f"{report.codec}, {report.knob}" if report.knob else str(report.codec)
     if (found := report.calibration) is not None:
-        knob += (
+        how += (
             f"; KL to the fine-tune in nats/token: {found.kl_at_one:.3f} with rms, {found.kl_at_multiplier:.3f} with "
             f"{found.multiplier:.2f} × rms, {found.kl:.3f} with each tensor's own multiplier "
             f"({min(found.multipliers.values()):.2f} to {max(found.multipliers.values()):.2f})"
         )
+    if (learned := report.learned) is not None:
+        how += f"; KL to the fine-tune in nats/token: {learned.kl:.3f}, {learned.held_out_kl:.3f} on exemplars held out"
     out.print(
         f"[bold]{escape(str(output))}[/]: {report.bytes / 1e6:.2f} MB, {report.bits_per_param:.3f} bits per parameter, "
         f"{report.times_smaller:.0f} × smaller than bf16, density {report.density:.4f}\n"
-        f"knob: {knob}; relative error {report.relative_error:.3f}; took {report.seconds:.0f} s"
+        f"{how}; {report.changed:.1%} of the parameters changed, relative error {report.relative_error:.3f}; "
+        f"took {report.seconds:.0f} s"
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -14,20 +15,26 @@ import numpy as np
 
 from store.calibrate import Calibration, calibrate
 from store.checkpoint import open_checkpoint
-from store.codecs.base import Codec
-from store.codecs.raw import Raw, is_raw
-from store.codecs.t_switch import Knob, TSwitch
+from store.codecs.base import CodecName
+from store.codecs.choice import CALIBRATED, Recipe
+from store.codecs.t_switch import Knob
 from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import validate, write_expert
 from store.expert_header import ExpertInfo, check_info
 from store.fingerprint import manifest_of
+from store.learning import Learned, learn
 from store.packed import PackedDense, PackedTensor, PackedTernary
 from store.report import Overlap, Report, kind_rows, overlap_of, relative_error
 from store.strict_json import FieldError
 from store.task_vector import deltas_between
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages are "fingerprint", "compress", "calibrate" and "write"."""
+"""Called with (stage, done, total); stages are "fingerprint", "learn", "compress", "calibrate" and "write"."""
+
+_ENTRY_BYTES = 300
+_HEADER_BYTES = 4096
+_MOST_BITS = 1.5
+"""A mask and signs of every entry take no more."""
 
 
 def compress(
@@ -35,8 +42,13 @@ def compress(
     tuned_folder: Path,
     out: Path,
     *,
+    codec: CodecName | str = CodecName.T_SWITCH,
     density: float = 0.05,
     knob: Knob | Literal["calibrated", "l1", "rms"] | None = None,
+    rank: int = 8,
+    strength: float = 1.0,
+    bits_per_param: float | None = None,
+    max_size: int | None = None,
     tensor_density: Mapping[str, float] | None = None,
     exemplars: Sequence[str] | None = None,
     name: str | None = None,
@@ -45,15 +57,20 @@ def compress(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compress a full fine-tune into an expert file with T-Switch; norms, biases and tiny tensors stay raw.
+    """Compress a full fine-tune into an expert file; norms, biases and tiny tensors stay raw, or nearly so.
 
     Args:
         base_folder, tuned_folder: safetensors checkpoint folders of the same architecture.
         out: the expert file to write, replaced if it exists.
-        density: fraction of each matrix's nonzeros to keep.
+        codec: the method.
+        density: fraction of each matrix's nonzeros to keep (t-switch), or of all (compeft).
         knob: how to choose scales; None takes `calibrated` where there are exemplars, else `l1`.
+        rank: of low-rank.
+        strength: scale of compeft, in standard deviations; calibrated on top where there are exemplars.
+        bits_per_param: what flex-switch may spend on the whole, per parameter of the base; None is 0.04.
+        max_size: the same as bytes of the file.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
-        exemplars: example prompts, kept in the file; calibration runs on them.
+        exemplars: example prompts, kept in the file; calibration and learning run on them.
         name, description, created: for the file's header; `created` in seconds since 1970.
         cache_dir: where the base's fingerprint is remembered.
         progress: see `Progress`.
@@ -65,14 +82,17 @@ def compress(
     """
     started = time.monotonic()
     tell = progress or (lambda _stage, _done, _total: None)
-    if knob is not None and knob not in list(Knob):
-        raise InvalidRequestError(f"there is no knob {knob}; choose one of {', '.join(Knob)}", param="knob")
-    chosen = Knob(knob) if knob is not None else (Knob.CALIBRATED if exemplars else Knob.L1)
-    if chosen is Knob.CALIBRATED and not exemplars:
-        raise InvalidRequestError("the calibrated knob needs exemplars; give some, or take the l1 knob", param="knob")
+    recipe = Recipe(
+        codec=_codec_name(codec),
+        density=density,
+        knob=_knob(knob, exemplars),
+        rank=rank,
+        strength=strength,
+        tensor_density=dict(tensor_density or {}),
+    )
     info = ExpertInfo(
-        codec=TSwitch.name,
-        codec_params={"knob": chosen.value, "density": density},
+        codec=recipe.codec.value,
+        codec_params=recipe.params(),
         tool=_tool(),
         created=created,
         name=name,
@@ -83,64 +103,103 @@ def compress(
         check_info(info)
     except FieldError as error:
         raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
-    base = open_checkpoint(base_folder)
-    codec_for = _codecs(density, dict(tensor_density or {}), chosen, list(base.tensors))
+    base, tuned = open_checkpoint(base_folder), open_checkpoint(tuned_folder)
+    sizes = {name: tensor.span.numel for name, tensor in base.tensors.items()}
+    learns = recipe.codec is CodecName.FLEX_SWITCH
+    if not learns and (bits_per_param is not None or max_size is not None):
+        raise InvalidRequestError(
+            f"only {CodecName.FLEX_SWITCH} fits a budget; {recipe.codec} has a density or a rank",
+            param="max_size" if bits_per_param is None else "bits_per_param",
+        )
+    budget = _budget(bits_per_param, max_size, sizes, info) if learns else 0
+    codec_for = recipe.chooser(sizes, lambda: deltas_between(base, tuned))
+    if learns and not exemplars:
+        raise InvalidRequestError(f"{CodecName.FLEX_SWITCH} learns from exemplars; give some", param="exemplars")
     tell("fingerprint", 0, 1)
     manifest = manifest_of(base_folder, cache_dir)
 
     packed: dict[str, PackedTensor] = {}
+    learned: Learned | None = None
+    if learns and exemplars:
+        left_out = recipe.left_out(sizes)
+        learned = learn(base, tuned, exemplars, budget, left_out=left_out, progress=progress)
+        packed = learned.tensors
+        figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
+        info = replace(info, codec_params={"budget": 8 * budget / max(1, sum(sizes.values())), **figures})
     overlaps: dict[str, Overlap] = {}
-    for done, (tensor, delta) in enumerate(deltas_between(base, open_checkpoint(tuned_folder))):
+    changed = 0
+    for done, (tensor, delta) in enumerate(deltas_between(base, tuned)):
         tell("compress", done, len(base.tensors))
-        codec = codec_for(tensor, tuple(delta.shape))
-        compressed = codec.compress(tensor, delta) if codec is not None else None
-        overlaps[tensor] = overlap_of(tensor, delta, compressed)
-        if compressed is not None:
-            packed[tensor] = compressed
+        changed += int(delta.count_nonzero())
+        chosen = None if learns else codec_for(tensor, tuple(delta.shape))
+        if chosen is not None and (item := chosen.compress(tensor, delta)) is not None:
+            packed[tensor] = item
+        overlaps[tensor] = overlap_of(tensor, delta, packed.get(tensor))
 
     found: Calibration | None = None
-    if chosen is Knob.CALIBRATED and exemplars and any(isinstance(item, PackedTernary) for item in packed.values()):
+    ternary = any(isinstance(item, PackedTernary) for item in packed.values())
+    if recipe.codec in CALIBRATED and recipe.knob is Knob.CALIBRATED and exemplars and ternary:
         found = calibrate(base, tuned_folder, packed, exemplars, progress=progress)
+        if recipe.codec is CodecName.COMPEFT:  # one scale for the whole task vector is what the method is
+            shared = dict.fromkeys(found.multipliers, found.multiplier)
+            found = replace(found, multipliers=shared, kl=found.kl_at_multiplier)
         packed = {tensor: _scaled(tensor, item, found.multipliers.get(tensor, 1.0)) for tensor, item in packed.items()}
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
     tell("write", 0, 1)
     header = write_expert(out, info, packed, manifest)
     validate(out, manifest)
-    parameters = sum(tensor.span.numel for tensor in base.tensors.values())
     size = out.stat().st_size
     return Report(
         bytes=size,
         bits_per_param=header.bits_per_param,
-        times_smaller=2 * parameters / size,
+        times_smaller=2 * sum(sizes.values()) / size,
         density=header.density,
+        changed=changed / max(1, sum(sizes.values())),
         relative_error=relative_error(overlaps, packed),
-        knob=chosen,
+        codec=recipe.codec,
+        knob=recipe.knob if recipe.codec in CALIBRATED else None,
         calibration=found,
-        rows=kind_rows({name: tensor.span.numel for name, tensor in base.tensors.items()}, packed),
+        learned=learned,
+        rows=kind_rows(sizes, packed),
         seconds=time.monotonic() - started,
     )
 
 
-def _codecs(
-    density: float, overrides: dict[str, float], knob: Knob, names: list[str]
-) -> Callable[[str, tuple[int, ...]], Codec | None]:
-    """Which codec packs a tensor; None leaves it out."""
-    start = Knob.RMS if knob is Knob.CALIBRATED else knob
-    default = TSwitch(density, start)
-    special = {glob: TSwitch(value, start) if value != 0.0 else None for glob, value in overrides.items()}
-    for glob in special:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise InvalidRequestError(f"no tensor of the base matches {glob}", param="tensor_density")
+def _codec_name(codec: str) -> CodecName:
+    if codec not in list(CodecName):
+        raise InvalidRequestError(f"there is no codec {codec}; choose one of {', '.join(CodecName)}", param="codec")
+    return CodecName(codec)
 
-    def codec_for(tensor: str, shape: tuple[int, ...]) -> Codec | None:
-        matches = [codec for glob, codec in special.items() if fnmatchcase(tensor, glob)]
-        if matches and matches[0] is None:
-            return None
-        if is_raw(shape):
-            return Raw()
-        return matches[0] if matches else default
 
-    return codec_for
+def _knob(knob: str | None, exemplars: Sequence[str] | None) -> Knob:
+    if knob is None:
+        return Knob.CALIBRATED if exemplars else Knob.L1
+    if knob not in list(Knob):
+        raise InvalidRequestError(f"there is no knob {knob}; choose one of {', '.join(Knob)}", param="knob")
+    if knob == Knob.CALIBRATED and not exemplars:
+        raise InvalidRequestError("the calibrated knob needs exemplars; give some, or take the l1 knob", param="knob")
+    return Knob(knob)
+
+
+def _budget(bits_per_param: float | None, max_size: int | None, sizes: Mapping[str, int], info: ExpertInfo) -> int:
+    """Bytes of the data section that a learned expert may take."""
+    if bits_per_param is not None and max_size is not None:
+        raise InvalidRequestError("give bits_per_param or max_size, not both", param="max_size")
+    if max_size is not None:
+        # No header is longer than this: every name twice, its numbers at their longest, the exemplars escaped.
+        header = sum(2 * len(name.encode()) + _ENTRY_BYTES for name in sizes)
+        header += _HEADER_BYTES + 2 * len(json.dumps(info.exemplars, ensure_ascii=False).encode())
+        if max_size <= header:
+            raise InvalidRequestError(
+                f"{max_size} bytes are too few: the header alone takes about {header}; allow more", param="max_size"
+            )
+        return max_size - header
+    wanted = Recipe.bits_per_param if bits_per_param is None else bits_per_param
+    if not 0.0 < wanted <= _MOST_BITS:
+        raise InvalidRequestError(
+            f"bits_per_param must be above 0 and at most {_MOST_BITS}, not {wanted}", param="bits_per_param"
+        )
+    return int(wanted * sum(sizes.values()) / 8)
 
 
 def _scaled(name: str, packed: PackedTensor, multiplier: float) -> PackedTensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from store.codecs.base import CodecName
 from store.codecs.t_switch import Knob
 from store.deltas import DenseDelta
 from store.packed import PackedTensor, PackedTernary
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from store.calibrate import Calibration
+    from store.learning import Learned
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class Report:
         times_smaller: the base's parameters in bfloat16 / `bytes`.
         density: nonzeros / elements over the sparse tensors.
         relative_error: ‖τ − τ̃‖ / ‖τ‖ over all parameters; 0 for an unchanged model.
-        knob: how scales were chosen.
+        changed: parameters that differ from the base / all.
+        codec: the method.
+        knob: how scales were chosen, where the codec has them.
         calibration: the multipliers and what they brought; None unless calibrated.
+        learned: what learning reached; None unless learned.
         rows: per kind of storage.
         seconds: wall time.
     """
@@ -51,8 +56,11 @@ class Report:
     times_smaller: float
     density: float
     relative_error: float
-    knob: Knob
+    changed: float
+    codec: CodecName
+    knob: Knob | None
     calibration: Calibration | None
+    learned: Learned | None
     rows: tuple[KindRow, ...]
     seconds: float
 

@@ -35,10 +35,15 @@ class Lesson:
     is_answer: torch.Tensor
     teacher: torch.Tensor
 
-    def kl(self, model: Any) -> torch.Tensor:
-        """KL(fine-tune ‖ model) in nats, summed over the answers' tokens; a scalar that gradients flow through."""
-        student = _answer_log_probs(model, self.tokens, self.attention, self.is_answer)
-        return F.kl_div(student, self.teacher, log_target=True, reduction="sum")
+    def kl(self, model: Any, temperature: float = 1.0) -> torch.Tensor:
+        """KL(fine-tune ‖ model) in nats, summed over the answers' tokens; a scalar that gradients flow through.
+
+        At another temperature than 1 both distributions are softened, and the result is multiplied by its square.
+        """
+        student, teacher = _answer_log_probs(model, self.tokens, self.attention, self.is_answer), self.teacher
+        if temperature != 1.0:
+            student, teacher = ((part / temperature).log_softmax(-1) for part in (student, teacher))
+        return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from store.encodings import as_indices, encode_smallest
 from store.errors import CheckpointError
-from store.packed import PackedTensor
+from store.packed import PackedTensor, PackedTernary
 
 if TYPE_CHECKING:
     import torch
+
+
+class CodecName(StrEnum):
+    """The methods `compress` offers."""
+
+    T_SWITCH = "t-switch"
+    FLEX_SWITCH = "flex-switch"
+    COMPEFT = "compeft"
+    BIT_DELTA = "bit-delta"
+    LOW_RANK = "low-rank"
+    RAW = "raw"
 
 
 class Codec(Protocol):
@@ -50,3 +63,23 @@ def flat_float32(tensor: str, delta: torch.Tensor) -> npt.NDArray[np.float32]:
             param=tensor,
         )
     return values
+
+
+def ternary(
+    tensor: str,
+    shape: tuple[int, ...],
+    indices: npt.NDArray[np.int64],
+    positive: npt.NDArray[np.bool_],
+    scale: float,
+) -> PackedTernary:
+    """A tensor that is +scale or −scale at `indices` (at least one, ascending), as `positive` says.
+
+    Raises:
+        CheckpointError: the scale leaves float32.
+    """
+    rounded = np.float32(min(scale, float(np.finfo(np.float32).max)))
+    if not rounded > 0 or scale > float(np.finfo(np.float32).max):
+        raise CheckpointError(f"tensor {tensor} has a delta too large or small for a float32 scale", param=tensor)
+    numel = int(np.prod(shape, dtype=np.int64))
+    encoded = encode_smallest(as_indices(indices, numel), np.where(positive, 1, -1).astype(np.int8), numel)
+    return PackedTernary(shape, len(indices), float(rounded), encoded)

@@ -19,7 +19,9 @@ from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import read_deltas, validate
 from store.fingerprint import manifest_of
 from store.task_vector import load_float32, task_vector
+from store.teacher import listen, load_model, mean_kl
 
+PROMPTS = [f"w{row} w{(7 * row + 3) % 90} w{2 * row % 60}" for row in range(40)]
 EXEMPLARS = [f"w{row} w{row + 3} w{2 * row % 60}" for row in range(10)]
 TEMPLATE = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
 
@@ -163,6 +165,78 @@ def test_densities_by_glob(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert densities["model.layers.0.input_layernorm.weight"] == 1.0
 
 
+@pytest.mark.parametrize("budget", [0.4, 0.8])
+def test_flex_switch_learns_within_its_budget(folders: tuple[Path, Path], tmp_path: Path, budget: float) -> None:
+    base, tuned = folders
+    reports = []
+    for run in ("a", "b"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("store.learning.STEPS", 12)
+            reports.append(
+                compress(base, tuned, tmp_path / run, codec="flex-switch", bits_per_param=budget, exemplars=PROMPTS)
+            )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    header = validate(tmp_path / "a", manifest_of(base, None))
+    assert 0.97 * budget <= header.bits_per_param <= budget
+    learned = reports[0].learned
+    assert learned is not None
+    assert header.codec_params["kl"] == learned.kl
+    assert header.codec_params["kl_held_out"] == learned.held_out_kl
+    # The learned expert is closer to its fine-tune than one of the same size whose magnitude alone decided.
+    plain = compress(base, tuned, tmp_path / "t", density=header.density, knob="rms")
+    assert plain.bits_per_param > header.bits_per_param
+    assert measured_kl(tmp_path / "a", base, tuned) < measured_kl(tmp_path / "t", base, tuned)
+
+
+def measured_kl(path: Path, base: Path, tuned: Path) -> float:
+    model, tokenizer = load_model(tuned)
+    lessons = listen(model, tokenizer, PROMPTS[:16])
+    model.load_state_dict(apply_expert(path, base), strict=False)
+    return mean_kl(model, lessons)
+
+
+def test_a_maximal_size_is_kept(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("store.learning.STEPS", 2)
+        report = compress(base, tuned, tmp_path / "e", codec="flex-switch", max_size=20_000, exemplars=EXEMPLARS)
+    assert 0.5 * 20_000 < report.bytes <= 20_000
+
+
+@pytest.mark.parametrize(
+    ("codec", "density", "kinds"),
+    [
+        ("compeft", 0.1, {"ternary", "dense"}),
+        ("bit-delta", 1.0, {"ternary", "dense"}),
+        ("low-rank", 0.0, {"low-rank", "dense"}),
+        ("raw", 0.0, {"dense"}),
+    ],
+)
+def test_the_other_codecs(
+    folders: tuple[Path, Path], tmp_path: Path, codec: str, density: float, kinds: set[str]
+) -> None:
+    base, tuned = folders
+    settings = {"density": density} if codec == "compeft" else {}
+    report = compress(base, tuned, tmp_path / "e", codec=codec, **settings)  # type: ignore[arg-type]
+    header = validate(tmp_path / "e", manifest_of(base, None))
+    assert header.codec == codec
+    assert header.density == pytest.approx(density, abs=0.02)
+    assert {row.kind for row in report.rows if row.tensors and row.kind != "unchanged"} == kinds
+    assert report.changed == pytest.approx(1.0, abs=0.01)
+    assert report.relative_error == pytest.approx(measured_error(tmp_path / "e", base, tuned), rel=1e-5)
+    assert report.relative_error < (0.01 if codec == "raw" else 1.0)
+
+
+@pytest.mark.parametrize("codec", ["compeft", "bit-delta"])
+def test_other_scales_are_calibrated_too(folders: tuple[Path, Path], tmp_path: Path, codec: str) -> None:
+    report = compress(*folders, tmp_path / "e", codec=codec, density=0.1, exemplars=EXEMPLARS)
+    assert report.calibration is not None
+    assert report.calibration.kl <= report.calibration.kl_at_one
+    if codec == "compeft":
+        deltas = dict(read_deltas(tmp_path / "e", manifest_of(folders[0], None)))
+        assert len({delta.scale for delta in deltas.values() if not isinstance(delta, DenseDelta)}) == 1
+
+
 def test_an_unchanged_model_gives_an_empty_expert(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, _ = folders
     report = compress(base, base, tmp_path / "e", exemplars=EXEMPLARS)
@@ -173,6 +247,17 @@ def test_an_unchanged_model_gives_an_empty_expert(folders: tuple[Path, Path], tm
 @pytest.mark.parametrize(
     ("settings", "param"),
     [
+        ({"codec": "zip"}, "codec"),
+        ({"codec": "flex-switch"}, "exemplars"),
+        ({"codec": "flex-switch", "exemplars": ["x"], "bits_per_param": 0.0}, "bits_per_param"),
+        ({"codec": "flex-switch", "exemplars": ["x"], "bits_per_param": 1.0, "max_size": 9}, "max_size"),
+        ({"codec": "flex-switch", "exemplars": ["x"], "max_size": 9}, "max_size"),
+        ({"codec": "flex-switch", "exemplars": ["x"], "bits_per_param": 1e-4}, "bits_per_param"),
+        ({"codec": "raw", "bits_per_param": 1.0}, "bits_per_param"),
+        ({"codec": "raw", "tensor_density": {"*": 0.5}}, "tensor_density"),
+        ({"codec": "low-rank", "rank": 0}, "rank"),
+        ({"codec": "compeft", "strength": 0.0}, "strength"),
+        ({"codec": "compeft", "density": 1.1}, "density"),
         ({"density": 0.0}, "density"),
         ({"density": 2.0}, "density"),
         ({"knob": "calibrated"}, "knob"),
