@@ -176,6 +176,37 @@ def chat(
     converse(Client(server, api_key), out, model, system, temperature=temperature, max_tokens=max_tokens)
 
 
+store_verbs = typer.Typer(no_args_is_help=True, help="Check a store, repair it, or copy it into another one.")
+app.add_typer(store_verbs, name="store")
+_ADDRESS = "A folder (a server's data_dir) or redis://HOST:PORT/DB."
+
+
+@store_verbs.command("verify")
+def store_verify(
+    store: Annotated[str, typer.Argument(help=_ADDRESS)],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Heal damaged bytes from the cache, and remove what belongs to nobody.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="For a Redis: a server's CACHE_DIR/store, to heal damaged bytes from.")
+    ] = None,
+) -> None:
+    """Read every byte of a store and say what is wrong. It may be in use. Exits with 1 if faults are left."""
+    from server.storekeeping import verify_store
+
+    verify_store(store, out, repair=repair, cache=cache)
+
+
+@store_verbs.command("migrate")
+def store_migrate(
+    source: Annotated[str, typer.Argument(help=_ADDRESS)], target: Annotated[str, typer.Argument(help=_ADDRESS)]
+) -> None:
+    """Copy every expert of one store into another. May be interrupted, and run again."""
+    from server.storekeeping import migrate_store
+
+    migrate_store(source, target, out)
+
+
 def _version(show: bool) -> None:
     if show:
         out.print(f"switchyard {__version__}")

@@ -30,7 +30,7 @@ from store.expert_header import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATT
 from store.manifest import BaseManifest
 from store.strict_json import FieldError, Fields, parse_json
 
-__all__ = ["ExpertRecord", "Registry", "parse_exemplars"]
+__all__ = ["ExpertRecord", "Registry", "parse_exemplars", "parse_record"]
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Registry:
         )
         with self._store.exclusive():
             present = self._store.get_record(chosen)
-            existing = _parsed(chosen, present)
+            existing = parse_record(chosen, present)
             if existing is not None:
                 _check_same(existing, record, header, exemplars_given=exemplars is not None)
             try:
@@ -227,7 +227,7 @@ class Registry:
             StoreError: the store failed; what is left is tried again by the next call.
         """
         for name, data in self._store.lost().items():
-            record = _parsed(name, data)
+            record = parse_record(name, data)
             with self._store.exclusive():
                 try:
                     for digest in record.blobs if record is not None else ():
@@ -271,7 +271,7 @@ class Registry:
             catalogue = {}
             for name, data in records.items():
                 same = known.get(name) == data
-                record = self._catalogue.get(name) if same else _parsed(name, data)
+                record = self._catalogue.get(name) if same else parse_record(name, data)
                 if record is not None:
                     catalogue[name] = record
             served = [r for r in catalogue.values() if r.base_fingerprint == self._base.fingerprint]
@@ -292,7 +292,8 @@ class Registry:
             self._store.delete_blob(digest)
 
 
-def _parsed(name: str, data: bytes | None) -> ExpertRecord | None:
+def parse_record(name: str, data: bytes | None) -> ExpertRecord | None:
+    """A record as a value; None, and a line in the log, if it is damaged, None too if there is none."""
     try:
         return None if data is None else _from_json(name, data)
     except FieldError as error:

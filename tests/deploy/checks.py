@@ -8,6 +8,8 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 
+import click
+
 from deploy.tables import cli_commands, routes
 from server.api.auth import PUBLIC_PATHS
 from server.settings import Settings
@@ -331,7 +333,10 @@ def _verb_faults(argv: Sequence[str], where: str) -> Iterator[str]:
     if argv[0] not in commands:
         yield f"{where}: there is no verb {argv[0]}"
         return
-    options = {option for parameter in commands[argv[0]].params for option in parameter.opts} | {"--help"}
+    verb, argv = commands[argv[0]], list(argv)
+    while isinstance(verb, click.Group) and len(argv) > 1 and argv[1] in verb.commands:
+        verb, argv = verb.commands[argv[1]], [f"{argv[0]} {argv[1]}", *argv[2:]]
+    options = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
     for word in argv[1:]:
         if word.startswith("-") and word.split("=")[0] not in options:
             yield f"{where}: `switchyard {argv[0]}` has no option {word}"

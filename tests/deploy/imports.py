@@ -94,6 +94,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.chatting": ("server.client", "store.errors"),
     "server.compressing": ("server.engine.model", "server.settings", "store"),
     "server.inspecting": ("store",),
+    "server.storekeeping": ("store",),
     "server": (),
 }
 """Module or folder → what it may import of ours. The longest name that fits counts."""

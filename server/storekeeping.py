@@ -1,0 +1,73 @@
+"""`switchyard store`: check a store, repair it, copy it into another one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+from store.backends import BlobStore
+from store.backends.opening import open_store
+from store.errors import SwitchyardError
+from store.upkeep import Verdict, migrate, verify
+
+
+def verify_store(address: str, out: Console, *, repair: bool, cache: Path | None) -> None:
+    """Print what is wrong with a store.
+
+    Args:
+        cache: the disk cache of a server that uses this Redis: where damaged bytes are healed from.
+
+    Raises:
+        SwitchyardError: something is wrong that has not been repaired, or the store failed.
+    """
+    faults = experts = 0
+    with _opened(address, cache) as store, Progress(console=out, transient=True) as progress:
+        task = progress.add_task("reading", total=len(store.records()))
+        for finding in verify(store, repair=repair):
+            progress.advance(task)
+            experts += finding.verdict not in (Verdict.GARBAGE, Verdict.REMOVED)
+            faults += finding.verdict.is_fault
+            if finding.verdict is not Verdict.SOUND:
+                out.print(f"{escape(finding.subject)}: [bold]{finding.verdict.value}[/]")
+    if faults:
+        raise SwitchyardError(f"{experts} experts checked, {faults} faults" + ("" if repair else "; try --repair"))
+    out.print(f"{experts} experts checked: all is well")
+
+
+def migrate_store(source: str, target: str, out: Console) -> None:
+    """Copy all experts of one store into another, with progress.
+
+    Raises:
+        SwitchyardError: as `store.upkeep.migrate`; what was copied before stays.
+    """
+    copied = there = 0
+    with (
+        _opened(source, None) as origin,
+        _opened(target, None) as goal,
+        Progress(console=out, transient=True) as progress,
+    ):
+        task = progress.add_task("copying", total=len(origin.records()))
+        for _, is_new in migrate(origin, goal):
+            progress.advance(task)
+            copied, there = copied + is_new, there + (not is_new)
+    out.print(f"{copied} experts copied, {there} were there already")
+
+
+@contextmanager
+def _opened(address: str, cache: Path | None) -> Iterator[BlobStore]:
+    """An open store; without a cache to use, a Redis gets one that is gone afterwards."""
+    folder = Path(address)
+    if "://" not in address and folder.is_dir() and any(folder.iterdir()) and not (folder / "records").is_dir():
+        raise SwitchyardError(f"{address} is not a store: it has no folder `records`")
+    with tempfile.TemporaryDirectory(prefix="switchyard-") as scratch:
+        store = open_store(address, cache=cache or Path(scratch), cache_bytes=1 << 62 if cache else 1 << 30)
+        try:
+            yield store
+        finally:
+            store.close()

@@ -1,0 +1,138 @@
+"""Whole stores: check every byte, repair what can be repaired, and copy one store into another."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from store.backends import ABSENT, BlobStore, Health
+from store.errors import ConflictError, ExpertUnavailableError, StoreError
+from store.registry import ExpertRecord, parse_record
+
+
+class Verdict(Enum):
+    """What is the matter with one expert, or one blob that belongs to none."""
+
+    SOUND = "sound"
+    HEALED = "healed"
+    """Its bytes were damaged; they have been made anew from another copy."""
+    DAMAGED = "damaged"
+    """Its bytes are not what they were, and there is no other copy: upload it again."""
+    GONE = "gone"
+    """Its bytes are not there: upload it again."""
+    UNREADABLE = "unreadable"
+    """Its record is damaged: upload it again."""
+    GARBAGE = "garbage"
+    """A blob that belongs to no record."""
+    REMOVED = "removed"
+    """A blob that belonged to no record."""
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether something is left for somebody to do."""
+        return self not in (Verdict.SOUND, Verdict.HEALED, Verdict.REMOVED)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on `subject`: an expert's name, or a digest."""
+
+    subject: str
+    verdict: Verdict
+
+
+def verify(store: BlobStore, *, repair: bool = False) -> Iterator[Finding]:
+    """Read every byte of a store, which may be in use, and say what is wrong, expert by expert.
+
+    Args:
+        repair: heal damaged bytes from another copy where there is one, and remove what belongs to nobody.
+
+    Raises:
+        StoreError: the store failed.
+    """
+    used: set[str] = set()
+    checked: dict[str, Health] = {}
+    unreadable = False
+    for name, data in store.records().items():
+        record = parse_record(name, data)
+        if record is None:
+            unreadable = True
+            yield Finding(name, Verdict.UNREADABLE)
+            continue
+        for digest in sorted(record.blobs - checked.keys()):
+            checked[digest] = store.verify(digest, repair=repair)
+        used |= record.blobs
+        worst = max((checked[digest] for digest in record.blobs), key=_SEVERITY.index)
+        if worst in (Health.DAMAGED, Health.GONE) and store.get_record(name) != data:
+            continue  # replaced or removed since it was listed
+        yield Finding(name, Verdict(worst.value))
+    if not unreadable:  # such a record may refer to any of the blobs
+        yield from _garbage(store, repair=repair)
+
+
+def migrate(source: BlobStore, target: BlobStore) -> Iterator[tuple[str, bool]]:
+    """Copy every expert into another store, one at a time: each is there as a whole or not at all.
+
+    May be interrupted and called again; what is there already is not copied twice.
+
+    Yields:
+        Names, and whether the expert had to be copied.
+
+    Raises:
+        ConflictError: the target has another expert of that name.
+        ExpertUnavailableError: an expert's record or bytes are damaged; `verify` says which others are.
+        StoreError: a store failed.
+    """
+    for name, data in source.records().items():
+        record = parse_record(name, data)
+        if record is None:
+            raise ExpertUnavailableError(f"the record of {name} is damaged: remove the expert or upload it again")
+        with target.exclusive():
+            present = target.get_record(name)
+            if present == data:
+                yield name, False
+                continue
+            if present is not None:
+                raise ConflictError(f"the target has another expert named {name}: remove one of the two", param="name")
+            there = target.blobs()
+            for digest in sorted(record.blobs):
+                if digest not in there or target.verify(digest, repair=False) is not Health.SOUND:
+                    _copy(source, target, digest)
+            if not target.put_record(name, data, expected=ABSENT):
+                raise StoreError("the target let another writer in")
+        yield name, True
+
+
+_SEVERITY = [Health.SOUND, Health.HEALED, Health.DAMAGED, Health.GONE]
+
+
+def _garbage(store: BlobStore, *, repair: bool) -> Iterator[Finding]:
+    """Blobs of no record. The store is held: an upload under way has its blobs before its record."""
+    with store.exclusive():
+        records: list[ExpertRecord] = []
+        for name, data in store.records().items():
+            record = parse_record(name, data)
+            if record is None:
+                return
+            records.append(record)
+        idle = store.blobs().difference(*(record.blobs for record in records))
+        for digest in idle if repair else ():
+            store.delete_blob(digest)
+    for digest in sorted(idle):
+        yield Finding(digest, Verdict.REMOVED if repair else Verdict.GARBAGE)
+
+
+def _copy(source: BlobStore, target: BlobStore, digest: str) -> None:
+    with tempfile.NamedTemporaryFile(dir=target.quarantine(), prefix="migrate-", delete=False) as file:
+        path = Path(file.name)
+    try:
+        shutil.copyfile(source.fetch(digest), path)
+        target.put_blob(path, digest)
+    except OSError as error:
+        raise StoreError(f"cannot copy {digest[:12]}…: {error.strerror}") from error
+    finally:
+        path.unlink(missing_ok=True)

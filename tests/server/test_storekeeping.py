@@ -1,0 +1,39 @@
+"""`switchyard store` as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.cli import main
+from store.backends.disk import DiskStore
+from store.registry import Registry
+from tests.store.builders import base_manifest, write_sample
+
+
+def test_verify_and_migrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = DiskStore(tmp_path / "a")
+    registry = Registry(store, base_manifest(), frozenset())
+    record, _ = registry.publish(write_sample(store.quarantine() / "upload"), name="cron")
+    source, target = str(tmp_path / "a"), str(tmp_path / "b")
+    assert _run("store", "migrate", source, target) == 0
+    assert "1 experts copied, 0 were there already" in capsys.readouterr().out
+    assert _run("store", "verify", target) == 0
+    assert "1 experts checked: all is well" in capsys.readouterr().out
+    store.fetch(record.digest).unlink()
+    store.close()
+    assert _run("store", "verify", source) == 1
+    said = capsys.readouterr()
+    assert "cron: gone" in said.out
+    assert "1 experts checked, 1 faults; try --repair" in said.err
+    assert _run("store", "verify", str(Path(__file__).parent)) == 1
+    assert "is not a store" in capsys.readouterr().err
+
+
+def _run(*arguments: str) -> int:
+    try:
+        main(list(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
