@@ -68,7 +68,9 @@ def create_app(settings: Settings, *, engine: Engine, registry: Registry, router
         app.include_router(resource.router)
 
     def body_limit(scope: Scope) -> int:
-        upload = scope["method"] == "POST" and scope["path"] == experts.router.prefix
+        prefix = experts.router.prefix
+        replacement = scope["method"] == "PUT" and scope["path"].startswith(f"{prefix}/")
+        upload = replacement or (scope["method"] == "POST" and scope["path"] == prefix)
         return settings.max_upload_bytes if upload else settings.max_body_bytes
 
     # The last one added is the first one a request meets.

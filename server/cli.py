@@ -106,15 +106,18 @@ def push(
     file: Annotated[Path, typer.Argument(help="An expert file.")],
     name: Annotated[str | None, typer.Option(help="Name to serve it under; default: the name in the file.")] = None,
     exemplars: Annotated[Path | None, typer.Option(help="JSONL of prompts, instead of those in the file.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what the name points to; needs --name.")] = False,
     server: Server = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
     """Upload an expert file to a running server; it is live when this returns."""
     if not file.is_file():
         raise SwitchyardError(f"there is no file {file}")
+    if replace and not name:
+        raise SwitchyardError("--replace needs --name: which expert is to be replaced")
     with err.status(f"uploading {file.name}"):
-        record, created = Client(server, api_key).push(file, name=name, exemplars=exemplars)
-    state = "is live" if created else "was there already"
+        record, created = Client(server, api_key).push(file, name=name, exemplars=exemplars, replace=replace)
+    state = "is live" if created or replace else "was there already"
     out.print(f"[bold]{escape(record['id'])}[/] {state} ({record['bytes']:,} bytes, digest {record['digest'][:12]})")
 
 
@@ -132,6 +135,18 @@ def list_(server: Server = LOCAL, api_key: ApiKey = None) -> None:
             escape(expert["description"]),
         )  # fmt: skip
     out.print(table if experts else "no experts yet: [bold]switchyard push FILE[/] adds one")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="The expert's name.")],
+    to: Annotated[str | None, typer.Option(help="Digest of the version; default: the latest earlier one.")] = None,
+    server: Server = LOCAL,
+    api_key: ApiKey = None,
+) -> None:
+    """Let an expert's name point to an earlier version again; running answers finish."""
+    record = Client(server, api_key).roll_back(name, to)
+    out.print(f"[bold]{escape(name)}[/] is {record['digest'][:12]} again")
 
 
 @app.command()

@@ -47,18 +47,32 @@ class Client:
         timeout = httpx.Timeout(10.0, read=600.0, write=600.0)
         self._http = httpx.Client(base_url=server, headers=headers, timeout=timeout)
 
-    def push(self, file: Path, *, name: str | None, exemplars: Path | None) -> tuple[Json, bool]:
-        """Upload an expert file. Returns its record, and whether it was new."""
+    def push(self, file: Path, *, name: str | None, exemplars: Path | None, replace: bool = False) -> tuple[Json, bool]:
+        """Upload an expert file. Returns its record, and whether there was none of that name.
+
+        Args:
+            replace: what `name` points to, which must be given then.
+        """
         with file.open("rb") as body:
             files: dict[str, Any] = {"file": (file.name, body, "application/octet-stream")}
             if exemplars is not None:
                 files["exemplars"] = (exemplars.name, exemplars.read_bytes(), "application/jsonl")
-            response = self._send("POST", "/v1/experts", files=files, data={"name": name} if name else {})
+            if replace:
+                response = self._send("PUT", f"/v1/experts/{quote(name or '', safe='')}", files=files)
+            else:
+                response = self._send("POST", "/v1/experts", files=files, data={"name": name} if name else {})
         return response.json(), response.status_code == httpx.codes.CREATED
 
     def experts(self) -> list[Json]:
         listed: list[Json] = self._send("GET", "/v1/experts").json()["data"]
         return listed
+
+    def roll_back(self, name: str, digest: str | None) -> Json:
+        """Let a name point to an earlier version; None is the latest one."""
+        record: Json = self._send(
+            "POST", f"/v1/experts/{quote(name, safe='')}/rollback", json={"digest": digest}
+        ).json()
+        return record
 
     def remove(self, name: str) -> None:
         self._send("DELETE", f"/v1/experts/{quote(name, safe='')}")

@@ -75,12 +75,15 @@ class Library:
                 log.warning("the registry cannot be followed just now: %s", error.message)
 
     async def publish(
-        self, file: IO[bytes], *, name: str | None, exemplars: Sequence[str] | None
+        self, file: IO[bytes], *, name: str | None, exemplars: Sequence[str] | None, replace: bool = False
     ) -> tuple[ExpertRecord, bool]:
         """Copy an expert file into quarantine, validate it and publish it: live when this returns.
 
+        Args:
+            replace: what the name points to now becomes an earlier version; answers in progress finish on it.
+
         Returns:
-            The record, and whether it is new.
+            The record, and whether anything is new.
 
         Raises:
             InvalidRequestError, ConflictError, StoreError: as `Registry.publish`.
@@ -89,17 +92,30 @@ class Library:
         path = await asyncio.to_thread(_copy, file, self._quarantine)
         try:
             async with self._changing:
-                record, created = await asyncio.to_thread(self._registry.publish, path, name=name, exemplars=exemplars)
+                record, created = await asyncio.to_thread(
+                    self._registry.publish, path, name=name, exemplars=exemplars, replace=replace
+                )
                 try:
                     await self._teach(record)
                     self._known[record.name] = record
                 except BaseException:
                     if created:
-                        await asyncio.to_thread(self._registry.remove, record.name)
+                        await asyncio.to_thread(self._registry.undo, record)
                     raise
                 return record, created
         finally:
             path.unlink(missing_ok=True)
+
+    async def roll_back(self, name: str, digest: str | None) -> ExpertRecord:
+        """Let a name point to an earlier version again; answers in progress finish.
+
+        Raises:
+            NotFoundError: there is no such expert or version.
+        """
+        async with self._changing:
+            record = await asyncio.to_thread(self._registry.roll_back, name, digest)
+            await self._learn(record)
+        return record
 
     async def remove(self, name: str) -> ExpertRecord:
         """Unpublish an expert; answers in progress finish.

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     allow_anonymous: bool = Field(False, description="Listen beyond loopback without API keys: anyone may do anything.")
 
     max_upload_bytes: ByteSize = Field(
-        ByteSize(2 << 30), gt=0, description="Largest upload to POST /v1/experts, e.g. 500MB or 2GiB."
+        ByteSize(2 << 30), gt=0, description="Largest upload of an expert, e.g. 500MB or 2GiB."
     )
     max_body_bytes: ByteSize = Field(ByteSize(8 << 20), gt=0, description="Largest body of every other request.")
     max_n: int = Field(16, ge=1, description="Largest `n` of one request.")

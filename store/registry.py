@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -34,6 +35,9 @@ __all__ = ["ExpertRecord", "Registry", "parse_exemplars", "parse_record"]
 
 _log = logging.getLogger(__name__)
 
+KEPT_VERSIONS = 8
+"""Earlier versions that a name can go back to; what runs on one of them can finish."""
+
 
 @dataclass(frozen=True)
 class ExpertRecord:
@@ -48,6 +52,7 @@ class ExpertRecord:
         codec, density, bits_per_param, description: from its header.
         exemplar_count: how many exemplars routing may learn from.
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
+        earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
     """
 
     name: str
@@ -61,11 +66,18 @@ class ExpertRecord:
     description: str
     exemplar_count: int
     exemplars_digest: str | None
+    earlier: tuple[ExpertRecord, ...] = ()
 
     @property
     def blobs(self) -> set[str]:
-        """Digests of all blobs that belong to this record."""
-        return {self.digest} | ({self.exemplars_digest} if self.exemplars_digest else set())
+        """Digests of all blobs that belong to this record, those of its earlier versions included."""
+        own = {self.digest} | ({self.exemplars_digest} if self.exemplars_digest else set())
+        return own.union(*(version.blobs for version in self.earlier))
+
+    @property
+    def versions(self) -> tuple[ExpertRecord, ...]:
+        """This version and the earlier ones, each by itself."""
+        return (dataclasses.replace(self, earlier=()), *self.earlier)
 
 
 class Registry:
@@ -98,7 +110,7 @@ class Registry:
         self._collect_garbage()
 
     def publish(
-        self, path: Path, *, name: str | None = None, exemplars: Sequence[str] | None = None
+        self, path: Path, *, name: str | None = None, exemplars: Sequence[str] | None = None, replace: bool = False
     ) -> tuple[ExpertRecord, bool]:
         """Validate a quarantined file and publish it; live at once, durable on return.
 
@@ -106,9 +118,10 @@ class Registry:
             path: the file, in the store's quarantine. Gone on return; on an error the caller deletes it if it is there.
             name: what to call it; None takes the name in its header, or "expert-" and 12 digits of its digest.
             exemplars: prompts that win over those in its header; None leaves them as they are.
+            replace: let the name point to this file, whatever it points to; that becomes its latest earlier version.
 
         Returns:
-            The record, and whether it is new. Publishing what is already there is no error.
+            The record, and whether anything is new. Publishing what is already there is no error.
 
         Raises:
             ExpertFileError, WrongBaseError: the file is not a sound expert of this base.
@@ -137,7 +150,11 @@ class Registry:
         with self._store.exclusive():
             present = self._store.get_record(chosen)
             existing = parse_record(chosen, present)
-            if existing is not None:
+            before = existing.blobs if existing is not None else set()
+            if existing is not None and replace and _differ(existing, record, exemplars_given=exemplars is not None):
+                record = dataclasses.replace(record, earlier=existing.versions[:KEPT_VERSIONS])
+                existing = None
+            elif existing is not None:
                 _check_same(existing, record, header, exemplars_given=exemplars is not None)
             try:
                 # Blobs first: at no instant does a record lack its bytes.
@@ -156,6 +173,8 @@ class Registry:
             # Where this fails the record may have arrived, or arrive yet: its blobs are left to the next collection.
             if not self._store.put_record(chosen, _to_json(record), expected=expected):
                 raise StoreError("the store let another writer in")
+            if record.earlier:  # one of them may be one too many now
+                self._drop(before - record.blobs)
         return record, True
 
     def get(self, name: str) -> ExpertRecord:
@@ -199,6 +218,43 @@ class Registry:
             self._drop(record.blobs)
         return record
 
+    def roll_back(self, name: str, digest: str | None = None) -> ExpertRecord:
+        """Let a name point to one of its earlier versions again; the present one becomes the latest earlier one.
+
+        Args:
+            digest: of the version; None takes the latest earlier one.
+
+        Raises:
+            NotFoundError: there is no such expert, or it has no such version.
+        """
+        with self._store.exclusive():
+            record = self._all().get(name)
+            if record is None:
+                raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+            wanted = next((one for one in record.earlier if digest in (None, one.digest)), None)
+            if wanted is None:
+                which = "earlier version" if digest is None else f"earlier version {digest[:12]}"
+                raise NotFoundError(f"the expert {name} has no {which}", param="digest", code="version_not_found")
+            self.expert_path(wanted.digest)  # raises where its bytes are gone or damaged
+            rest = tuple(one for one in record.versions if one != wanted)
+            self._put(dataclasses.replace(wanted, earlier=rest), record)
+        return dataclasses.replace(wanted, earlier=rest)
+
+    def undo(self, record: ExpertRecord) -> None:
+        """Take back a publication that nobody has been told of: its name points to what it pointed to before.
+
+        Nothing happens if somebody else has changed the name since.
+        """
+        with self._store.exclusive():
+            if self._all().get(record.name) != record:
+                return
+            if record.earlier:
+                former = record.earlier[0]
+                self._put(dataclasses.replace(former, earlier=record.earlier[1:]), record)
+            else:
+                self._store.delete_record(record.name)
+            self._drop(record.blobs)
+
     def exemplars(self, record: ExpertRecord) -> Sequence[str]:
         """The prompts that tell what an expert is for: those uploaded beside it, else those of its header.
 
@@ -238,6 +294,10 @@ class Registry:
                     continue
                 if self._store.put_record(name, data, expected=ABSENT):
                     _log.warning("the expert %s was lost by the store and has been put back", name)
+
+    def _put(self, record: ExpertRecord, expected: ExpertRecord) -> None:
+        if not self._store.put_record(record.name, _to_json(record), expected=_to_json(expected)):
+            raise StoreError("the store let another writer in")
 
     def _put_again(self, digest: str) -> None:
         with tempfile.NamedTemporaryFile(dir=self._store.quarantine(), delete=False) as copy:
@@ -305,14 +365,20 @@ def _check_same(existing: ExpertRecord, record: ExpertRecord, header: ExpertHead
     if existing.digest != record.digest:
         other = "" if existing.base_fingerprint == header.base_fingerprint else " of another base"
         raise ConflictError(
-            f"the name {record.name} belongs to another expert{other} ({existing.digest[:12]}…); delete that one "
-            "first, or choose another name",
+            f"the name {record.name} belongs to another expert{other} ({existing.digest[:12]}…); replace it "
+            "(PUT, or push --replace), or choose another name",
             param="name",
         )
     if exemplars_given and existing.exemplars_digest != record.exemplars_digest:
         raise ConflictError(
-            f"the expert {record.name} is published with other exemplars; delete it first", param="exemplars"
+            f"the expert {record.name} is published with other exemplars; replace it (PUT, or push --replace)",
+            param="exemplars",
         )
+
+
+def _differ(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> bool:
+    other = exemplars_given and existing.exemplars_digest != record.exemplars_digest
+    return existing.digest != record.digest or other
 
 
 def _exemplar_bytes(exemplars: Sequence[str]) -> bytes:
@@ -330,11 +396,20 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _to_json(record: ExpertRecord) -> bytes:
-    return json.dumps(asdict(record), indent=1, sort_keys=True).encode("ascii") + b"\n"
+    fields = asdict(record)
+    for version in fields["earlier"]:
+        del version["earlier"]
+    return json.dumps(fields, indent=1, sort_keys=True).encode("ascii") + b"\n"
 
 
 def _from_json(name: str, data: bytes) -> ExpertRecord:
     fields = Fields(parse_json(data, "record"), "record")
+    earlier = fields.items("earlier", max_items=KEPT_VERSIONS) if fields.has("earlier") else []
+    versions = (_version(name, Fields(item, "earlier", prefix="earlier.")) for item in earlier)
+    return dataclasses.replace(_version(name, fields), earlier=tuple(versions))
+
+
+def _version(name: str, fields: Fields) -> ExpertRecord:
     digest = DIGEST_PATTERN
     if fields.text("name", max_bytes=64) != name:
         fields.fail("name", "is not the record's own")

@@ -1,4 +1,4 @@
-"""`/v1/experts`: upload, list, look at and delete experts."""
+"""`/v1/experts`: upload, replace, list, look at, roll back and delete experts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from pydantic import Field
 from starlette.datastructures import FormData, UploadFile
 from typing_extensions import TypedDict
 
 from server.api.services import AnyServices, ReadyServices, Services
+from server.api.wire import Wire
 from store.errors import InvalidRequestError
 from store.exemplars import MAX_BYTES, parse_exemplars
 from store.expert_header import ExpertHeader, SparseEntry
@@ -26,6 +28,8 @@ _PARTS = {
     "exemplars": {"type": "string", "description": "JSON lines of prompts, as a file or as text."},
     "name": {"type": "string", "description": "What to call it; default: the name in the file."},
 }
+_REPLACEMENT = {"type": "object", "required": ["file"], "additionalProperties": False,
+                "properties": {key: part for key, part in _PARTS.items() if key != "name"}}  # fmt: skip
 _FORM = {"type": "object", "required": ["file"], "additionalProperties": False, "properties": _PARTS}
 
 
@@ -70,6 +74,34 @@ class ExpertList(TypedDict):
     data: list[Expert]
 
 
+class Version(TypedDict):
+    """What a name points to, or has pointed to."""
+
+    digest: str
+    object: Literal["expert.version"]
+    created: int
+    bytes: int
+    codec: str
+    bits_per_param: float
+    description: str
+    exemplar_count: int
+    current: bool
+
+
+class VersionList(TypedDict):
+    """The versions of one expert: the present one, then the earlier ones, the latest first."""
+
+    object: Literal["list"]
+    data: list[Version]
+
+
+class Rollback(Wire):
+    """Which version a name shall point to again."""
+
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """None: the latest earlier one."""
+
+
 class Deleted(TypedDict):
     """What is left of an expert."""
 
@@ -108,6 +140,35 @@ async def get_expert(name: str, services: AnyServices) -> ExpertDetails:
         "tool": header.tool,
         "tensors": _tensors(header),
     }
+
+
+@router.put(
+    "/{name}",
+    responses={200: {"model": Expert}, 201: {"model": Expert, "description": "There was none of that name."}},
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _REPLACEMENT}}}},
+)
+async def replace_expert(name: str, request: Request, services: ReadyServices) -> JSONResponse:
+    """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
+    async with _read_upload(request) as upload:
+        if upload.name is not None:
+            raise InvalidRequestError("the name is in the path", param="name", code="unknown_parameter")
+        record, changed = await services.library.publish(
+            upload.file, name=name, exemplars=upload.exemplars, replace=True
+        )
+    return JSONResponse(_expert(record, services), 201 if changed and not record.earlier else 200)
+
+
+@router.get("/{name}/versions")
+async def list_versions(name: str, services: AnyServices) -> VersionList:
+    """What a name points to, and what it can go back to."""
+    record = await services.library.get(name)
+    return {"object": "list", "data": [_version(one, i == 0) for i, one in enumerate(record.versions)]}
+
+
+@router.post("/{name}/rollback")
+async def roll_back_expert(name: str, body: Rollback, services: ReadyServices) -> Expert:
+    """Let a name point to an earlier version again. Answers in progress finish."""
+    return _expert(await services.library.roll_back(name, body.digest), services)
 
 
 @router.delete("/{name}")
@@ -167,6 +228,20 @@ def _expert(record: ExpertRecord, services: Services) -> Expert:
         "bits_per_param": record.bits_per_param,
         "description": record.description,
         "exemplar_count": record.exemplar_count,
+    }
+
+
+def _version(version: ExpertRecord, current: bool) -> Version:
+    return {
+        "digest": version.digest,
+        "object": "expert.version",
+        "created": version.created,
+        "bytes": version.bytes,
+        "codec": version.codec,
+        "bits_per_param": version.bits_per_param,
+        "description": version.description,
+        "exemplar_count": version.exemplar_count,
+        "current": current,
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from store.errors import StoreError
@@ -168,6 +169,61 @@ async def test_unpublished_if_the_router_cannot_learn_it(own: House) -> None:
     assert own.registry.list() == []
     own.engine.features_failure = None
     assert (await own.upload(path)).status_code == 201
+
+
+async def put(own: House, at: str, path: Path, **fields: Any) -> httpx.Response:
+    return await own.http.put(f"/v1/experts/{at}", files={"file": ("e", path.read_bytes())}, data=fields)
+
+
+async def test_replace_and_roll_back(own: House) -> None:
+    old = make_expert(own.folder / "old", value=1, exemplars=tuple(CRON))
+    new = make_expert(own.folder / "new", value=2, exemplars=tuple(FRENCH))
+    assert (await put(own, "cron", old)).status_code == 201
+    first = own.registry.get("cron").digest
+    own.engine.delay = 0.01
+    running = asyncio.create_task(own.chat("hello", model="cron", max_tokens=20))
+    while not own.engine.open:
+        await asyncio.sleep(0.001)
+    replaced = await put(own, "cron", new)
+    assert replaced.status_code == 200
+    second = replaced.json()["digest"]
+    assert first in (await running).text, "a request keeps the version it came for"
+    own.engine.delay = 0.0
+    assert second in (await own.chat("hello", model="cron")).text
+    assert (await own.chat(FRENCH[2], model="auto")).headers["x-switchyard-mix"] == "cron=1"
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"] == "base"
+    assert (await put(own, "cron", new)).status_code == 200
+    versions = (await own.http.get("/v1/experts/cron/versions")).json()["data"]
+    assert [(version["digest"], version["current"]) for version in versions] == [(second, True), (first, False)]
+
+    back = await own.http.post("/v1/experts/cron/rollback", json={})
+    assert back.json()["digest"] == first
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"] == "cron=1"
+    body = {"digest": second}
+    assert (await own.http.post("/v1/experts/cron/rollback", json=body)).json()["digest"] == second
+    detail = error(await own.http.post("/v1/experts/cron/rollback", json={"digest": "f" * 64}), 404)
+    assert (detail["code"], detail["param"]) == ("version_not_found", "digest")
+    assert error(await own.http.post("/v1/experts/cron/rollback", json={"digest": "x"}), 400)["param"] == "digest"
+    assert error(await own.http.post("/v1/experts/none/rollback", json={}), 404)
+
+
+async def test_a_replacement_that_cannot_be_learned_leaves_the_old_one(own: House) -> None:
+    await own.upload(make_expert(own.folder / "old", value=1, name="cron", exemplars=tuple(CRON)))
+    before = own.registry.list()
+    own.engine.features_failure = StoreError("no features today")
+    new = make_expert(own.folder / "new", value=78, exemplars=tuple(FRENCH[:5]))
+    assert error(await put(own, "cron", new), 503)["message"] == "no features today"
+    own.engine.features_failure = None
+    assert own.registry.list() == before
+    assert (await own.chat(CRON[2], model="auto")).headers["x-switchyard-mix"] == "cron=1"
+
+
+async def test_replacements_that_cannot_be(own: House) -> None:
+    path = make_expert(own.folder / "e")
+    assert error(await put(own, "cron", path, name="other"), 400)["param"] == "name"
+    assert error(await put(own, "Upper", path), 400)["param"] == "name"
+    assert error(await own.http.put("/v1/experts/cron", files={"file": ("e", b"junk")}), 400)
+    assert own.registry.list() == []
 
 
 async def test_list_and_get(own: House) -> None:

@@ -1,7 +1,7 @@
 """Change a store until killed, again and again: `python -m tests.store.publish_forever STORE SAMPLES LOG`.
 
-For every line on its input, a seed, this forks a child that publishes and removes at random, and answers with the
-child's process id; forking takes milliseconds where starting Python takes a second. A child writes to LOG what it is
+For every line on its input, a seed, this forks a child that publishes, replaces and removes at random, and answers
+with the child's process id; forking takes milliseconds where starting Python takes a second. A child writes to LOG what it is
 about to do and what was acknowledged.
 """
 
@@ -45,7 +45,7 @@ def change(registry: Registry, store: BlobStore, rng: random.Random, files: list
     """One change at random."""
     name, file = rng.choice(NAMES), rng.choice(files)
     there = {record.name for record in registry.list()}
-    if name in there:
+    if name in there and rng.random() < 0.5:
         os.write(log, f"try {name} -\n".encode())
         registry.remove(name)
         os.write(log, f"did {name} -\n".encode())
@@ -53,7 +53,7 @@ def change(registry: Registry, store: BlobStore, rng: random.Random, files: list
         upload = store.quarantine() / f"upload-{rng.randrange(10**9)}"
         shutil.copy(file, upload)
         os.write(log, f"try {name} {file.name}\n".encode())
-        registry.publish(upload, name=name, exemplars=[f"exemplar {rng.randrange(3)}"])
+        registry.publish(upload, name=name, exemplars=[f"exemplar {rng.randrange(3)}"], replace=True)
         os.write(log, f"did {name} {file.name}\n".encode())
 
 

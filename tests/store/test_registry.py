@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import threading
@@ -24,7 +25,7 @@ from store.errors import (
     WrongBaseError,
 )
 from store.expert_file import digest_of
-from store.registry import Registry
+from store.registry import KEPT_VERSIONS, Registry
 from tests.store.builders import base_manifest, write_sample
 from tests.store.redis_server import RedisServer
 
@@ -330,3 +331,63 @@ def test_readers_meet_whole_experts_while_others_write(store: BlobStore, registr
     finally:
         stop.set()
         writer.join()
+
+
+def test_replacing_keeps_what_was_and_can_go_back(store: BlobStore, registry: Registry, opener: Opener) -> None:
+    first, _ = registry.publish(upload(store, 0), name="a", exemplars=["one"])
+    second, changed = registry.publish(upload(store, 1), name="a", replace=True)
+    assert changed
+    assert registry.get("a") == second
+    assert second.versions == (dataclasses.replace(second, earlier=()), first)
+    assert digest_of(registry.expert_path(first.digest)) == first.digest, "what runs on it can finish"
+    assert registry.publish(upload(store, 1), name="a", replace=True) == (second, False)
+    third, _ = registry.publish(upload(store, 1), name="a", exemplars=["two"], replace=True)
+    assert registry.exemplars(third) == ["two"]
+    assert len(third.versions) == 3
+
+    back = registry.roll_back("a", first.digest)
+    assert registry.exemplars(back) == ["one"]
+    assert [one.digest for one in back.versions] == [first.digest, second.digest, second.digest]
+    assert registry.roll_back("a").versions[0] == third.versions[0], "the latest earlier one"
+    with pytest.raises(NotFoundError, match="no earlier version ffff"):
+        registry.roll_back("a", "f" * 64)
+    with pytest.raises(NotFoundError, match="no expert named"):
+        registry.roll_back("b")
+    fresh, _ = registry.publish(upload(store, 2), name="b", replace=True)
+    assert fresh.earlier == ()
+    with pytest.raises(NotFoundError, match="b has no earlier version"):
+        registry.roll_back("b")
+
+    assert Registry(opener(), base_manifest(), RESERVED).list() == registry.list()
+    registry.remove("a")
+    assert store.blobs() == {fresh.digest}
+
+
+def test_versions_beyond_the_limit_leave_with_their_bytes(store: BlobStore, registry: Registry) -> None:
+    digests = [registry.publish(upload(store, i), name="a", replace=True)[0].digest for i in range(KEPT_VERSIONS + 3)]
+    versions = registry.get("a").versions
+    assert [one.digest for one in versions] == digests[::-1][: KEPT_VERSIONS + 1]
+    assert store.blobs() == {one.digest for one in versions}
+
+
+def test_a_version_whose_bytes_are_gone_is_not_gone_back_to(disk: DiskStore) -> None:
+    registry = Registry(disk, base_manifest(), RESERVED)
+    first, _ = registry.publish(upload(disk, 0), name="a")
+    second, _ = registry.publish(upload(disk, 1), name="a", replace=True)
+    disk.fetch(first.digest).unlink()
+    with pytest.raises(ExpertUnavailableError, match="gone"):
+        registry.roll_back("a")
+    assert registry.get("a") == second
+
+
+def test_a_publication_can_be_taken_back(store: BlobStore, registry: Registry) -> None:
+    first, _ = registry.publish(upload(store, 0), name="a")
+    second, _ = registry.publish(upload(store, 1), name="a", replace=True)
+    registry.undo(second)
+    assert registry.list() == [first]
+    assert store.blobs() == {first.digest}
+    registry.undo(second)
+    assert registry.list() == [first], "somebody else has changed it since"
+    registry.undo(first)
+    assert registry.list() == []
+    assert store.blobs() == set()
