@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from server.engine.types import EngineSettings
+from server.engine.types import EngineSettings, Mode
 
 if TYPE_CHECKING:
     from router.router import RouterSettings
@@ -72,6 +72,14 @@ class Settings(BaseSettings):
     expert_bytes: ByteSize = Field(
         ByteSize(EngineSettings.expert_bytes), gt=0, description="Memory for decoded experts, e.g. 2GiB."
     )
+    mode: Mode = Field(
+        EngineSettings.mode,
+        description="How experts are applied: merged (one mix at a time, folded into the weights) or mixed (rows of "
+        "different mixes share steps, deltas beside the weights).",
+    )
+    kernels: str = Field(
+        EngineSettings.kernels, description="What computes mixed mode: auto (the fastest that runs here) or by name."
+    )
     max_batch: int = Field(EngineSettings.max_batch, ge=1, description="Most sequences in one step.")
     max_queue: int = Field(
         EngineSettings.max_queue, ge=1, description="Most requests waiting or running before the server answers 429."
@@ -82,7 +90,7 @@ class Settings(BaseSettings):
         description="Most tokens in one step: bounds how long a long prompt can hold up running streams.",
     )
     turn_steps: int = Field(
-        EngineSettings.turn_steps, ge=1, description="Steps a mix may run before another mix that waits gets its turn."
+        EngineSettings.turn_steps, ge=1, description="Steps a mix may run merged while another mix waits for its turn."
     )
     threads: int | None = Field(
         EngineSettings.threads, ge=1, description="CPU threads of the engine; default: torch's choice."

@@ -1,4 +1,4 @@
-"""Expert file → decoded tensors on the device."""
+"""Expert file → deltas in packed form on the device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from server.engine.merged import DecodedExpert, to_device
-from store.expert_file import SparseEntry, read_deltas, read_header
+from server.engine.expert import DecodedExpert
+from server.engine.kernels import pack, packed_bytes
+from store.expert_file import DenseEntry, read_deltas, read_header
 from store.manifest import BaseManifest
-
-_INT32_NUMEL = 1 << 31
 
 
 class ExpertLoader:
@@ -26,12 +25,12 @@ class ExpertLoader:
     def decoded_bytes(self, digest: str) -> int:
         total = 0
         for entry in read_header(self._fetch(digest)).tensors.values():
-            if isinstance(entry, SparseEntry):
-                total += entry.nnz * ((4 if entry.numel < _INT32_NUMEL else 8) + 1)
+            if isinstance(entry, DenseEntry):
+                total += packed_bytes(entry.shape, None)
             else:
-                total += entry.numel * 4
+                total += packed_bytes(entry.shape, entry.nnz, entry.params.get("top", 1))
         return total
 
     def load(self, digest: str) -> DecodedExpert:
         deltas = read_deltas(self._fetch(digest), self._manifest)
-        return DecodedExpert(digest, {name: to_device(delta, self._device) for name, delta in deltas})
+        return DecodedExpert(digest, {name: pack(delta, self._device) for name, delta in deltas})

@@ -9,92 +9,74 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from store.deltas import Delta, SparseDelta
+from server.engine.expert import DecodedExpert
+from server.engine.kernels import PackedDelta, dense
+from server.engine.kernels.types import DenseValues, SparseRows
 from store.mix import BASE_MIX, Mix
 
-
-@dataclass(frozen=True)
-class SparseWeights:
-    """A `SparseDelta` on the device: `indices` `[nnz]` int32 or int64, `levels` `[nnz]` int8."""
-
-    indices: torch.Tensor
-    levels: torch.Tensor
-    scale: float
-
-    @property
-    def nbytes(self) -> int:
-        return self.indices.nbytes + self.levels.nbytes
-
-    def values(self, weight: float) -> torch.Tensor:
-        """`[nnz]` float32: weight × scale × level. The product of the two scalars is rounded to float32 once."""
-        return self.levels.float() * torch.tensor(weight * self.scale, dtype=torch.float32)
+Term = tuple[float, PackedDelta]
+"""A weight of the mix and the delta it is for."""
 
 
-ExpertTensor = SparseWeights | torch.Tensor
-"""One tensor of a decoded expert: sparse, or dense float32 in the parameter's shape."""
+def terms_of(mix: Mix, name: str, experts: Mapping[str, DecodedExpert]) -> list[Term]:
+    """What a mix adds to the parameter `name`, in the mix's order."""
+    return [(weight, experts[d].tensors[name]) for d, weight in mix.parts if name in experts[d].tensors]
 
 
-@dataclass(frozen=True)
-class DecodedExpert:
-    """All deltas of one expert on the device, ready to be merged."""
-
-    digest: str
-    tensors: Mapping[str, ExpertTensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-def to_device(delta: Delta, device: torch.device) -> ExpertTensor:
-    """Move a decoded delta from NumPy to the device."""
-    if isinstance(delta, SparseDelta):
-        indices, levels = torch.from_numpy(delta.indices), torch.from_numpy(delta.levels)
-        return SparseWeights(indices.to(device), levels.to(device), delta.scale)
-    return torch.from_numpy(delta.values).to(device)
-
-
-def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[tuple[float, ExpertTensor]]) -> None:
+def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term]) -> None:
     """`out ← pristine + Σ weight·delta`, summed in float32 and rounded to `out`'s dtype once (methods §2, Eq. 5).
 
     Reference: `merge_tensor_reference`, which it equals bit for bit.
     """
     weight, delta = terms[0]
-    flat = out.view(-1)
-    if len(terms) == 1 and isinstance(delta, SparseWeights):
+    if len(terms) == 1 and isinstance(delta, SparseRows):
+        places, values = _nonzeros(delta, weight)
         out.copy_(pristine)
+        flat = out.view(-1)
         if out.dtype is torch.float32:
-            flat.index_add_(0, delta.indices, delta.values(weight))
+            flat.index_add_(0, places, values)
         else:
-            here = pristine.view(-1).index_select(0, delta.indices).float().add_(delta.values(weight))
-            flat.index_put_((delta.indices.long(),), here.to(out.dtype))
+            flat.index_put_((places,), pristine.view(-1).index_select(0, places).float().add_(values).to(out.dtype))
         return
     total = torch.zeros(out.numel(), dtype=torch.float32, device=out.device)
     for weight, delta in terms:
-        if isinstance(delta, SparseWeights):
-            total.index_add_(0, delta.indices, delta.values(weight))
+        if isinstance(delta, SparseRows):
+            total.index_add_(0, *_nonzeros(delta, weight))
         else:
-            total.add_(delta.view(-1) * weight)  # not alpha=weight: a fused multiply-add rounds differently
+            total.add_(_weighted(delta, weight).view(-1))
     out.copy_(total.add_(pristine.view(-1)).view_as(out))
 
 
-def merge_tensor_reference(pristine: torch.Tensor, terms: Sequence[tuple[float, ExpertTensor]]) -> torch.Tensor:
+def merge_tensor_reference(pristine: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
     """Plain PyTorch: densify every delta, add up in float32, round once."""
     total = torch.zeros(pristine.shape, dtype=torch.float32)
     for weight, delta in terms:
-        if isinstance(delta, SparseWeights):
-            dense = torch.zeros(pristine.numel())
-            dense[delta.indices.long()] = delta.values(weight)
-            total += dense.view(pristine.shape)
-        else:
-            total += weight * delta
+        total += _weighted(delta, weight)
     return (pristine.float() + total).to(pristine.dtype)
+
+
+def _weighted(delta: PackedDelta, weight: float) -> torch.Tensor:
+    """weight·delta, dense float32. The product of weight and scale is rounded to float32 once."""
+    if isinstance(delta, DenseValues):
+        return delta.values * weight
+    return dense(replace(delta, scale=1.0)) * (weight * delta.scale)
+
+
+def _nonzeros(delta: SparseRows, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions, int64, and weighted values, float32, of a sparse delta's nonzeros, each once."""
+    counts = (delta.starts[1:] - delta.starts[:-1]).long()
+    entries = delta.entries.long() & 0xFFFF
+    places = torch.repeat_interleave(delta.order.long() * delta.shape[-1], counts).add_(entries >> 1)
+    levels = (1 - 2 * (entries & 1)).float()
+    if delta.levels is not None:
+        levels *= delta.levels
+    return places, levels * (weight * delta.scale)
 
 
 class MergedWeights:
@@ -103,6 +85,7 @@ class MergedWeights:
     Attributes:
         current: the mix the model runs with.
         switches: how often `current` changed.
+        patches: how often a mix had to be built for that.
         seconds: time spent changing it.
     """
 
@@ -110,8 +93,12 @@ class MergedWeights:
         self._parameters = parameters
         self._pristine = {name: parameter.data for name, parameter in parameters.items()}
         self._buffers: dict[str, torch.Tensor] = {}
+        self._built: dict[str, torch.Tensor] = {}
+        """The buffers that make up `built`."""
+        self.built: Mix = BASE_MIX
+        """The mix that lies in the buffers, whether the model runs with it or not; the base's needs none."""
         self.current: Mix = BASE_MIX
-        self.switches = 0
+        self.switches = self.patches = 0
         self.seconds = 0.0
 
     @torch.inference_mode()
@@ -127,25 +114,32 @@ class MergedWeights:
         if mix == self.current:
             return
         started = time.perf_counter()
-        self._restore()
         try:
-            for name, terms in _terms_by_tensor(mix, experts):
-                pristine = self._pristine[name]
-                buffer = self._buffers.setdefault(name, torch.empty_like(pristine))
-                merge_tensor(buffer, pristine, terms)
-                self._parameters[name].data = buffer
-            self.current = mix
-        except BaseException:
-            self._restore()
-            raise
+            self._point_at(self._pristine)
+            self.current = BASE_MIX
+            if not mix.is_base:
+                if mix != self.built:
+                    self._build(mix, experts)
+                self._point_at(self._built)
+                self.current = mix
         finally:
             self.switches += 1
             self.seconds += time.perf_counter() - started
 
-    def _restore(self) -> None:
-        for name in self._buffers:
-            self._parameters[name].data = self._pristine[name]
-        self.current = BASE_MIX
+    def _build(self, mix: Mix, experts: Mapping[str, DecodedExpert]) -> None:
+        self.built, self._built = BASE_MIX, {}
+        built = {}
+        for name in dict.fromkeys(name for digest, _ in mix.parts for name in experts[digest].tensors):
+            pristine = self._pristine[name]
+            buffer = self._buffers.setdefault(name, torch.empty_like(pristine))
+            merge_tensor(buffer, pristine, terms_of(mix, name, experts))
+            built[name] = buffer
+        self.built, self._built = mix, built
+        self.patches += 1
+
+    def _point_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._parameters[name].data = tensor
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of the weights that the model runs with now, in the order of their names."""
@@ -154,21 +148,6 @@ class MergedWeights:
     def pristine_fingerprint(self) -> str:
         """sha256 over the bytes of the pristine weights; never changes while the process lives."""
         return _digest(self._pristine)
-
-
-def _terms_by_tensor(
-    mix: Mix, experts: Mapping[str, DecodedExpert]
-) -> Iterator[tuple[str, list[tuple[float, ExpertTensor]]]]:
-    names = dict.fromkeys(name for digest, _ in mix.parts for name in experts[digest].tensors)
-    for name in names:
-        yield (
-            name,
-            [
-                (weight, experts[digest].tensors[name])
-                for digest, weight in mix.parts
-                if name in experts[digest].tensors
-            ],
-        )
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -134,6 +134,16 @@ class BaseModel:
         self._early = self._early_layers(feature_layer)
         self._check_attention()
 
+    @property
+    def network(self) -> nn.Module:
+        """The modules that `forward` runs."""
+        return self._model
+
+    def try_out(self, rows: int, wanted: int) -> None:
+        """Run so many arbitrary tokens, and compute the logits of so many of them."""
+        tokens = [position % self.vocabulary for position in range(rows)]
+        self.forward(tokens, AttentionBatch([Segment(0, rows, 0, ())], None, self.device), list(range(wanted)))
+
     @torch.inference_mode()
     def forward(self, tokens: list[int], batch: AttentionBatch, logit_rows: list[int]) -> torch.Tensor:
         """Run one step.

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from server.engine.merged import DecodedExpert
+from server.engine.expert import DecodedExpert
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import Mix
 
@@ -66,6 +66,7 @@ class Residency:
         self._source = source
         self._post = post
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        self._experts: dict[str, DecodedExpert] = {}
         self._sizes: dict[str, int] = {}
         self._measuring: set[str] = set()
         self._queue: deque[_Ticket] = deque()
@@ -78,12 +79,12 @@ class Residency:
 
     @property
     def experts(self) -> Mapping[str, DecodedExpert]:
-        """Every resident expert by digest."""
-        return {digest: slot.expert for digest, slot in self._slots.items() if slot.expert is not None}
+        """Every resident expert by digest; always the same object."""
+        return self._experts
 
     @property
     def count(self) -> int:
-        return sum(slot.expert is not None for slot in self._slots.values())
+        return len(self._experts)
 
     def request(self, mix: Mix, ready: Ready) -> None:
         """Call `ready(None)` once all experts of `mix` are pinned (perhaps before this returns), or
@@ -163,6 +164,7 @@ class Residency:
 
     def _evict(self, digest: str) -> None:
         self.used_bytes -= self._slots.pop(digest).nbytes
+        del self._experts[digest]
         self.evictions += 1
 
     def _evict_if_doomed(self, digest: str) -> None:
@@ -201,7 +203,7 @@ class Residency:
         waiters, slot.waiters = slot.waiters, []
         error = done.exception()
         if error is None:
-            slot.expert = done.result()
+            slot.expert = self._experts[digest] = done.result()
             self.loads += 1
             self.load_seconds += time.perf_counter() - started
             for ticket in waiters:

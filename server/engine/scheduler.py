@@ -1,27 +1,29 @@
 """Who runs in the next step.
 
-Requests that share a mix form a lane. One lane runs at a time (merged mode); lanes take turns, and within a lane
-sequences join and leave at every step.
+Requests that share a mix form a lane. In mixed mode all lanes share every step; in merged mode one lane runs at a
+time and lanes take turns. Sequences join and leave at every step.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from server.engine.kv_cache import KVCache
 from server.engine.sequence import Sequence, SequenceState
 from store.mix import Mix
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """All sequences of one mix."""
 
     mix: Mix
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
-    """In order of arrival."""
 
     @property
     def empty(self) -> bool:
@@ -41,14 +43,50 @@ class Work:
         return self.count == self.sequence.pending
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A step's work, that of one mix side by side; the base's comes first.
+
+    Attributes:
+        mixed: whether deltas are applied beside the weights; otherwise all work has one mix, to be merged.
+    """
+
+    work: list[Work]
+    mixed: bool
+
+    def by_mix(self) -> list[Batch]:
+        """The same work, one batch per mix."""
+        return [Batch(list(work), self.mixed) for _, work in groupby(self.work, key=lambda item: item.sequence.mix)]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a lane would put into the next steps: `rows` tokens of `mix`."""
+
+    mix: Mix
+    rows: int
+
+
 class Scheduler:
     """Chooses lanes and fills steps; owns the sequences between their arrival and their end."""
 
-    def __init__(self, cache: KVCache, *, max_batch: int, step_tokens: int, turn_steps: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        max_batch: int,
+        step_tokens: int,
+        turn_steps: int,
+        shareable: Callable[[Mix], bool] = lambda _: True,
+    ) -> None:
+        """Args:
+        shareable: whether a mix can run in mixed mode at all; the others always run by themselves.
+        """
         self._cache = cache
         self._max_batch = max_batch
         self._step_tokens = step_tokens
         self._turn_steps = turn_steps
+        self._shareable = shareable
         self._lanes: OrderedDict[Mix, Lane] = OrderedDict()
         self._steps_in_turn = 0
         self.preemptions = 0
@@ -80,12 +118,19 @@ class Scheduler:
             del self._lanes[sequence.mix]
         return True
 
-    def schedule(self) -> tuple[Mix, list[Work]] | None:
-        """The next step: a mix and its work, or None when nothing waits.
+    def demand(self) -> list[Demand]:
+        """What waits or runs, lane by lane: one row per stream, and of every prompt what fits a step."""
+        return [
+            Demand(lane.mix, min(self._step_tokens, sum(s.pending for s in (*lane.running, *lane.waiting))))
+            for lane in self._lanes.values()
+        ]
 
-        The lane in front keeps its turn for `turn_steps` steps while others wait, then goes to the back. Decodes come
-        first, so that running streams advance at every step of their turn; the rest of `step_tokens` goes to prompts,
-        in chunks.
+    def schedule(self, *, mixed: bool) -> Batch | None:
+        """The next step, or None when nothing waits.
+
+        The lane in front keeps its turn for `turn_steps` steps while others wait, then goes to the back; in mixed
+        mode all that can share its steps do. Decodes come first, so that running streams advance at every step of
+        their turn; the rest of `step_tokens` goes to prompts, in chunks, in order of arrival.
         """
         lane = self._front()
         if lane is None:
@@ -96,29 +141,36 @@ class Scheduler:
             lane = self._front()
             assert lane is not None
         self._steps_in_turn += 1
-        work = self._fill(lane)
+        shared = mixed and self._shareable(lane.mix)
+        lanes = [other for other in self._lanes.values() if self._shareable(other.mix)] if shared else [lane]
+        work = self._fill(lanes)
         assert work, "a lane that is not empty always has work: a lone sequence fits the cache"
-        return lane.mix, work
+        work.sort(key=lambda item: (not item.sequence.mix.is_base, item.sequence.mix.digest))
+        return Batch(work, shared)
 
     def _front(self) -> Lane | None:
         return next(iter(self._lanes.values()), None)
 
-    def _fill(self, lane: Lane) -> list[Work]:
+    def _fill(self, lanes: Items[Lane]) -> list[Work]:
         budget = self._step_tokens
         work: list[Work] = []
-        for sequence in sorted(lane.running, key=lambda s: s.pending > 1):
+        running = sorted((s for lane in lanes for s in lane.running), key=lambda s: (s.pending > 1, s.id))
+        for sequence in running[: self._max_batch]:
             if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted for the sake of one before it
             count = min(sequence.pending, max(budget, 1 if sequence.pending == 1 else 0))
             if count and self._make_room(sequence, sequence.computed + count):
                 work.append(Work(sequence, count))
                 budget -= count
-        while lane.waiting and budget > 0 and len(lane.running) < self._max_batch:
+        while budget > 0 and sum(len(lane.running) for lane in lanes) < self._max_batch:
+            lane = _oldest(lanes)
+            if lane is None:
+                break
             sequence = lane.waiting[0]
             count = min(sequence.pending, budget)
             # Newcomers never preempt: they wait for memory that others give back by themselves.
             if not self._cache.grow(sequence, sequence.computed + count):
-                if work or not self._preempt_paused(lane):
+                if work or not self._preempt_paused(lanes):
                     break
                 continue
             lane.waiting.popleft()
@@ -132,22 +184,22 @@ class Scheduler:
         """Grow a running sequence, preempting others (youngest first) until it fits; False if it was itself the
         youngest and has been preempted."""
         while not self._cache.grow(sequence, tokens):
-            victim = self._youngest()
+            victim = self._youngest(self._lanes.values())
+            assert victim is not None
             self._suspend(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _preempt_paused(self, lane: Lane) -> bool:
-        """Free memory for a lane that has nothing to run while paused lanes hold it all; False if none can be."""
-        holders = [s for other in self._lanes.values() if other is not lane for s in other.running]
-        if not holders:
-            return False
-        self._suspend(max(holders, key=lambda s: s.id))
-        return True
+    def _preempt_paused(self, lanes: Items[Lane]) -> bool:
+        """Free memory for lanes that have nothing to run while paused lanes hold it all; False if none can be."""
+        victim = self._youngest(lane for lane in self._lanes.values() if lane not in lanes)
+        if victim is not None:
+            self._suspend(victim)
+        return victim is not None
 
-    def _youngest(self) -> Sequence:
-        return max((s for lane in self._lanes.values() for s in lane.running), key=lambda s: s.id)
+    def _youngest(self, lanes: Iterable[Lane]) -> Sequence | None:
+        return max((s for lane in lanes for s in lane.running), key=lambda s: s.id, default=None)
 
     def _suspend(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it keeps its tokens and recomputes when its time comes again."""
@@ -157,3 +209,8 @@ class Scheduler:
         sequence.state = SequenceState.WAITING
         self._cache.release(sequence)
         self.preemptions += 1
+
+
+def _oldest(lanes: Iterable[Lane]) -> Lane | None:
+    """The lane whose next sequence has waited longest."""
+    return min((lane for lane in lanes if lane.waiting), key=lambda lane: lane.waiting[0].id, default=None)

@@ -128,6 +128,15 @@ class BaseInfo:
     device: str
 
 
+class Mode(StrEnum):
+    """How deltas reach the rows of a step."""
+
+    MERGED = "merged"
+    """One mix at a time, folded into the weights; mixes take turns."""
+    MIXED = "mixed"
+    """Rows of different mixes share steps; deltas are applied beside the weights."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How the engine runs. Bytes bound every pool."""
@@ -140,6 +149,10 @@ class EngineSettings:
     """Memory for the key/value cache."""
     expert_bytes: int = 2 << 30
     """Memory for decoded experts."""
+    mode: Mode = Mode.MERGED
+    """How deltas are applied. Mixes that mixed mode cannot carry run merged all the same."""
+    kernels: str = "auto"
+    """Implementation of mixed mode's arithmetic, by name (`server.engine.kernels`)."""
     max_batch: int = 32
     """Most sequences in one step."""
     max_queue: int = 256
@@ -147,7 +160,7 @@ class EngineSettings:
     step_tokens: int = 512
     """Most tokens in one step: bounds how long a long prompt can hold up running streams."""
     turn_steps: int = 32
-    """Steps a mix may run before another mix that waits gets its turn."""
+    """Steps a mix may run merged before another mix that waits gets its turn."""
     threads: int | None = None
     """CPU threads for torch; None leaves torch's choice."""
     feature_layer: int = 4
@@ -172,7 +185,11 @@ class EngineStats:
     expert_evictions: int
     expert_load_seconds: float
     mix_switches: int
+    patches: int
     patch_seconds: float
+    merged_steps: int
+    mixed_steps: int
+    mixed_seconds: float
     prompt_tokens: int
     generated_tokens: int
     preemptions: int

@@ -35,6 +35,8 @@ class Library:
     base: Path
     folder: Path
     files: dict[str, Path] = field(default_factory=dict)
+    models: dict[Mix, torch.nn.Module] = field(default_factory=dict)
+    """Merged models made so far."""
 
     def fetch(self, digest: str) -> Path:
         if digest not in self.files:
@@ -60,6 +62,11 @@ class Library:
 
     def merged(self, mix: Mix) -> torch.nn.Module:
         """The offline-merged model: base + Σ weight·delta in float32, by nothing the engine uses."""
+        if mix not in self.models:
+            self.models[mix] = self._merge(mix)
+        return self.models[mix]
+
+    def _merge(self, mix: Mix) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         manifest = manifest_of(self.base, None)
         parameters = dict(model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from server.engine.engine import TransformersEngine
-from server.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
+from server.engine.types import EngineRequest, FinishReason, Mode, SamplingParams, TokenEvent
 from store.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -33,13 +34,14 @@ def run(coroutine: object) -> None:
     asyncio.run(coroutine)  # type: ignore[arg-type]
 
 
-def test_a_storm_of_mixes_answers_like_each_merged_model_alone(library: Library) -> None:
+@pytest.mark.parametrize("mode", Mode)
+def test_a_storm_of_mixes_answers_like_each_merged_model_alone(library: Library, mode: Mode) -> None:
     """Different mixes, prompts longer than a step, cancellations in between: token for token in float32."""
     one, two, three = (library.add(seed) for seed in (1, 2, 3))
     mixes = [BASE_MIX, Mix.of({one: 1.0}), Mix.of({two: 1.0}), Mix.of({one: 0.5, three: -0.7}), Mix.of({two: 1.5})]
 
     async def body() -> None:
-        async with running(library) as engine:
+        async with running(library, replace(SETTINGS, mode=mode)) as engine:
             cases = [(prompt, mixes[i % len(mixes)]) for i, prompt in enumerate(prompts(20))]
             doomed = [engine.submit(EngineRequest(tuple(p), SamplingParams(200, 0.0), m)) for p, m in cases[:6]]
             answers = asyncio.gather(*(collect(engine, prompt, mix) for prompt, mix in cases))
@@ -50,7 +52,9 @@ def test_a_storm_of_mixes_answers_like_each_merged_model_alone(library: Library)
                 assert tokens == library.greedy(mix, prompt, 12)
                 assert finish is (FinishReason.LENGTH if len(tokens) == 12 else FinishReason.STOP)
             await until(lambda: engine.stats().running == engine.stats().waiting == 0)
-            assert engine.stats().kv_bytes_used == 0
+            stats = engine.stats()
+            assert stats.kv_bytes_used == 0
+            assert (stats.merged_steps > 0, stats.mixed_steps > 0) == (mode is Mode.MERGED, mode is Mode.MIXED)
 
     run(body())
 
@@ -61,7 +65,7 @@ def test_memory_pressure_changes_no_answer(library: Library) -> None:
 
     async def body() -> None:
         async with running(library) as engine:
-            block = engine._cache.shape.block_bytes
+            block = engine._worker.cache.shape.block_bytes
         async with running(library, replace(SETTINGS, kv_bytes=16 * block)) as engine:
             cases = [(p, mix) for p in prompts(6, seed=3) for mix in (BASE_MIX, Mix.of({expert: 1.0}))]
             answers = await asyncio.gather(*(collect(engine, p, mix, 40) for p, mix in cases))
@@ -173,7 +177,7 @@ def test_likelihoods_of_prompt_and_answer(library: Library) -> None:
 
     async def body() -> None:
         async with running(library) as engine:
-            block = engine._cache.shape.block_bytes
+            block = engine._worker.cache.shape.block_bytes
         model = library.merged(mix)
         async with running(library, replace(SETTINGS, kv_bytes=16 * block)) as engine:
             cases = [(prompt, most) for prompt in prompts(5, seed=3) for most in (0, 40)]
@@ -278,7 +282,7 @@ def test_a_dead_thread_is_noticed_by_everyone(library: Library, monkeypatch: pyt
         async with running(library) as engine:
             stream = engine.submit(EngineRequest((1,), SamplingParams(400, 0.0)))
             await anext(stream)
-            monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 // 0)
+            monkeypatch.setattr(engine._worker.scheduler, "schedule", lambda **_: 1 // 0)
             with pytest.raises(EngineDeadError):
                 async for _ in stream:
                     pass
@@ -343,7 +347,7 @@ def test_reduced_precision_follows_its_own_merged_model(library: Library, dtype:
         async with running(library, replace(SETTINGS, dtype=dtype)) as engine:
             assert engine.base.dtype == dtype
             mix = Mix.of({expert: 1.0})
-            model = library.merged(mix).to(torch.bfloat16)
+            model = copy.deepcopy(library.merged(mix)).to(torch.bfloat16)
             agree = 0
             for prompt in prompts(12, seed=5):
                 with torch.inference_mode():

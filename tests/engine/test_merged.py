@@ -2,78 +2,104 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from server.engine.merged import (
-    DecodedExpert,
-    ExpertTensor,
-    MergedWeights,
-    SparseWeights,
-    merge_tensor,
-    merge_tensor_reference,
-)
+from server.engine.expert import DecodedExpert
+from server.engine.kernels import PackedDelta, Term, pack
+from server.engine.kernels.types import DenseValues
+from server.engine.merged import MergedWeights, merge_tensor, merge_tensor_reference
+from store.deltas import DenseDelta, SparseDelta
 from store.mix import BASE_MIX, Mix
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
 
 
-def random_delta(numel: int, density: float, generator: torch.Generator, *, wide: bool = False) -> SparseWeights:
-    indices = (torch.rand(numel, generator=generator) < density).nonzero().view(-1)
-    levels = torch.randint(0, 2, indices.shape, generator=generator).mul(2).sub(1).to(torch.int8)
-    return SparseWeights(indices if wide else indices.int(), levels, 0.013)
+def random_sparse(shape: tuple[int, ...], density: float, seed: int, top: int = 1) -> SparseDelta:
+    rng = np.random.default_rng(seed)
+    indices = np.flatnonzero(rng.random(math.prod(shape)) < density).astype(np.int32)
+    levels = rng.integers(1, top + 1, len(indices)) * rng.choice([-1, 1], len(indices))
+    return SparseDelta(shape, indices, levels.astype(np.int8), float(np.float32(0.013)))
+
+
+def random_delta(shape: tuple[int, ...], density: float | None, seed: int) -> PackedDelta:
+    """Packed; dense where `density` is None."""
+    if density is None:
+        return pack(DenseDelta(np.random.default_rng(seed).normal(size=shape).astype(np.float32)), CPU)
+    return pack(random_sparse(shape, density, seed), CPU)
+
+
+def plainly(pristine: torch.Tensor, terms: list[tuple[float, SparseDelta]]) -> torch.Tensor:
+    """As `store.apply` merges: from the file's own values, by nothing the engine uses."""
+    total = torch.zeros(pristine.numel())
+    for weight, delta in terms:
+        values = torch.from_numpy(delta.levels).float() * (weight * delta.scale)
+        total[torch.from_numpy(delta.indices).long()] += values
+    return (pristine.float() + total.view(pristine.shape)).to(pristine.dtype)
 
 
 @given(
-    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     dtype=st.sampled_from(DTYPES),
-    densities=st.lists(st.sampled_from([0.0, 0.05, 0.5, 1.0, None]), min_size=1, max_size=4),
+    densities=st.lists(st.sampled_from([0.0, 0.02, 0.3, 1.0, None]), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
-    wide=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_merging_equals_the_reference_bit_for_bit(
-    shape: list[int], dtype: torch.dtype, densities: list[float | None], seed: int, wide: bool
+    shape: list[int], dtype: torch.dtype, densities: list[float | None], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     pristine = torch.randn(shape, generator=generator).to(dtype)
-    terms: list[tuple[float, ExpertTensor]] = []
-    for density in densities:
-        weight = float(torch.randn((), generator=generator))
-        if density is None:
-            terms.append((weight, torch.randn(shape, generator=generator)))
-        else:
-            terms.append((weight, random_delta(pristine.numel(), density, generator, wide=wide)))
+    terms: list[Term] = [
+        (float(torch.randn((), generator=generator)), random_delta(tuple(shape), density, seed + k))
+        for k, density in enumerate(densities)
+    ]
     out = torch.full_like(pristine, float("nan"))
     merge_tensor(out, pristine, terms)
     assert torch.equal(out, merge_tensor_reference(pristine, terms))
 
 
-class Poison(SparseWeights):
-    """A delta that fails when it is applied, as a broken expert or an exhausted device would."""
-
-    def values(self, weight: float) -> torch.Tensor:
-        raise RuntimeError("injected failure")
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    dtype=st.sampled_from(DTYPES),
+    densities=st.lists(st.sampled_from([0.0, 0.02, 0.3, 1.0]), min_size=1, max_size=3),
+    top=st.sampled_from([1, 3, 13]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_merging_from_packed_form_equals_merging_the_file(
+    shape: tuple[int, int], dtype: torch.dtype, densities: list[float], top: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pristine = torch.randn(shape, generator=generator).to(dtype)
+    terms = [
+        (float(torch.randn((), generator=generator)), random_sparse(shape, density, seed + k, top))
+        for k, density in enumerate(densities)
+    ]
+    out = torch.full_like(pristine, float("nan"))
+    merge_tensor(out, pristine, [(weight, pack(delta, CPU)) for weight, delta in terms])
+    assert torch.equal(out, plainly(pristine, terms))
 
 
 def make_library(parameters: dict[str, nn.Parameter]) -> dict[str, DecodedExpert]:
-    generator = torch.Generator().manual_seed(0)
     library = {}
     for k in range(6):
-        tensors: dict[str, ExpertTensor] = {}
-        for name, parameter in parameters.items():
-            if parameter.ndim == 1:
-                tensors[name] = torch.randn(parameter.shape, generator=generator)
-            elif k % 3 or name != "c":
-                tensors[name] = random_delta(parameter.numel(), 0.1, generator)
+        tensors: dict[str, PackedDelta] = {}
+        for seed, (name, parameter) in enumerate(parameters.items()):
+            if parameter.ndim == 1 or k % 3 or name != "c":
+                density = None if parameter.ndim == 1 else 0.1
+                tensors[name] = random_delta(tuple(parameter.shape), density, 100 * k + seed)
         library[f"expert{k}"] = DecodedExpert(f"expert{k}", tensors)
-    broken = Poison(torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int8), 1.0)
-    library["broken"] = DecodedExpert("broken", {**library["expert1"].tensors, "c": broken})
+    misshapen = DenseValues(torch.zeros(7))  # fails when it is applied, as an exhausted device would
+    library["broken"] = DecodedExpert("broken", {**library["expert1"].tensors, "c": misshapen})
     return library
 
 
@@ -108,12 +134,26 @@ def test_the_base_survives_two_hundred_random_patches_and_failures(dtype: torch.
 def test_an_expert_leaves_nothing_behind_for_the_next() -> None:
     parameters = {"w": nn.Parameter(torch.zeros(4, 4), requires_grad=False)}
     merged = MergedWeights(parameters)
-    one = SparseWeights(torch.tensor([0, 5], dtype=torch.int32), torch.tensor([1, -1], dtype=torch.int8), 2.0)
-    two = SparseWeights(torch.tensor([7], dtype=torch.int32), torch.tensor([1], dtype=torch.int8), 3.0)
-    library = {"one": DecodedExpert("one", {"w": one}), "two": DecodedExpert("two", {"w": two})}
+    one = SparseDelta((4, 4), np.array([0, 5], np.int32), np.array([1, -1], np.int8), 2.0)
+    two = SparseDelta((4, 4), np.array([7], np.int32), np.array([1], np.int8), 3.0)
+    library = {name: DecodedExpert(name, {"w": pack(delta, CPU)}) for name, delta in (("one", one), ("two", two))}
     merged.apply(Mix.of({"one": 1.0}), library)
     merged.apply(Mix.of({"two": 0.5}), library)
     expected = torch.zeros(16)
     expected[7] = 1.5
     assert torch.equal(parameters["w"].view(-1), expected)
     assert merged.switches == 2
+
+
+def test_going_back_to_the_last_mix_needs_no_patch() -> None:
+    parameters = {"w": nn.Parameter(torch.randn(40, 33), requires_grad=False)}
+    merged = MergedWeights(parameters)
+    mix = Mix.of({"one": 1.0})
+    library = {"one": DecodedExpert("one", {"w": random_delta((40, 33), 0.3, 0)})}
+    merged.apply(mix, library)
+    patched = merged.fingerprint()
+    merged.apply(BASE_MIX, library)
+    assert merged.fingerprint() == merged.pristine_fingerprint()
+    merged.apply(mix, library)
+    assert merged.fingerprint() == patched != merged.pristine_fingerprint()
+    assert (merged.patches, merged.switches) == (1, 3)

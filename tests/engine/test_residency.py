@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from server.engine.merged import DecodedExpert
+from server.engine.expert import DecodedExpert
+from server.engine.kernels.types import DenseValues
 from server.engine.residency import Residency
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import BASE_MIX, Mix
@@ -37,7 +38,7 @@ class Source:
         if digest in self.broken:
             raise RuntimeError("unreadable")
         self.loaded.append(digest)
-        return DecodedExpert(digest, {"w": torch.zeros(100 * int(digest[-1]))})
+        return DecodedExpert(digest, {"w": DenseValues(torch.zeros(100 * int(digest[-1])))})
 
 
 class Bench:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import pytest
 import torch
 
 from server.engine.kv_cache import BLOCK_TOKENS, KVCache, KVShape
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, SequenceState
 from server.engine.types import EngineRequest, SamplingParams
 from store.mix import BASE_MIX, Mix
 
 SHAPE = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
 
 
-def make(blocks: int = 64, **options: int) -> tuple[Scheduler, KVCache]:
+def make(blocks: int = 64, **options: Any) -> tuple[Scheduler, KVCache]:
     cache = KVCache(SHAPE, (blocks + 1) * SHAPE.block_bytes, torch.device("cpu"))
     defaults = {"max_batch": 8, "step_tokens": 32, "turn_steps": 4}
     return Scheduler(cache, **(defaults | options)), cache
@@ -26,11 +28,14 @@ def sequence(prompt: int = 4, max_tokens: int = 10, mix: Mix = BASE_MIX) -> Sequ
     return Sequence(request, max_tokens, emit=lambda event: None)
 
 
-def step(scheduler: Scheduler) -> tuple[Mix, list[Sequence]]:
-    """Run one step as the engine would, with a model that always says 7."""
-    plan = scheduler.schedule()
-    assert plan is not None
-    mix, work = plan
+def step(scheduler: Scheduler, *, mixed: bool = False) -> tuple[Mix, list[Sequence]]:
+    """Run one step as the engine would, with a model that always says 7; the first mix and all sequences."""
+    batch = scheduler.schedule(mixed=mixed)
+    assert batch is not None
+    work = batch.work
+    mix = work[0].sequence.mix
+    assert len(batch.by_mix()) == len({item.sequence.mix for item in work}), "rows of a mix are neighbours"
+    assert mixed or len(batch.by_mix()) == 1
     for item in work:
         samples = item.samples
         item.sequence.computed += item.count
@@ -50,7 +55,7 @@ def test_sequences_of_one_mix_join_and_leave_a_running_batch() -> None:
     assert step(scheduler)[1] == [first]
     assert step(scheduler)[1] == [first]
     assert scheduler.idle
-    assert scheduler.schedule() is None
+    assert scheduler.schedule(mixed=False) is None
     assert cache.used_bytes == 0
 
 
@@ -61,11 +66,11 @@ def test_a_long_prompt_is_cut_so_that_running_streams_advance_at_every_step() ->
     step(scheduler)
     scheduler.add(long)
     for expected in (31, 31, 31, 7):
-        plan = scheduler.schedule()
-        assert plan is not None
-        counts = {item.sequence.id: item.count for item in plan[1]}
+        batch = scheduler.schedule(mixed=False)
+        assert batch is not None
+        counts = {item.sequence.id: item.count for item in batch.work}
         assert counts == {stream.id: 1, long.id: expected}
-        for item in plan[1]:
+        for item in batch.work:
             samples = item.samples
             item.sequence.computed += item.count
             if samples:
@@ -73,7 +78,7 @@ def test_a_long_prompt_is_cut_so_that_running_streams_advance_at_every_step() ->
     assert long.output_length == 1
 
 
-def test_mixes_take_turns_and_never_share_a_step() -> None:
+def test_merged_mixes_take_turns_and_never_share_a_step() -> None:
     scheduler, _ = make(turn_steps=3)
     mixes = [BASE_MIX, Mix.of({"a": 1.0}), Mix.of({"b": 1.0})]
     for mix in mixes:
@@ -84,6 +89,36 @@ def test_mixes_take_turns_and_never_share_a_step() -> None:
         assert {s.mix for s in batch} == {mix}
         order.append(mixes.index(mix))
     assert order == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
+
+
+def test_mixed_steps_hold_all_mixes_and_those_that_cannot_share_take_turns() -> None:
+    solo = Mix.of({"solo": 1.0})
+    scheduler, _ = make(turn_steps=2, shareable=lambda mix: mix != solo)
+    shared = [sequence(max_tokens=30, mix=mix) for mix in (Mix.of({"a": 1.0}), BASE_MIX, Mix.of({"b": 1.0}))]
+    alone = sequence(max_tokens=30, mix=solo)
+    for one in (*shared, alone):
+        scheduler.add(one)
+    together = {one.id for one in shared}
+    steps = [{one.id for one in step(scheduler, mixed=True)[1]} for _ in range(16)]
+    assert all(step in (together, {alone.id}) for step in steps)
+    assert steps.count({alone.id}) == 4
+    batch = scheduler.schedule(mixed=True)
+    assert batch is not None
+    assert batch.work[0].sequence.mix == BASE_MIX
+
+
+def test_in_mixed_mode_the_oldest_prompt_comes_first_whatever_its_mix() -> None:
+    scheduler, _ = make(step_tokens=8, max_batch=2)
+    busy, rare = Mix.of({"busy": 1.0}), Mix.of({"rare": 1.0})
+    arrivals = [sequence(prompt=8, max_tokens=3, mix=mix) for mix in (busy, busy, rare, busy, busy)]
+    for one in arrivals:
+        scheduler.add(one)
+    done: list[Sequence] = []
+    while not scheduler.idle:
+        _, batch = step(scheduler, mixed=True)
+        assert len(batch) <= 2
+        done += [one for one in batch if one.state is SequenceState.FINISHED]
+    assert [one.id for one in done] == [one.id for one in arrivals]
 
 
 def test_a_rare_mix_waits_at_most_one_turn_of_each_other_mix() -> None:
@@ -138,10 +173,20 @@ def test_a_paused_mix_gives_up_memory_that_the_turn_needs() -> None:
     assert cache.used_bytes == 0
 
 
-def test_random_traffic_always_ends_and_leaks_nothing() -> None:
+@pytest.mark.parametrize("mode", ["merged", "mixed", "changing"])
+def test_random_traffic_always_ends_and_leaks_nothing(mode: str) -> None:
     for seed in range(30):
         rng = random.Random(seed)
-        scheduler, cache = make(blocks=rng.randint(6, 20), step_tokens=rng.randint(1, 40), turn_steps=rng.randint(1, 5))
+
+        def mixed(rng: random.Random = rng) -> bool:
+            return mode == "mixed" or (mode == "changing" and rng.random() < 0.5)
+
+        scheduler, cache = make(
+            blocks=rng.randint(6, 20),
+            step_tokens=rng.randint(1, 40),
+            turn_steps=rng.randint(1, 5),
+            shareable=lambda mix: mix != Mix.of({"c": 1.0}),
+        )
         open_: list[Sequence] = []
         for _ in range(40):
             mix = Mix.of({rng.choice("abc"): 1.0}) if rng.random() < 0.7 else BASE_MIX
@@ -151,13 +196,13 @@ def test_random_traffic_always_ends_and_leaks_nothing() -> None:
             scheduler.add(one)
             for _ in range(rng.randint(0, 5)):
                 if not scheduler.idle:
-                    step(scheduler)
+                    step(scheduler, mixed=mixed())
             if rng.random() < 0.2:
                 scheduler.remove(rng.choice(open_))
         for _ in range(100_000):
             if scheduler.idle:
                 break
-            step(scheduler)
+            step(scheduler, mixed=mixed())
         assert scheduler.idle
         assert cache.used_bytes == 0
 

@@ -1,0 +1,227 @@
+"""The engine's thread: takes commands, schedules, runs steps and hands out tokens. It alone touches the model."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+
+from server.engine.executor import Executor
+from server.engine.feature_queue import FeatureQueue
+from server.engine.kernels import backend
+from server.engine.kv_cache import KVCache
+from server.engine.loader import ExpertLoader
+from server.engine.model import BaseModel
+from server.engine.outbox import Outbox
+from server.engine.residency import Residency
+from server.engine.sampler import Sampled
+from server.engine.scheduler import Batch, Scheduler
+from server.engine.sequence import Sequence
+from server.engine.types import EngineSettings, EngineStats, Mode
+from store.errors import EngineDeadError, ExpertUnavailableError, SwitchyardError
+
+log = logging.getLogger(__name__)
+
+_FEATURE_STEP = 4
+"""Routing features may take this many times `step_tokens` between two steps: they pass a fraction of the layers."""
+
+Command = Callable[[], None]
+
+
+class Worker:
+    """Everything that runs on the engine's thread, and the queue that leads there.
+
+    `post`, `alive` and `stats` may be used from any thread; all else belongs to the thread.
+    """
+
+    def __init__(self, model: BaseModel, loader: ExpertLoader, outbox: Outbox, settings: EngineSettings) -> None:
+        """Raises:
+        InvalidRequestError: a setting makes no sense for this model; `param` names it.
+        """
+        self._settings = settings
+        self._outbox = outbox
+        self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device)
+        self.executor = Executor(model, self.cache, backend(settings.kernels, model.device))
+        self.residency = Residency(loader, settings.expert_bytes, post=self.post)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_batch=settings.max_batch,
+            step_tokens=settings.step_tokens,
+            turn_steps=settings.turn_steps,
+            shareable=lambda mix: self.executor.shareable(mix, self.residency.experts),
+        )
+        self.features = FeatureQueue(model, outbox, _FEATURE_STEP * settings.step_tokens)
+        self._held: set[Sequence] = set()
+        """Sequences whose experts are pinned, or being waited for."""
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._door = threading.Lock()
+        self._closed_down = False
+        self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self.stats = self._snapshot()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after the step in progress, and wait for it; everyone who waits is told."""
+        if self._thread is None:
+            return
+
+        def halt() -> None:
+            self._stopping = True
+
+        self.post(halt)
+        self._thread.join()
+        self.residency.close()
+
+    def post(self, command: Command) -> bool:
+        """Have a command run between two steps; False if the thread takes no more."""
+        with self._door:
+            if not self._closed_down:
+                self._commands.put(command)
+            return not self._closed_down
+
+    def _run(self) -> None:
+        if self._settings.threads is not None:
+            torch.set_num_threads(self._settings.threads)
+        failure: Exception = EngineDeadError("the server is shutting down")
+        try:
+            while not self._stopping:
+                self._receive()
+                self.features.serve()
+                self._step()
+                self.stats = self._snapshot()
+                self._outbox.flush()
+        except Exception:
+            log.exception("the engine's thread has failed")
+            failure = EngineDeadError("the engine has failed; restart the server")
+        self._close_down(failure)
+
+    def _close_down(self, failure: Exception) -> None:
+        """Take no more commands, and tell everyone who waits: also those whose commands were on their way."""
+        with self._door:
+            self._closed_down = True
+        while not self._commands.empty():
+            try:
+                self._commands.get()()
+            except Exception:  # whatever broke the engine may break this too; those who wait must still be told
+                log.exception("a command failed while the engine closed down")
+        for sequence in self._held:
+            sequence.emit(failure)
+        self.features.fail(failure)
+        self._outbox.flush()
+
+    def _receive(self) -> None:
+        """Run what was posted; sleep while there is nothing else to do."""
+        idle = self.features.empty and self.scheduler.idle and self._outbox.empty
+        while True:
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            command()
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take in a request; it is scheduled once its experts are resident."""
+        self._held.add(sequence)
+
+        def ready(error: SwitchyardError | None) -> None:
+            if error is not None:
+                self._held.discard(sequence)
+                sequence.emit(error)
+            elif sequence in self._held:
+                self.scheduler.add(sequence)
+            else:  # cancelled while its experts were loading
+                self.residency.release(sequence.mix)
+
+        self.residency.request(sequence.mix, ready)
+
+    def end(self, sequence: Sequence, error: SwitchyardError | None = None) -> None:
+        """Finish or cancel a sequence and free what it holds; a second call does nothing."""
+        if sequence not in self._held:
+            return
+        self._held.discard(sequence)
+        if self.scheduler.remove(sequence):
+            self.executor.mixed.forget()
+            self.residency.release(sequence.mix)
+        if error is not None:
+            sequence.emit(error)
+
+    def _step(self) -> None:
+        batch = self.scheduler.schedule(mixed=self._settings.mode is Mode.MIXED)
+        if batch is not None:
+            self._execute(batch)
+
+    def _execute(self, batch: Batch) -> None:
+        try:
+            sampled = self.executor.run(batch, self.residency.experts)
+        except Exception:
+            parts = batch.by_mix()
+            if len(parts) > 1:
+                log.exception("a step failed; its mixes run again one by one")
+                for part in parts:
+                    self._execute(part)
+                return
+            # One mix's failure (out of memory, a broken expert) ends its share of the step, not the server.
+            log.exception("a step failed; its %d requests end with an error", len(batch.work))
+            for item in batch.work:
+                self.end(item.sequence, SwitchyardError("the engine failed on this batch; see the server's log"))
+            return
+        self._steps += 1
+        self._postprocess(batch, sampled)
+
+    def _postprocess(self, batch: Batch, sampled: list[Sampled | None]) -> None:
+        choices = iter(sampled)
+        for item in batch.work:
+            sequence, samples = item.sequence, item.samples
+            self._prompt_tokens += max(0, min(len(sequence.request.prompt) - sequence.computed, item.count))
+            sequence.computed += item.count
+            if not samples:
+                continue
+            choice = next(choices)
+            if choice is None:
+                name = "the base" if sequence.mix.is_base else "this mix of experts"
+                self.end(sequence, ExpertUnavailableError(f"{name} produced values that are not finite"))
+                continue
+            self._generated_tokens += 1
+            event = sequence.append(choice.token, choice.likelihood)
+            if event.finish is not None:
+                self.end(sequence)
+            sequence.emit(event)
+
+    def _snapshot(self) -> EngineStats:
+        residency, executor = self.residency, self.executor
+        running = self.scheduler.running
+        return EngineStats(
+            running=running,
+            waiting=len(self._held) - running,
+            kv_bytes_used=self.cache.used_bytes,
+            kv_bytes_total=self.cache.total_bytes,
+            resident_experts=residency.count,
+            resident_bytes=residency.used_bytes,
+            resident_bytes_limit=residency.budget_bytes,
+            expert_loads=residency.loads,
+            expert_evictions=residency.evictions,
+            expert_load_seconds=residency.load_seconds,
+            mix_switches=executor.merged.switches,
+            patches=executor.merged.patches,
+            patch_seconds=executor.merged.seconds,
+            merged_steps=executor.merged_steps,
+            mixed_steps=executor.mixed_steps,
+            mixed_seconds=executor.mixed.seconds,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self.scheduler.preemptions,
+            steps=self._steps,
+        )
