@@ -83,6 +83,11 @@ class _Snapshot(Collector):
         ("kv_bytes_used", "switchyard_kv_used_bytes", "Key/value cache in use."),
         ("kv_bytes_total", "switchyard_kv_limit_bytes", "Key/value cache."),
         ("resident_experts", "switchyard_experts_resident", "Experts decoded on the device."),
+        (
+            "mode_is_mixed",
+            "switchyard_mode_mixed",
+            "1 while mixed mode is chosen for batches with experts, 0 for merged.",
+        ),
         ("resident_bytes_limit", "switchyard_experts_resident_limit_bytes", "Memory allowed for decoded experts."),
     )
     _COUNTERS = (
@@ -95,6 +100,7 @@ class _Snapshot(Collector):
         ("merged_steps", "switchyard_merged_steps", "Steps that ran with a mix merged into the weights."),
         ("mixed_steps", "switchyard_mixed_steps", "Steps that applied deltas beside the weights."),
         ("mixed_seconds", "switchyard_mixed_surcharge_seconds", "Time spent on deltas beside the weights."),
+        ("mode_changes", "switchyard_mode_changes", "Times that `auto` changed between merged and mixed mode."),
         ("prompt_tokens", "switchyard_prompt_tokens", "Prompt tokens computed."),
         ("generated_tokens", "switchyard_generated_tokens", "Tokens generated."),
         ("preemptions", "switchyard_preemptions", "Sequences put back to free their cache."),

@@ -74,8 +74,8 @@ class Settings(BaseSettings):
     )
     mode: Mode = Field(
         EngineSettings.mode,
-        description="How experts are applied: merged (one mix at a time, folded into the weights) or mixed (rows of "
-        "different mixes share steps, deltas beside the weights).",
+        description="How experts are applied: merged (one mix at a time, folded into the weights), mixed (rows of "
+        "different mixes share steps, deltas beside the weights) or auto (whichever costs less, by measurement).",
     )
     kernels: str = Field(
         EngineSettings.kernels, description="What computes mixed mode: auto (the fastest that runs here) or by name."

@@ -62,7 +62,7 @@ class TransformersEngine:
         self._stop_tokens = self._model.stop_tokens | (frozenset() if eos is None else {eos})
         self._outbox = Outbox()
         loader = ExpertLoader(self._model.manifest, device, fetch_expert)
-        self._worker = Worker(self._model, loader, self._outbox, settings)
+        self._worker = Worker(self._model, loader, self._outbox, settings, cache_dir)
         self._base = BaseInfo(
             name=name,
             manifest=self._model.manifest,

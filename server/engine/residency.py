@@ -17,6 +17,9 @@ from store.mix import Mix
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+STARVING = 3.0
+"""Seconds after which a mix that waits for room has experts in use drained for it."""
+
 Ready = Callable[[SwitchyardError | None], None]
 
 
@@ -36,6 +39,7 @@ class _Ticket:
 
     mix: Mix
     ready: Ready
+    since: float
     missing: set[str] = field(default_factory=set)
 
 
@@ -56,13 +60,21 @@ class Residency:
     All methods run on the engine's thread. Loads run on one thread of their own and come back through `post`, so
     running streams never wait for them. A mix reserves the room for all its experts at once: two mixes that each hold
     half of the memory while waiting for the other half cannot happen. Mixes whose experts are all resident pass by
-    those that wait for room.
+    those that wait for room. So that popular experts cannot keep a rare one out for ever, a mix that has waited for
+    `STARVING` seconds has as many experts as it needs drained: nobody new may use them before its turn.
     """
 
-    def __init__(self, source: ExpertSource, budget_bytes: int, post: Callable[[Callable[[], None]], object]) -> None:
+    def __init__(
+        self,
+        source: ExpertSource,
+        budget_bytes: int,
+        post: Callable[[Callable[[], None]], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Args:
         post: runs a function on the engine's thread, soon.
         """
+        self._clock = clock
         self._source = source
         self._post = post
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
@@ -70,6 +82,8 @@ class Residency:
         self._sizes: dict[str, int] = {}
         self._measuring: set[str] = set()
         self._queue: deque[_Ticket] = deque()
+        self._draining: set[str] = set()
+        self._drained_for: _Ticket | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert-loader")
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
@@ -89,11 +103,11 @@ class Residency:
     def request(self, mix: Mix, ready: Ready) -> None:
         """Call `ready(None)` once all experts of `mix` are pinned (perhaps before this returns), or
         `ready(error)` if that cannot be."""
-        if self._all_resident(mix):
+        if self._all_resident(mix) and self._draining.isdisjoint(digest for digest, _ in mix.parts):
             self._pin(mix)
             ready(None)
             return
-        self._queue.append(_Ticket(mix, ready))
+        self._queue.append(_Ticket(mix, ready, self._clock()))
         self._pump()
 
     def release(self, mix: Mix) -> None:
@@ -128,6 +142,23 @@ class Residency:
         """Start what fits, in order of arrival."""
         while self._queue and self._grant(self._queue[0]):
             self._queue.popleft()
+        first = self._queue[0] if self._queue else None
+        if first is not self._drained_for:
+            self._draining, self._drained_for = set(), None
+            if first is not None and self._clock() - first.since >= STARVING:
+                self._drain_for(first)
+
+    def _drain_for(self, ticket: _Ticket) -> None:
+        """Choose experts whose bytes, once their users have ended, make room: those with the fewest users first."""
+        wanted = {digest for digest, _ in ticket.mix.parts}
+        missing = sum(self._sizes.get(digest, 0) for digest in wanted - self._slots.keys())
+        missing -= self.budget_bytes - self.used_bytes
+        for digest in sorted(self._slots.keys() - wanted, key=lambda digest: self._slots[digest].pins):
+            if missing <= 0:
+                break
+            self._draining.add(digest)
+            missing -= self._slots[digest].nbytes
+        self._drained_for = ticket
 
     def _grant(self, ticket: _Ticket) -> bool:
         """Reserve and load what `ticket` misses; False if it must wait for sizes or for room."""

@@ -61,10 +61,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a lane would put into the next steps: `rows` tokens of `mix`."""
+    """What a lane would put into the next steps: `rows` tokens of `mix`, for at most `steps` steps."""
 
     mix: Mix
     rows: int
+    steps: int
 
 
 class Scheduler:
@@ -120,10 +121,13 @@ class Scheduler:
 
     def demand(self) -> list[Demand]:
         """What waits or runs, lane by lane: one row per stream, and of every prompt what fits a step."""
-        return [
-            Demand(lane.mix, min(self._step_tokens, sum(s.pending for s in (*lane.running, *lane.waiting))))
-            for lane in self._lanes.values()
-        ]
+        demand = []
+        for lane in self._lanes.values():
+            sequences = [*lane.running, *lane.waiting]
+            rows = min(self._step_tokens, sum(sequence.pending for sequence in sequences))
+            steps = max(sequence.max_tokens - sequence.output_length for sequence in sequences)
+            demand.append(Demand(lane.mix, rows, steps))
+        return demand
 
     def schedule(self, *, mixed: bool) -> Batch | None:
         """The next step, or None when nothing waits.

@@ -135,6 +135,8 @@ class Mode(StrEnum):
     """One mix at a time, folded into the weights; mixes take turns."""
     MIXED = "mixed"
     """Rows of different mixes share steps; deltas are applied beside the weights."""
+    AUTO = "auto"
+    """Whichever costs less for what waits, by costs measured at start."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class EngineSettings:
     """Memory for the key/value cache."""
     expert_bytes: int = 2 << 30
     """Memory for decoded experts."""
-    mode: Mode = Mode.MERGED
+    mode: Mode = Mode.AUTO
     """How deltas are applied. Mixes that mixed mode cannot carry run merged all the same."""
     kernels: str = "auto"
     """Implementation of mixed mode's arithmetic, by name (`server.engine.kernels`)."""
@@ -190,6 +192,8 @@ class EngineStats:
     merged_steps: int
     mixed_steps: int
     mixed_seconds: float
+    mode_changes: int
+    mode_is_mixed: bool
     prompt_tokens: int
     generated_tokens: int
     preemptions: int

@@ -6,9 +6,12 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from server.engine.chooser import ModeChooser
+from server.engine.costs import calibrate
 from server.engine.executor import Executor
 from server.engine.feature_queue import FeatureQueue
 from server.engine.kernels import backend
@@ -37,14 +40,20 @@ class Worker:
     `post`, `alive` and `stats` may be used from any thread; all else belongs to the thread.
     """
 
-    def __init__(self, model: BaseModel, loader: ExpertLoader, outbox: Outbox, settings: EngineSettings) -> None:
-        """Raises:
-        InvalidRequestError: a setting makes no sense for this model; `param` names it.
+    def __init__(
+        self, model: BaseModel, loader: ExpertLoader, outbox: Outbox, settings: EngineSettings, cache_dir: Path | None
+    ) -> None:
+        """Args:
+            cache_dir: where compiled kernels are kept.
+
+        Raises:
+            InvalidRequestError: a setting makes no sense for this model; `param` names it.
         """
         self._settings = settings
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device)
-        self.executor = Executor(model, self.cache, backend(settings.kernels, model.device))
+        kernels = backend(settings.kernels, model.device, cache_dir)
+        self.executor = Executor(model, self.cache, kernels)
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
             self.cache,
@@ -53,6 +62,9 @@ class Worker:
             turn_steps=settings.turn_steps,
             shareable=lambda mix: self.executor.shareable(mix, self.residency.experts),
         )
+        self._chooser: ModeChooser | None = None
+        if settings.mode is Mode.AUTO:
+            self._chooser = ModeChooser(calibrate(model, kernels), settings.turn_steps)
         self.features = FeatureQueue(model, outbox, _FEATURE_STEP * settings.step_tokens)
         self._held: set[Sequence] = set()
         """Sequences whose experts are pinned, or being waited for."""
@@ -159,9 +171,16 @@ class Worker:
             sequence.emit(error)
 
     def _step(self) -> None:
-        batch = self.scheduler.schedule(mixed=self._settings.mode is Mode.MIXED)
+        if self.scheduler.idle:
+            return
+        batch = self.scheduler.schedule(mixed=self._choose() is Mode.MIXED)
         if batch is not None:
             self._execute(batch)
+
+    def _choose(self) -> Mode:
+        if self._chooser is None:
+            return self._settings.mode
+        return self._chooser.choose(self.scheduler.demand(), self.residency.experts, self.executor.merged.built)
 
     def _execute(self, batch: Batch) -> None:
         try:
@@ -220,6 +239,8 @@ class Worker:
             merged_steps=executor.merged_steps,
             mixed_steps=executor.mixed_steps,
             mixed_seconds=executor.mixed.seconds,
+            mode_changes=0 if self._chooser is None else self._chooser.changes,
+            mode_is_mixed=(self._settings if self._chooser is None else self._chooser).mode is Mode.MIXED,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,

@@ -199,6 +199,8 @@ class DummyEngine:
             merged_steps=20,
             mixed_steps=10,
             mixed_seconds=0.125,
+            mode_changes=1,
+            mode_is_mixed=True,
             prompt_tokens=0,
             generated_tokens=self.generated,
             preemptions=0,

@@ -12,7 +12,7 @@ import torch
 
 from server.engine.expert import DecodedExpert
 from server.engine.kernels.types import DenseValues
-from server.engine.residency import Residency
+from server.engine.residency import STARVING, Residency
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import BASE_MIX, Mix
 
@@ -47,7 +47,8 @@ class Bench:
     def __init__(self, units: int) -> None:
         self.source = Source()
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.residency = Residency(self.source, units * UNIT, self.posted.put)
+        self.now = 0.0
+        self.residency = Residency(self.source, units * UNIT, self.posted.put, clock=lambda: self.now)
         self.granted: list[Mix] = []
         self.refused: dict[Mix, SwitchyardError] = {}
 
@@ -116,6 +117,31 @@ def test_a_mix_waits_for_room_and_warm_mixes_pass_it(bench: Bench) -> None:
     bench.residency.release(busy)
     bench.settle(lambda: waiting in bench.granted)
     assert set(bench.residency.experts) == {"b2"}
+
+
+def test_popular_experts_cannot_starve_a_rare_one(bench: Bench) -> None:
+    """After a while as much is drained as the rare one needs, and no more."""
+    few, many = bench.request("a2"), bench.request("b2")
+    bench.request("b2")
+    bench.settle(lambda: len(bench.granted) == 3)
+    rare = bench.request("c1")
+    bench.settle(lambda: not bench.residency._measuring)
+    for _ in range(5):
+        bench.request("a2")
+        bench.residency.release(few)
+    assert len(bench.granted) == 8
+    bench.now = STARVING + 1
+    bench.request("a2")
+    bench.residency.release(few)
+    assert len(bench.granted) == 9, "the last to pass by; its end starts the drain"
+    late = bench.request("a2")
+    bench.request("b2")
+    assert bench.granted[-1] == many, "experts that need not be drained take requests as ever"
+    bench.residency.release(few)
+    bench.settle(lambda: rare in bench.granted)
+    assert bench.granted[-1] == rare
+    bench.residency.release(rare)
+    bench.settle(lambda: bench.granted[-1] == late)
 
 
 def test_a_mix_larger_than_the_budget_is_refused_by_name(bench: Bench) -> None:

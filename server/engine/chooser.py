@@ -1,0 +1,67 @@
+"""Merged or mixed: which costs less for what waits now, with some reluctance to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+
+from server.engine.costs import Costs
+from server.engine.expert import DecodedExpert
+from server.engine.scheduler import Demand
+from server.engine.types import Mode
+from store.mix import Mix
+
+RELUCTANCE = 0.9
+"""The other mode must cost less than this share of the present one."""
+
+
+class ModeChooser:
+    """Chooses a mode for every step from calibrated costs.
+
+    To advance every sequence by one token, mixed mode takes one step with all rows and the surcharge of every expert's
+    deltas; merged mode takes one step per mix, and patches the weights once per turn of `turn_steps` steps.
+
+    Attributes:
+        mode: the present one.
+        changes: how often it changed.
+    """
+
+    def __init__(self, costs: Costs, turn_steps: int) -> None:
+        self._costs = costs
+        self._turn_steps = turn_steps
+        self.mode = Mode.MIXED
+        self.changes = 0
+
+    def choose(self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Mix) -> Mode:
+        """The mode of the next step.
+
+        Args:
+            demand: what waits, by mix; not empty.
+            experts: at least every expert of the mixes in demand, by digest.
+            built: the mix whose weights lie ready.
+        """
+        if all(lane.mix.is_base for lane in demand):
+            return self.mode
+        merged = self._merged_cost(demand, experts, built)
+        mixed = self._mixed_cost(demand, experts)
+        present, other = (merged, mixed) if self.mode is Mode.MERGED else (mixed, merged)
+        if other < RELUCTANCE * present:
+            self.mode = Mode.MIXED if self.mode is Mode.MERGED else Mode.MERGED
+            self.changes += 1
+        return self.mode
+
+    def _mixed_cost(self, demand: Items[Demand], experts: Mapping[str, DecodedExpert]) -> float:
+        cost = self._costs.step(sum(lane.rows for lane in demand))
+        for lane in demand:
+            cost += sum(self._costs.surcharge(experts[digest], lane.rows) for digest, _ in lane.mix.parts)
+        return cost
+
+    def _merged_cost(self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Mix) -> float:
+        cost = sum(self._costs.step(lane.rows) for lane in demand)
+        to_patch = [lane for lane in demand if not lane.mix.is_base]
+        if len(to_patch) == 1 and to_patch[0].mix == built:
+            return cost  # nothing else will be patched over it
+        for lane in to_patch:
+            patch = sum(self._costs.patching(experts[digest]) for digest, _ in lane.mix.parts)
+            cost += patch / min(self._turn_steps, max(1, lane.steps))
+        return cost
