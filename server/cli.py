@@ -19,6 +19,7 @@ from server.settings import Settings
 from store.codecs.base import CodecName
 from store.codecs.t_switch import Knob
 from store.errors import SwitchyardError
+from store.merge_methods import MergeSettings, Method
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,6 +92,29 @@ def compress(
         bits_per_param=bits_per_param, max_size=_bytes(max_size) if max_size else None, rank=rank, strength=strength,
         tensor_density=densities, name=name, description=description,
     )  # fmt: skip
+
+
+@app.command()
+def merge(
+    experts: Annotated[list[str], typer.Argument(help="Expert files of one base: FILE, or FILE=WEIGHT.")],
+    base: Annotated[str, typer.Option(help="The base they were made for.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
+    method: Annotated[Method, typer.Option(help="How their deltas become one.")] = Method.TIES,
+    strength: Annotated[
+        float | None, typer.Option(help="Multiplier of the result; default: 0.3 for sums, else 1.")
+    ] = None,
+    drop: Annotated[float, typer.Option(help="Share of the entries that dare drops.")] = 0.5,
+    name: Annotated[str | None, typer.Option(help="What the result would like to be called.")] = None,
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    cache_dir: Annotated[
+        Path | None, typer.Option(envvar="SWITCHYARD_CACHE_DIR", help="Where a converted base is kept.")
+    ] = None,
+) -> None:
+    """Merge experts into one, offline; a negative weight takes a skill away."""
+    from server.merging import merge_files
+
+    settings = MergeSettings(method=method, strength=strength, drop=drop)
+    merge_files(out, base, experts, output, settings, name=name, description=description, cache_dir=cache_dir)
 
 
 @app.command()

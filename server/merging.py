@@ -1,0 +1,53 @@
+"""`switchyard merge`: several expert files as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from server.engine.model import resolve_base
+from server.settings import Settings
+from store.errors import InvalidRequestError
+from store.fingerprint import manifest_of
+from store.merge_methods import MergeSettings
+from store.merging import merge_experts
+
+
+def merge_files(
+    out: Console,
+    base: str,
+    experts: Sequence[str],
+    output: Path,
+    settings: MergeSettings,
+    *,
+    name: str | None,
+    description: str,
+    cache_dir: Path | None,
+) -> None:
+    """Merge expert files, `FILE` or `FILE=WEIGHT`, and say what came out.
+
+    Raises:
+        SwitchyardError: as `merge_experts`, or a weight is no number.
+    """
+    cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
+    sources = [_source(text) for text in experts]
+    with out.status("merging"):
+        manifest = manifest_of(resolve_base(base, cache), cache)
+        header = merge_experts(sources, manifest, output, settings, name=name, description=description)
+    out.print(
+        f"[bold]{escape(str(output))}[/]: {len(sources)} experts by {settings.method}, "
+        f"{output.stat().st_size / 1e6:.2f} MB, {header.bits_per_param:.3f} bits per parameter"
+    )
+
+
+def _source(text: str) -> tuple[Path, float]:
+    if Path(text).is_file():
+        return Path(text), 1.0
+    file, separator, weight = text.rpartition("=")
+    try:
+        return (Path(file), float(weight)) if separator else (Path(text), 1.0)
+    except ValueError:
+        raise InvalidRequestError(f"give FILE or FILE=WEIGHT, not {text}", param="experts") from None
