@@ -1,8 +1,9 @@
 """Which layer's hidden states should routing use, over how many tokens, and how far may a prompt be from an expert?
 
 `python -m bench.routing_layers --base FOLDER` routes held-out prompts of the eight example tasks and 200 unrelated
-prompts with the real router, on features of several depths of the real base. Prompts come as their task writes them
-("templated") and without the instruction ("bare": truly ambiguous for the two numeral tasks, which are left out).
+prompts with Auto-Switch (no learned metric, exemplars as they are), on features of several depths of the real base.
+Prompts come as their task writes them ("templated") and without the instruction ("bare": truly ambiguous for the two
+numeral tasks, which are left out).
 Features are kept under `.cache/bench/`, so an interrupted run goes on where it was.
 """
 
@@ -30,7 +31,9 @@ from examples.tasks import TASKS
 from router.decision import Reason
 from router.features import FeatureCache, Features
 from router.index import Entry, Snapshot
-from router.profile import Profile
+from router.metric import MetricKind, Standardised
+from router.mix import Votes
+from router.profile import fit_profile
 from router.router import Router, RouterSettings
 from store.fingerprint import manifest_of
 
@@ -38,6 +41,7 @@ LAYERS = (0, 2, 4, 8, 12, 16, 20, 24, 30)
 WINDOWS = (24, 64, 256)
 LAYER, TOKENS = 4, 24
 """What the server should use, by this benchmark's figures."""
+AUTO_SWITCH = RouterSettings(metric=MetricKind.PLAIN, votes=Votes.COUNT, frames=0, margin=1.0)
 AMBIGUOUS = ("num_fr", "num_es")
 ROUNDS = 7
 
@@ -145,14 +149,14 @@ def scale(experts: int, *, centres: int = 20, width: int = 576) -> dict[str, flo
 
     entries = []
     for i in range(experts):
-        around = 3 * normal(width) + normal(centres, width)
-        profile = Profile(around, np.ones(width, np.float32), normal(26, width), 100)
-        entries.append(Entry(f"expert-{i}", f"digest-{i}", "", profile))
-    given = RouterSettings()
+        profile = fit_profile(3 * normal(width) + normal(centres, width), centres=centres, seed=0)
+        entries.append(Entry(f"expert-{i}", f"digest-{i}", "", profile, ("",) * centres))
+    metric = Standardised.fit([entry.profile.variance for entry in entries])
+    given = AUTO_SWITCH
     builds, searches = [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        snapshot = Snapshot(entries, quantile=given.quantile, margin=given.margin)
+        snapshot = Snapshot(entries, metric, None, quantile=given.quantile, margin=given.margin)
         builds.append(time.perf_counter() - start)
     for query in normal(100, width):
         start = time.perf_counter()
@@ -168,7 +172,7 @@ def layer_rows(
     rows: list[Row] = []
     for (layer, window), features in track(places.items(), "routing"):
         took = {"ms": cost[layer, window], "of a forward": cost[layer, window] / cost[WHOLE]}
-        shares = asyncio.run(quality(prompts, features, RouterSettings()))
+        shares = asyncio.run(quality(prompts, features, AUTO_SWITCH))
         rows.append({"layer": layer, "tokens": window, **shares, **took})
     return rows
 
@@ -179,7 +183,7 @@ def setting_rows(prompts: Prompts, features: Mapping[str, Features]) -> list[Row
     for margin, most in ((0.9, 100), (1.0, 100), (1.1, 100), (1.2, 100), (1.0, 40), (1.0, 20), (1.0, 10)):
         fewer = {name: texts[:most] for name, texts in prompts.exemplars.items()}
         given = replace(prompts, exemplars=fewer)
-        shares = asyncio.run(quality(given, features, RouterSettings(margin=margin)))
+        shares = asyncio.run(quality(given, features, replace(AUTO_SWITCH, margin=margin)))
         rows.append({"margin": margin, "exemplars": most, **shares})
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
@@ -11,13 +11,17 @@ from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from router.features import Features
-from router.metric import Metric, Standardised
+from router.metric import Metric
 from router.profile import Profile
 
 LEAST_REACH = 0.01
 """Distances below are rounding: features of one text differ in the last bits with the batch they are computed in."""
+
+BACKGROUND = ""
+"""Name and digest of what is no expert's."""
 
 _GPU_SCRATCH_BYTES = 64 << 20
 
@@ -28,12 +32,14 @@ class Entry:
 
     Attributes:
         key: identifies its exemplars.
+        examples: for each centre of the profile, the exemplar nearest to it.
     """
 
     name: str
     digest: str
     key: str
     profile: Profile
+    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,44 +47,72 @@ class Neighbour:
     """A centre near a prompt.
 
     Attributes:
-        name, digest: the expert whose centre it is.
+        name, digest: the expert whose centre it is; BACKGROUND both if it is nobody's.
         distance: from the prompt, in the snapshot's metric.
-        reach: the expert's threshold: farther prompts are outside its domain.
+        reach: the expert's threshold: farther prompts are outside its domain. Infinite for the background.
+        centres: how many centres the expert has.
+        exemplar: the exemplar nearest to the centre.
     """
 
     name: str
     digest: str
     distance: float
     reach: float
+    centres: int
+    exemplar: str
 
     @property
     def is_within_reach(self) -> bool:
         return self.distance <= self.reach
 
+    @property
+    def is_background(self) -> bool:
+        return self.digest == BACKGROUND
+
 
 class Snapshot:
     """Centres, metric and thresholds of a set of experts. Never changes, and may be searched from several threads.
 
-    It depends on the set of experts only, not on the order or history in which they were added.
+    But for its metric it depends on the set of experts only, not on the order or history in which they were added.
 
     Args:
         entries: one per name, with features of one width. Of several names for one digest and the same exemplars the
             first in the alphabet stands for all: an alias must not vote twice.
+        metric: under which distances are taken.
+        background: centres that are no expert's, if any compete.
         quantile: share of an expert's own prompts that its reach is to include.
         margin: factor on every reach.
+        previous: what it has measured under the same metric is not measured again.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, quantile: float, margin: float) -> None:
-        distinct = {(e.digest, e.key): e for e in sorted(entries, key=lambda e: e.name, reverse=True)}
-        self._entries = tuple(sorted(distinct.values(), key=lambda e: e.name))
-        if not self._entries:
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        metric: Metric | None,
+        background: Entry | None,
+        *,
+        quantile: float,
+        margin: float,
+        previous: Snapshot | None = None,
+    ) -> None:
+        self._entries = distinct(entries)
+        self.metric = metric
+        self._measured: dict[Profile, _Measured] = {}
+        if not self._entries or metric is None:
             return
-        profiles = [entry.profile for entry in self._entries]
-        known = [profile.variance for profile in profiles if profile.is_calibrated]
-        self._metric: Metric = Standardised.fit(known or [profiles[0].variance])
-        self._reach = _reaches(profiles, self._metric, quantile, margin)
-        self._owner = np.repeat(np.arange(len(profiles)), [len(profile.centres) for profile in profiles])
-        self._index = _flat_index(self._metric.project(np.concatenate([profile.centres for profile in profiles])))
+        self._metric = metric
+        self._owners = self._entries if background is None else (*self._entries, background)
+        known = previous._measured if previous is not None and previous.metric is metric else {}
+        for owner in self._owners:
+            self._measured[owner.profile] = known.get(owner.profile) or _measure(owner.profile, metric, quantile)
+        own = [self._measured[entry.profile] for entry in self._owners]
+        self._reach = _reaches([measured.reach for measured in own[: len(self._entries)]], margin)
+        self._reach += [float("inf")] * (len(self._owners) - len(self._entries))
+        sizes = [len(measured.points) for measured in own]
+        self._owner = np.repeat(np.arange(len(sizes)), sizes)
+        self._first = np.cumsum([0, *sizes])
+        self._points = np.ascontiguousarray(np.concatenate([measured.points for measured in own]))
+        self._index = _flat_index(self._points)
         # faiss's GPU indexes share their scratch memory among searches.
         self._exclusive = threading.Lock() if faiss.get_num_gpus() else nullcontext()
 
@@ -86,33 +120,78 @@ class Snapshot:
         """How many experts can be found."""
         return len(self._entries)
 
-    def search(self, features: Features, count: int) -> tuple[Neighbour, ...]:
+    def search(
+        self, features: Features, count: int, *, visible: Callable[[str], bool] | None = None
+    ) -> tuple[Neighbour, ...]:
         """The `count` nearest centres, or all if there are fewer, nearest first.
 
         Args:
             features: `[e]`, of one prompt.
+            visible: which names may be found; the background always is. Without any of them nothing is found.
         """
         if not self._entries:
             return ()
         query = self._metric.project(features[None])
+        if visible is not None:
+            return self._search_among(query[0], count, visible)
+        faiss.omp_set_num_threads(1)  # the engine's threads are busy, and one search is too small to share
         with self._exclusive:
             squares, ids = self._index.search(query, min(count, len(self._owner)))
         return tuple(
-            Neighbour(self._entries[owner].name, self._entries[owner].digest, float(distance), self._reach[owner])
-            for owner, distance in zip(self._owner[ids[0]], np.sqrt(squares[0]), strict=True)
+            self._neighbour(int(i), d) for i, d in zip(ids[0], np.sqrt(np.maximum(squares[0], 0)), strict=True)
+        )
+
+    def _search_among(self, query: Features, count: int, visible: Callable[[str], bool]) -> tuple[Neighbour, ...]:
+        shown = np.array([visible(entry.name) for entry in self._entries])
+        if not shown.any():
+            return ()
+        shown = np.append(shown, True)[: len(self._owners)]
+        rows = np.flatnonzero(shown[self._owner])
+        distances = np.linalg.norm(self._points[rows] - query, axis=1)
+        nearest = np.argsort(distances, kind="stable")[:count]
+        return tuple(self._neighbour(int(rows[i]), distances[i]) for i in nearest)
+
+    def _neighbour(self, row: int, distance: float) -> Neighbour:
+        owner = int(self._owner[row])
+        entry, first = self._owners[owner], self._first[owner]
+        return Neighbour(
+            entry.name,
+            entry.digest,
+            float(distance),
+            self._reach[owner],
+            int(self._first[owner + 1] - first),
+            entry.examples[row - first],
         )
 
 
-def _reaches(profiles: Sequence[Profile], metric: Metric, quantile: float, margin: float) -> list[float]:
+def distinct(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries by name, without aliases."""
+    found = {(entry.digest, entry.key): entry for entry in sorted(entries, key=lambda e: e.name, reverse=True)}
+    return tuple(sorted(found.values(), key=lambda entry: entry.name))
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A profile under a metric: its centres `[E, r]`, and how far it reaches, if that is known."""
+
+    points: Features
+    reach: float | None
+
+
+def _measure(profile: Profile, metric: Metric, quantile: float) -> _Measured:
+    reach = profile.reach(metric, quantile) if profile.is_calibrated else None
+    return _Measured(metric.project(profile.centres), reach)
+
+
+def _reaches(own: Sequence[float | None], margin: float) -> list[float]:
     """Each expert's threshold. One exemplar alone says nothing of its surroundings: such an expert gets the median of
     the others', and without others only what equals its exemplar."""
-    own = [profile.reach(metric, quantile) if profile.is_calibrated else None for profile in profiles]
     known = [reach for reach in own if reach is not None]
     borrowed = median(known) if known else 0.0
     return [max(LEAST_REACH, margin * (borrowed if reach is None else reach)) for reach in own]
 
 
-def _flat_index(points: Features) -> Any:
+def _flat_index(points: npt.NDArray[np.float32]) -> Any:
     """An exact index of `[m, r]` points, on the first GPU if this faiss was built for one."""
     index = faiss.IndexFlatL2(points.shape[1])
     index.add(points)

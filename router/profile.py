@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import faiss
@@ -14,26 +14,35 @@ from router.features import Features
 from router.metric import Metric, Standardised
 
 LOWEST_QUANTILE = 0.75
-"""Thresholds are quantiles above this, so only the farthest quarter of the held-out exemplars has to be kept."""
+"""Least share of its own exemplars that an expert's reach may include."""
+
+SAMPLE = 192
+"""Most exemplars whose features are kept to measure distances by."""
 
 _KMEANS_ITERATIONS = 20
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Centres, spread and reach of one expert's exemplars, in the base's own feature space.
+    """Centres and a sample of one expert's exemplars, in the base's own feature space.
 
     Attributes:
+        mean: `[e]`, of the exemplars.
         centres: `[E, e]`, means of the K-Means clusters (AFS §III-C5), E ≤ the exemplars that differ.
-        variance: `[e]`, of the exemplars; zeros if there is only one.
-        strays: `[s, e]`, how the farthest held-out exemplars differ from the centre nearest to them among centres that
-            were fitted without them; `[0, e]` if there is only one exemplar.
+        sizes: `[E]` int64, how many exemplars each centre is the mean of.
+        deviations: `[s, e]` float16, features of at most SAMPLE exemplars less `mean`. Some dimensions of hidden
+            states are hundreds of times as large as their spread, which float16 would round away.
+        members: `[s]` int64, the centre that each of them is part of.
+        medoids: `[E]` int64, the row nearest to each centre in the features the profile was fitted on.
         exemplars: how many differ.
     """
 
+    mean: Features
     centres: Features
-    variance: Features
-    strays: Features
+    sizes: npt.NDArray[np.int64]
+    deviations: npt.NDArray[np.float16]
+    members: npt.NDArray[np.int64]
+    medoids: npt.NDArray[np.int64]
     exemplars: int
 
     @property
@@ -41,67 +50,77 @@ class Profile:
         """Whether the exemplars tell how far the domain reaches; a single one has nothing to be far from."""
         return self.exemplars > 1
 
-    def reach(self, metric: Metric, quantile: float) -> float:
-        """The quantile of the held-out distances under `metric`: that share of the domain's prompts is nearer.
+    @property
+    def points(self) -> Features:
+        """`[s, e]`, the kept exemplars."""
+        return self.mean + self.deviations.astype(np.float32)
 
+    @cached_property
+    def variance(self) -> Features:
+        """`[e]`, of the exemplars; zeros if there is only one."""
+        deviations = self.deviations.astype(np.float32)
+        spread: Features = (deviations**2).sum(axis=0) / max(1, len(deviations) - 1)
+        return spread
+
+    def reach(self, metric: Metric, quantile: float) -> float:
+        """The quantile of the exemplars' distances to the nearest centre: that share of the domain's prompts is nearer.
+
+        Each exemplar counts as if it had been left out of its centre: with n members, a mean without x is
+        n / (n - 1) times as far from x as the mean with it; a centre of x alone would not be there.
         Call it on a calibrated profile; `quantile` is in [LOWEST_QUANTILE, 1]. It is a distance that occurred, the
         upper one of the two between which the quantile falls.
         """
-        distances = np.sort(np.linalg.norm(metric.project(self.strays), axis=1))[::-1]
-        last = self.exemplars - 1
-        return float(distances[last - math.ceil(quantile * last)])
+        points = metric.project(self.points)
+        distances = np.linalg.norm(points[:, None] - metric.project(self.centres)[None], axis=2)
+        sizes = self.sizes[self.members]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = np.where(sizes > 1, distances[np.arange(len(points)), self.members] * (sizes / (sizes - 1)), np.inf)
+        distances[np.arange(len(points)), self.members] = own
+        return float(np.quantile(distances.min(axis=1), quantile, method="higher"))
 
 
-def fit_profile(features: Features, *, centres: int, folds: int, seed: int) -> Profile:
-    """Fit a profile, cross-fitting the held-out distances in `folds` folds.
-
-    The result depends neither on the order of the exemplars nor on repetitions.
+def fit_profile(features: Features, *, centres: int, seed: int) -> Profile:
+    """Fit a profile. But for `medoids`, it depends neither on the order of the exemplars nor on repetitions.
 
     Args:
         features: `[n, e]`, n ≥ 1.
         centres: how many centres to look for (E of AFS, 20 there).
     """
-    features = np.unique(features, axis=0)
-    n, width = features.shape
-    variance = features.var(axis=0, ddof=1) if n > 1 else np.zeros(width, dtype=np.float32)
+    rows, first = np.unique(features, axis=0, return_index=True)
+    n, width = rows.shape
+    mean = rows.mean(axis=0)
     # Which exemplars belong together is settled in the expert's own units; the centres are kept in the base's, so
     # that experts added later change the units of a distance but never the centres.
-    own = Standardised.fit([variance])
+    variance = rows.var(axis=0, ddof=1) if n > 1 else np.zeros(width, dtype=np.float32)
+    points = Standardised.fit([variance]).project(rows)
+    members = _clusters(points, centres, seed)
+    means = np.stack([rows[members == cluster].mean(axis=0) for cluster in range(members.max() + 1)])
+    projected = np.stack([points[members == cluster].mean(axis=0) for cluster in range(len(means))])
+    kept = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(np.int64))
     return Profile(
-        centres=_centres(features, own, centres, seed),
-        variance=variance,
-        strays=_strays(features, own, centres, folds, seed),
+        mean=mean,
+        centres=means,
+        sizes=np.bincount(members),
+        deviations=(rows[kept] - mean).astype(np.float16),
+        members=members[kept],
+        medoids=first[_flat(points).search(projected, 1)[1][:, 0]],
         exemplars=n,
     )
 
 
-def _strays(features: Features, own: Standardised, centres: int, folds: int, seed: int) -> Features:
-    """`[n // 4 + 1, e]`: differences of the farthest exemplars from centres fitted on the other folds."""
-    n = len(features)
-    if n == 1:
-        return features[:0]
-    differences = np.empty_like(features)
-    for held in np.array_split(np.random.default_rng(seed).permutation(n), min(folds, n)):
-        others = _centres(np.delete(features, held, axis=0), own, centres, seed)
-        _, nearest = _flat(own.project(others)).search(own.project(features[held]), 1)
-        differences[held] = features[held] - others[nearest[:, 0]]
-    order = np.argsort(-np.linalg.norm(own.project(differences), axis=1), kind="stable")
-    return differences[order[: n // 4 + 1]]
-
-
-def _centres(features: Features, own: Standardised, count: int, seed: int) -> Features:
-    """`[min(count, n), e]` or fewer where a cluster stays empty: the mean of each K-Means cluster."""
-    if len(features) <= count:
-        return features
-    points = own.project(features)
+def _clusters(points: Features, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """`[n]`: which of at most `count` K-Means clusters each point is in; none of them is empty."""
+    if len(points) <= count:
+        return np.arange(len(points))
     # faiss works on a hundred points: threads of its own would only get in the way of the engine's.
     faiss.omp_set_num_threads(1)
     kmeans = faiss.Kmeans(
         points.shape[1], count, niter=_KMEANS_ITERATIONS, seed=seed, min_points_per_centroid=1, verbose=False
     )
     kmeans.train(points)
-    members: npt.NDArray[np.int64] = kmeans.index.search(points, 1)[1][:, 0]
-    return np.stack([features[members == cluster].mean(axis=0) for cluster in np.unique(members)])
+    nearest: npt.NDArray[np.int64] = kmeans.index.search(points, 1)[1][:, 0]
+    members: npt.NDArray[np.int64] = np.unique(nearest, return_inverse=True)[1]
+    return members
 
 
 def _flat(points: Features) -> Any:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from router.decision import EMPTY_PROMPT, NO_EXPERTS, Decision, decide
+from router.background import background_key, background_texts
+from router.decision import EMPTY_PROMPT, NO_EXPERTS, NONE_ALLOWED, Decision, Rules, decide
 from router.features import FeatureCache, Features, Featurizer, checked, featurize_all
-from router.index import Entry, Snapshot
-from router.mix import MixMode
-from router.profile import LOWEST_QUANTILE, fit_profile
+from router.flex import flex_metric
+from router.index import BACKGROUND, Entry, Snapshot, distinct
+from router.metric import LowRank, Metric, MetricKind, Standardised
+from router.mix import MixMode, Votes
+from router.options import ANY, RouteOptions
+from router.profile import LOWEST_QUANTILE, Profile, fit_profile
+from router.state import Learned, StateFile
+from router.variants import variants
 from store.errors import SwitchyardError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,20 @@ class RouterSettings:
 
     mode: MixMode = MixMode.TOP1
     """One expert, or a weighted mix. No measurement on language models is published for soft mixes."""
+    votes: Votes = Votes.INVERSE
+    """What a neighbour's vote weighs."""
+    metric: MetricKind = MetricKind.DISCRIMINANT
+    """Under which distances are taken; all but `plain` learn, and have the background compete."""
+    rank: int = 32
+    """Most rows of a learned metric (r)."""
+    epochs: int = 100
+    """Epochs of the metric `flex`."""
+    frames: int = 2
+    """Frames that exemplars are also seen in, besides without their instruction; 0 for exemplars as they are."""
     centres: int = 20
     """Most K-Means centres per expert (E; AFS recommends 20 to 40)."""
+    background_centres: int = 60
+    """Centres of what is no expert's."""
     neighbours: int = 10
     """Nearest centres that a prompt is compared with (C; AFS recommends 10)."""
     min_share: float = 0.2
@@ -36,23 +58,22 @@ class RouterSettings:
     """Weights of soft mixes are multiples of 1/steps."""
     quantile: float = 0.98
     """Share of an expert's own held-out exemplars that lie within its reach."""
-    margin: float = 1.0
-    """Factor on every reach; larger accepts more prompts of either kind (`bench/routing_layers.py`)."""
-    folds: int = 4
-    """Folds in which exemplars are held out to measure the reach."""
+    margin: float = 3.0
+    """Factor on every reach; larger accepts more prompts of either kind."""
     max_exemplars: int = 512
     """Exemplars beyond, evenly spread over the list, are left out."""
     feature_batch: int = 16
     """Exemplars per call of the featurizer."""
     seed: int = 0
-    """Of K-Means and of the folds."""
+    """Of K-Means."""
 
     def __post_init__(self) -> None:
-        for name in ("centres", "neighbours", "steps", "max_exemplars", "feature_batch"):
+        positive = ("rank", "epochs", "centres", "background_centres", "neighbours", "steps")
+        for name in (*positive, "max_exemplars", "feature_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.folds < 2:
-            raise ValueError(f"folds must be at least 2, not {self.folds}")
+        if self.frames < 0:
+            raise ValueError(f"frames must not be negative, as {self.frames} is")
         if not LOWEST_QUANTILE <= self.quantile <= 1:
             raise ValueError(f"quantile must be between {LOWEST_QUANTILE} and 1, not {self.quantile}")
         if not 0 <= self.min_share <= 1:
@@ -68,23 +89,36 @@ class Router:
     the previous state decides. A decision comes from one immutable snapshot, which the first call of `route` after a
     change builds: so that a thousand experts added at start cost one build, not a thousand.
 
+    That build takes distances under the metric at hand. A learned metric is then fitted anew to the changed library in
+    the background, and the snapshot under it takes the place of the other: `settled` waits for that.
+
     Args:
         featurize: the engine's features of the pristine base.
         cache: where features of exemplars are kept between runs; it must belong to the same base and layer.
+        state: where the learned metric is kept between runs.
     """
 
-    def __init__(self, featurize: Featurizer, cache: FeatureCache, settings: RouterSettings) -> None:
+    def __init__(
+        self, featurize: Featurizer, cache: FeatureCache, settings: RouterSettings, state: StateFile | None = None
+    ) -> None:
         self._featurize = featurize
         self._cache = cache
         self._settings = settings
+        self._state = state
+        self._rules = Rules(settings.mode, settings.votes, settings.min_share, settings.steps)
         self._experts: dict[str, Entry] = {}
         self._changes: dict[str, object] = {}
         """Names whose addition is under way, each with the token of the latest call."""
         self._edition = 0
         """Counts the changes of `_experts`."""
-        self._snapshot, self._snapshot_edition = self._build(()), 0
+        self._background: Entry | None = None
+        self._metric: Metric | None = None
+        self._library = ""
+        """Key of the experts that `_metric` was fitted to."""
+        self._snapshot, self._snapshot_edition = Snapshot((), None, None, quantile=1.0, margin=1.0), 0
         self._building = asyncio.Lock()
         self._featurizing = asyncio.Lock()
+        self._refitting: asyncio.Task[None] | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -126,7 +160,7 @@ class Router:
         self._changes.pop(name, None)
         self._forget(name)
 
-    async def route(self, prompt: str) -> Decision:
+    async def route(self, prompt: str, options: RouteOptions = ANY) -> Decision:
         """Which experts should answer a prompt, and why.
 
         Raises:
@@ -136,11 +170,20 @@ class Router:
             return EMPTY_PROMPT
         if not self._experts:  # base-only traffic pays nothing
             return NO_EXPERTS
+        if not any(options.sees(name) for name in self._experts):
+            return NONE_ALLOWED
         features = checked(await self._featurize([prompt]), 1)[0]
         snapshot = await self._current()
-        given = self._settings
-        neighbours = await asyncio.to_thread(snapshot.search, features, given.neighbours)
-        return decide(neighbours, mode=given.mode, min_share=given.min_share, steps=given.steps)
+        visible = None if options.sees_all else options.sees
+        neighbours = await asyncio.to_thread(snapshot.search, features, self._settings.neighbours, visible=visible)
+        return decide(neighbours, self._rules, options)
+
+    async def settled(self) -> None:
+        """Wait until the metric is the one fitted to the experts as they are."""
+        if self._experts:
+            await self._current()
+        while self._refitting is not None:
+            await asyncio.shield(self._refitting)
 
     def _forget(self, name: str) -> None:
         if self._experts.pop(name, None) is not None:
@@ -156,14 +199,17 @@ class Router:
                 )
 
     async def _entry(self, name: str, digest: str, texts: list[str], key: str) -> Entry:
-        features = await self._exemplar_features(texts, key)
         given = self._settings
-        profile = await asyncio.to_thread(
-            fit_profile, features, centres=given.centres, folds=given.folds, seed=given.seed
-        )
-        return Entry(name, digest, key, profile)
+        # Not with the exemplars of all experts: a prompt that waits must find a place in between.
+        shown = await asyncio.to_thread(variants, texts, frames=given.frames) if given.frames else texts
+        return await self._fitted(name, digest, shown, f"{key}/{given.frames}", given.centres)
 
-    async def _exemplar_features(self, texts: list[str], key: str) -> Features:
+    async def _fitted(self, name: str, digest: str, texts: Sequence[str], key: str, centres: int) -> Entry:
+        features = await self._exemplar_features(texts, key)
+        profile = await asyncio.to_thread(fit_profile, features, centres=centres, seed=self._settings.seed)
+        return Entry(name, digest, key, profile, tuple(texts[row] for row in profile.medoids))
+
+    async def _exemplar_features(self, texts: Sequence[str], key: str) -> Features:
         key = f"{key}/{len(texts)}"  # `max_exemplars` may have changed
         features = await asyncio.to_thread(self._cache.load, key, len(texts))
         if features is None:
@@ -175,14 +221,77 @@ class Router:
     async def _current(self) -> Snapshot:
         """The snapshot of the experts as they are when this returns."""
         async with self._building:
+            changed = self._snapshot_edition != self._edition
             while self._snapshot_edition != self._edition:
+                await self._ready_metric()
                 edition, entries = self._edition, tuple(self._experts.values())
-                self._snapshot = await asyncio.to_thread(self._build, entries)
+                self._snapshot = await asyncio.to_thread(self._build, entries, self._metric, self._snapshot)
                 self._snapshot_edition = edition
+            if changed and self._refitting is None:
+                self._refitting = asyncio.create_task(self._refit())
             return self._snapshot
 
-    def _build(self, entries: Sequence[Entry]) -> Snapshot:
-        return Snapshot(entries, quantile=self._settings.quantile, margin=self._settings.margin)
+    async def _ready_metric(self) -> None:
+        """Have a metric to build with: the last one, the one on disk, or one fitted now."""
+        entries = tuple(self._experts.values())
+        if not entries:
+            return
+        width = entries[0].profile.centres.shape[1]
+        if self._settings.metric is not MetricKind.PLAIN and self._background is None:
+            texts, most = background_texts(), self._settings.background_centres
+            self._background = await self._fitted(BACKGROUND, BACKGROUND, texts, background_key(), most)
+        if self._metric is None and self._state is not None and self._settings.metric is not MetricKind.PLAIN:
+            learned = await asyncio.to_thread(self._state.load)
+            if learned is not None and learned.metric.matrix.shape[1] == width:
+                self._metric, self._library = learned.metric, learned.library
+        # Rows that were fitted to fewer experts do not tell the new one apart; a library this small is fitted at once.
+        few = isinstance(self._metric, LowRank) and len(self._metric.matrix) < min(self._settings.rank, len(entries))
+        if self._metric is None or few:
+            self._metric, self._library = await asyncio.to_thread(self._fit, entries), _library(entries)
+            await self._keep()
+
+    async def _refit(self) -> None:
+        """Fit the metric to the library, again if that has changed meanwhile, then let it take over."""
+        try:
+            while self._experts and self._library != (library := _library(entries := tuple(self._experts.values()))):
+                metric = await asyncio.to_thread(self._fit, entries)
+                async with self._building:
+                    edition, entries = self._edition, tuple(self._experts.values())
+                    snapshot = await asyncio.to_thread(self._build, entries, metric, self._snapshot)
+                    self._metric, self._library = metric, library
+                    self._snapshot, self._snapshot_edition = snapshot, edition
+                await self._keep()
+        except Exception:
+            log.exception("the router's metric could not be fitted; the previous one stays until the next change")
+        finally:
+            self._refitting = None
+
+    async def _keep(self) -> None:
+        if self._state is not None and isinstance(self._metric, LowRank):
+            await asyncio.to_thread(self._state.save, Learned(self._library, self._metric))
+
+    def _fit(self, entries: Sequence[Entry]) -> Metric:
+        given = self._settings
+        profiles: list[Profile] = [entry.profile for entry in distinct(entries)]
+        if self._background is None:
+            known = [profile.variance for profile in profiles if profile.is_calibrated]
+            return Standardised.fit(known or [profiles[0].variance])
+        profiles.append(self._background.profile)
+        if given.metric is MetricKind.FLEX:
+            return flex_metric(profiles, rank=given.rank, neighbours=given.neighbours, epochs=given.epochs)
+        return LowRank.discriminant(profiles, given.rank)
+
+    def _build(self, entries: Sequence[Entry], metric: Metric | None, previous: Snapshot) -> Snapshot:
+        given = self._settings
+        return Snapshot(
+            entries, metric, self._background, quantile=given.quantile, margin=given.margin, previous=previous
+        )
+
+
+def _library(entries: Iterable[Entry]) -> str:
+    """Identifies a set of experts by their exemplars; names do not matter."""
+    keys = sorted({f"{entry.digest}\0{entry.key}" for entry in entries})
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 def _evenly(texts: list[str], most: int) -> list[str]:

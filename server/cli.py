@@ -192,10 +192,13 @@ def route(
     decision = Client(server, api_key).route(prompt)
     mix = ", ".join(f"{part['weight']:g} × {part['id']}" for part in decision["mix"]) or "the base"
     out.print(f"[bold]{escape(mix)}[/]: {escape(decision['reason'])}")
-    table = Table("neighbour", "distance")
-    table.columns[1].justify = "right"
+    table = Table("neighbour", "distance", "domain ends at", "exemplar")
+    for column in table.columns[1:3]:
+        column.justify = "right"
     for neighbour in decision["neighbours"]:
-        table.add_row(escape(neighbour["id"]), f"{neighbour['distance']:.3f}")
+        name = "[dim]general text[/]" if neighbour["id"] is None else escape(neighbour["id"])
+        end = "" if neighbour["threshold"] is None else f"{neighbour['threshold']:.3f}"
+        table.add_row(name, f"{neighbour['distance']:.3f}", end, escape(neighbour["exemplar"]))
     if decision["neighbours"]:
         out.print(table)
 

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from router.features import FeatureCache
 from router.router import Router
+from router.state import StateFile
 from server.api.services import Services
 from server.app import create_app
 from server.engine.engine import TransformersEngine
@@ -72,13 +73,12 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
                 cache_dir=settings.cache_dir,
             )
         base = engine.base
-        features = FeatureCache(
-            settings.cache_dir / "features",
-            base.manifest.fingerprint,
-            base.feature_layer,
-            variant=f"{base.dtype}, {settings.feature_tokens} tokens",
-        )
-        router = Router(engine.features, features, settings.router())
+        variant = f"{base.dtype}, {settings.feature_tokens} tokens"
+        fingerprint, layer = base.manifest.fingerprint, base.feature_layer
+        features = FeatureCache(settings.cache_dir / "features", fingerprint, layer, variant=variant)
+        given = settings.router()
+        state = StateFile(settings.data_dir / "router" / "metric", f"{fingerprint} {layer} {variant} {given.metric}")
+        router = Router(engine.features, features, given, state)
         app = create_app(settings, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
         out.print(
             f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "

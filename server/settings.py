@@ -105,6 +105,13 @@ class Settings(BaseSettings):
     router_mode: Literal["top1", "soft"] = Field(
         "top1", description="What a routed prompt gets: top1, the one expert with most votes, or soft, a weighted mix."
     )
+    router_metric: Literal["discriminant", "flex", "plain"] = Field(
+        "discriminant",
+        description="Under which distances routing compares: a learned discriminant, Auto-FlexSwitch's loss, or plain.",
+    )
+    router_votes: Literal["inverse", "count"] = Field(
+        "inverse", description="What a neighbour's vote weighs: 1 / distance, or one each."
+    )
     router_centres: int = Field(20, ge=1, description="Most K-Means centres per expert.")
     router_neighbours: int = Field(10, ge=1, description="Nearest centres that a prompt is compared with.")
     router_min_share: float = Field(
@@ -114,7 +121,7 @@ class Settings(BaseSettings):
     router_quantile: float = Field(
         0.98, ge=0.75, le=1, description="Share of an expert's held-out exemplars that lie within its reach."
     )
-    router_margin: float = Field(1.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
+    router_margin: float = Field(3.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
     router_max_exemplars: int = Field(512, ge=1, description="Exemplars beyond, evenly spread, are left out.")
 
     @field_validator("api_keys", mode="before")
@@ -151,11 +158,16 @@ class Settings(BaseSettings):
 
     def router(self) -> RouterSettings:
         """The router's part of the settings; the rest of it is not for users to choose."""
-        from router.mix import MixMode  # the router brings FAISS, which the command line does without
+        from router.metric import MetricKind  # the router brings FAISS, which the command line does without
+        from router.mix import MixMode, Votes
         from router.router import RouterSettings
 
         return RouterSettings(
             mode=MixMode(self.router_mode),
+            metric=MetricKind(self.router_metric),
+            votes=Votes(self.router_votes),
+            # Exemplars are shown in other words where a background keeps those words from speaking for anyone.
+            frames=0 if self.router_metric == "plain" else RouterSettings.frames,
             centres=self.router_centres,
             neighbours=self.router_neighbours,
             min_share=self.router_min_share,

@@ -15,11 +15,13 @@ router = APIRouter()
 
 
 class Neighbour(TypedDict):
-    """A centre of an expert's exemplars near the prompt."""
+    """A centre near the prompt: of an expert's exemplars, or, without id and digest, of general text."""
 
-    id: str
-    digest: str
+    id: str | None
+    digest: str | None
     distance: float
+    threshold: float | None
+    exemplar: str
 
 
 class RouteDecision(TypedDict):
@@ -31,6 +33,7 @@ class RouteDecision(TypedDict):
     code: str
     distance: float | None
     threshold: float | None
+    confidence: float | None
     neighbours: list[Neighbour]
     votes: dict[str, float]
 
@@ -46,6 +49,16 @@ async def route(body: RouteBody, services: ReadyServices) -> RouteDecision:
         "code": decision.code,
         "distance": decision.distance,
         "threshold": decision.threshold,
-        "neighbours": [{"id": n.name, "digest": n.digest, "distance": n.distance} for n in decision.neighbours],
+        "confidence": decision.confidence,
+        "neighbours": [
+            {
+                "id": None if n.is_background else n.name,
+                "digest": None if n.is_background else n.digest,
+                "distance": n.distance,
+                "threshold": None if n.is_background else n.reach,
+                "exemplar": n.exemplar,
+            }
+            for n in decision.neighbours
+        ],
         "votes": dict(decision.votes),
     }

@@ -165,11 +165,11 @@ class EngineSettings:
     """Steps a mix may run merged before another mix that waits gets its turn."""
     threads: int | None = None
     """CPU threads for torch; None leaves torch's choice."""
-    feature_layer: int = 4
+    feature_layer: int = 6
     """How many of the base's layers the routing features pass through."""
     feature_tokens: int = 24
     """Most tokens of a prompt that routing looks at: averaged over a long text, what is asked for is drowned by what
-    it is asked about (`bench/routing_layers.py`)."""
+    it is asked about (`bench/routing.py`)."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from router.decision import Decision, Reason
 from router.features import FeatureCache
+from router.metric import MetricKind
 from router.mix import MixMode
+from router.options import RouteOptions
 from router.router import Router, RouterSettings
+from router.state import StateFile
 from store.errors import SwitchyardError
 from tests.router.world import WIDTH, World, add, texts
 
@@ -156,6 +159,7 @@ def test_repeated_exemplars_count_once(cache: FeatureCache) -> None:
         await router.add_expert("cron", "X", texts("cron", 40), "plain")
         await plain.add_expert("cron", "X", texts("cron", 40), "plain")
         await add(plain, "spam")
+        await asyncio.gather(router.settled(), plain.settled())
         for i in range(20):
             assert await router.route(f"cron {i}") == await plain.route(f"cron {i}")
 
@@ -167,7 +171,7 @@ def test_equal_exemplars_are_no_trouble(cache: FeatureCache) -> None:
         async def constant(given: object) -> object:
             return np.ones((len(given), WIDTH), dtype=np.float32)  # type: ignore[arg-type]
 
-        flat = Router(constant, cache, RouterSettings())  # type: ignore[arg-type]
+        flat = Router(constant, cache, RouterSettings(metric=MetricKind.PLAIN, frames=0))  # type: ignore[arg-type]
         await add(flat, "cron", 10)
         assert chosen(await flat.route("anything")) == ["cron"]
 
@@ -184,7 +188,7 @@ def test_too_many_exemplars_are_thinned_evenly(cache: FeatureCache) -> None:
     play(cache, story, max_exemplars=10, feature_batch=4)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
 @given(order=st.permutations(TOPICS), detour=st.lists(st.sampled_from((*TOPICS, "extra")), max_size=4))
 def test_history_does_not_matter(cache: FeatureCache, order: list[str], detour: list[str]) -> None:
     prompts = [f"{topic} {i}" for topic in (*TOPICS, "unheard") for i in range(1000, 1003)]
@@ -199,6 +203,7 @@ def test_history_does_not_matter(cache: FeatureCache, order: list[str], detour: 
             router.remove_expert(f"detour {topic}")
         other = world.router(cache)
         await asyncio.gather(*(add(other, topic) for topic in order))
+        await asyncio.gather(router.settled(), other.settled())
         for prompt in prompts:
             assert await router.route(prompt) == await other.route(prompt)
 
@@ -396,12 +401,103 @@ def test_a_restart_computes_nothing_again(cache: FeatureCache, tmp_path: Path) -
     play(cache, second)
 
 
+LEARNED = {"metric": MetricKind.DISCRIMINANT, "frames": 2, "votes": "inverse", "margin": 3.0}
+
+
+def test_a_learned_metric_routes_too(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        for topic in TOPICS:
+            await add(router, topic)
+        await router.settled()
+        for topic in TOPICS:
+            assert chosen(await router.route(f"{topic} 1000")) == [topic]
+        decision = await router.route("How high is the tallest mountain in Africa?")
+        assert decision.code is Reason.OUT_OF_DOMAIN
+
+    play(cache, story, **LEARNED)
+
+
+def test_additions_count_before_the_metric_is_fitted_to_them(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "spam")
+        await router.settled()
+        old = router._metric
+        await add(router, "poems")
+        assert chosen(await router.route("poems 1")) == ["poems"]
+        assert router._snapshot.metric is old
+        await router.settled()
+        assert router._snapshot.metric is not old
+        assert chosen(await router.route("poems 1")) == ["poems"]
+        router.remove_expert("poems")
+        assert "poems" not in chosen(await router.route("poems 1"))
+
+    play(cache, story, **(LEARNED | {"rank": 2}))
+
+
+def test_a_restart_has_the_metric_at_once(cache: FeatureCache, tmp_path: Path) -> None:
+    async def run() -> None:
+        world, state = World(), StateFile(tmp_path / "state", "space")
+        given = world.router(cache, **LEARNED)._settings
+        first = Router(world.featurize, cache, given, state)
+        for topic in TOPICS:
+            await add(first, topic)
+        await first.settled()
+        again = Router(world.featurize, cache, given, state)
+        for topic in TOPICS[::-1]:
+            await add(again, topic)
+        again._fit = lambda _: pytest.fail("fitted again")  # type: ignore[method-assign]
+        for topic in TOPICS:
+            assert await again.route(f"{topic} 1000") == await first.route(f"{topic} 1000")
+        await again.settled()
+
+    asyncio.run(run())
+
+
+def test_a_failing_fit_leaves_the_old_metric(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "poems")
+        await router.settled()
+
+        def fail(_: object) -> object:
+            raise ValueError("singular")
+
+        router._fit = fail  # type: ignore[method-assign, assignment]
+        await add(router, "spam")
+        before = await router.route("cron 1")
+        assert chosen(before) == ["cron"]
+        await router.settled()
+        assert await router.route("cron 1") == before
+
+    play(cache, story, **(LEARNED | {"rank": 2}))
+
+
+def test_what_a_request_may_not_use_is_never_a_neighbour(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "spam")
+        for options in (RouteOptions(deny=frozenset({"cron"})), RouteOptions(allow=frozenset({"spam"}))):
+            decision = await router.route("cron 1", options)
+            assert decision.mix.is_base
+            assert {n.name for n in decision.neighbours} == {"spam"}
+            assert chosen(await router.route("spam 1", options)) == ["spam"]
+        nobody = await router.route("cron 1", RouteOptions(allow=frozenset({"poems"})))
+        assert nobody.code is Reason.NO_EXPERTS
+        assert "allows" in nobody.reason
+
+    play(cache, story)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("centres", 0),
         ("neighbours", 0),
-        ("folds", 1),
+        ("rank", 0),
+        ("epochs", 0),
+        ("frames", -1),
+        ("background_centres", 0),
         ("quantile", 0.5),
         ("quantile", 1.1),
         ("margin", 0.0),

@@ -1,0 +1,38 @@
+"""What one request may ask of its routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.mix import MixMode
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """Constraints of a client on the route of its request.
+
+    Attributes:
+        allow: only these experts may answer; None allows all.
+        deny: these may not.
+        max_experts: most experts of a mix; None leaves it to the mode.
+        min_confidence: the base answers if the first expert has a smaller share of the votes.
+        mode: instead of the server's.
+    """
+
+    allow: frozenset[str] | None = None
+    deny: frozenset[str] = frozenset()
+    max_experts: int | None = None
+    min_confidence: float = 0.0
+    mode: MixMode | None = None
+
+    def sees(self, name: str) -> bool:
+        """Whether an expert of that name may be found."""
+        return name not in self.deny and (self.allow is None or name in self.allow)
+
+    @property
+    def sees_all(self) -> bool:
+        return self.allow is None and not self.deny
+
+
+ANY = RouteOptions()
+"""No constraints."""
