@@ -64,7 +64,13 @@ class Client:
         return response.json(), response.status_code == httpx.codes.CREATED
 
     def experts(self) -> list[Json]:
-        listed: list[Json] = self._send("GET", "/v1/experts").json()["data"]
+        """All experts, by name."""
+        listed: list[Json] = []
+        more = True
+        while more:
+            after = {"after": listed[-1]["id"]} if listed else {}
+            page = self._send("GET", "/v1/experts", params=after).json()
+            listed, more = listed + page["data"], page["has_more"]
         return listed
 
     def roll_back(self, name: str, digest: str | None) -> Json:

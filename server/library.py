@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from typing import IO
 
 from router.router import Router
 from server.engine.types import Engine
-from store.errors import EngineDeadError, StoreError, SwitchyardError
+from store.errors import EngineDeadError, StorageFullError, StoreError, SwitchyardError
 from store.expert_file import ExpertHeader, read_header
 from store.registry import ExpertRecord, Registry
 
@@ -132,6 +133,10 @@ class Library:
         """All experts, by name."""
         return await asyncio.to_thread(self._registry.list)
 
+    async def page(self, *, after: str, limit: int, matching: str) -> tuple[Sequence[ExpertRecord], bool]:
+        """Some experts by name, and whether there are more; see `Registry.page`."""
+        return await asyncio.to_thread(self._registry.page, after=after, limit=limit, matching=matching)
+
     async def get(self, name: str) -> ExpertRecord:
         """The expert of that name.
 
@@ -188,4 +193,5 @@ def _copy(file: IO[bytes], folder: Path) -> Path:
                 raise
         return Path(copy.name)
     except OSError as error:
-        raise StoreError(f"cannot receive the file: {error.strerror}") from error
+        kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+        raise kind(f"cannot receive the file: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import difflib
 import hashlib
@@ -197,6 +198,26 @@ class Registry:
         """All experts of this base, by name."""
         self._all()
         return list(self._served)
+
+    def page(self, *, after: str = "", limit: int, matching: str = "") -> tuple[Sequence[ExpertRecord], bool]:
+        """Some experts of this base, by name, and whether there are more behind them.
+
+        Args:
+            after: only names behind this one, which need not exist.
+            limit: how many at most.
+            matching: only those with these letters, of either case, in name or description.
+        """
+        self._all()
+        served, wanted = self._served, matching.casefold()
+        start = bisect.bisect_right(served, after, key=lambda record: record.name)
+        found: list[ExpertRecord] = []
+        for record in served[start:]:
+            if wanted and wanted not in record.name and wanted not in record.description.casefold():
+                continue
+            if len(found) == limit:
+                return found, True
+            found.append(record)
+        return found, False
 
     @property
     def edition(self) -> int:

@@ -159,6 +159,8 @@ def _validation_body(error: RequestValidationError) -> ErrorAnswer:
 
 def _param(location: Sequence[str | int], body: Any) -> str | None:
     """`("body", "messages", 0, "content")` as `messages[0].content`; steps that name a union's branch left out."""
+    if location[0] == "query":
+        return str(location[-1])
     path = ""
     for step in location[1:]:
         if isinstance(step, str) and not isinstance(body, dict):

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import IO, Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.datastructures import FormData, UploadFile
@@ -68,10 +68,11 @@ class ExpertDetails(Expert):
 
 
 class ExpertList(TypedDict):
-    """All experts."""
+    """Experts by name. With `has_more`, the last one's `id` is the `after` of the next page."""
 
     object: Literal["list"]
     data: list[Expert]
+    has_more: bool
 
 
 class Version(TypedDict):
@@ -124,9 +125,15 @@ async def upload_expert(request: Request, services: ReadyServices) -> JSONRespon
 
 
 @router.get("")
-async def list_experts(services: AnyServices) -> ExpertList:
-    """All experts, by name."""
-    return {"object": "list", "data": [_expert(record, services) for record in await services.library.list()]}
+async def list_experts(
+    services: AnyServices,
+    q: Annotated[str, Query(max_length=200)] = "",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    after: Annotated[str, Query(max_length=64)] = "",
+) -> ExpertList:
+    """Experts by name, page by page; `q` looks for letters in name and description."""
+    records, more = await services.library.page(after=after, limit=limit, matching=q)
+    return {"object": "list", "data": [_expert(record, services) for record in records], "has_more": more}
 
 
 @router.get("/{name}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -226,11 +229,36 @@ async def test_replacements_that_cannot_be(own: House) -> None:
     assert own.registry.list() == []
 
 
+@pytest.mark.parametrize("call", ["write", "fsync"])
+async def test_a_full_disk_is_a_507_and_changes_nothing(own: House, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    await own.upload(make_expert(own.folder / "old", value=1, name="cron"))
+    before = own.registry.list()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    new = make_expert(own.folder / "new", value=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(*((os, "fsync") if call == "fsync" else (shutil, "copyfileobj")), full)
+        assert error(await own.upload(new, name="other"), 507)["code"] == "storage_full"
+        assert error(await put(own, "cron", new), 507)["code"] == "storage_full"
+    assert own.registry.list() == before
+    assert own.quarantined == []
+    assert (await put(own, "cron", new)).status_code == 200
+
+
 async def test_list_and_get(own: House) -> None:
     await own.upload(make_expert(own.folder / "b", value=2, name="b"))
     first = (await own.upload(make_expert(own.folder / "a", value=1, name="a", codec_params={"x": 1}))).json()
     listed = (await own.http.get("/v1/experts")).json()
     assert listed["object"] == "list"
+    assert listed["has_more"] is False
+    first_page = (await own.http.get("/v1/experts", params={"limit": 1})).json()
+    assert ([expert["id"] for expert in first_page["data"]], first_page["has_more"]) == (["a"], True)
+    rest = (await own.http.get("/v1/experts", params={"limit": 1, "after": "a"})).json()
+    assert ([expert["id"] for expert in rest["data"]], rest["has_more"]) == (["b"], False)
+    assert (await own.http.get("/v1/experts", params={"q": "zzz"})).json()["data"] == []
+    assert error(await own.http.get("/v1/experts", params={"limit": 0}), 400)["param"] == "limit"
     assert [expert["id"] for expert in listed["data"]] == ["a", "b"]
     assert listed["data"][0] == first
     details = (await own.http.get("/v1/experts/a")).json()

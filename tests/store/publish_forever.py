@@ -1,8 +1,8 @@
 """Change a store until killed, again and again: `python -m tests.store.publish_forever STORE SAMPLES LOG`.
 
 For every line on its input, a seed, this forks a child that publishes, replaces and removes at random, and answers
-with the child's process id; forking takes milliseconds where starting Python takes a second. A child writes to LOG what it is
-about to do and what was acknowledged.
+with the child's process id; forking takes milliseconds where starting Python takes a second. A child writes to LOG
+what it is about to do and what was acknowledged.
 """
 
 from __future__ import annotations

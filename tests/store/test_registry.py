@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -391,3 +392,25 @@ def test_a_publication_can_be_taken_back(store: BlobStore, registry: Registry) -
     registry.undo(first)
     assert registry.list() == []
     assert store.blobs() == set()
+
+
+def test_pages(disk: DiskStore) -> None:
+    registry = Registry(disk, base_manifest(), RESERVED)
+    names = ["ant", "bee", "cat", "cow", "dog"]
+    for name in names:
+        path = upload(disk, description=f"the {name.upper()} of it")
+        registry.publish(path, name=name)
+
+    def page(**given: Any) -> tuple[list[str], bool]:
+        records, more = registry.page(**given)
+        return [record.name for record in records], more
+
+    assert page(limit=5) == (names, False)
+    assert page(limit=2) == (["ant", "bee"], True)
+    assert page(limit=2, after="bee") == (["cat", "cow"], True)
+    assert page(limit=2, after="cx") == (["dog"], False)
+    assert page(limit=2, after="dog") == ([], False)
+    assert page(limit=1, matching="C") == (["cat"], True)
+    assert page(limit=9, matching="the c") == (["cat", "cow"], False)
+    assert page(limit=9, matching="the c", after="cat") == (["cow"], False)
+    assert page(limit=9, matching="x") == ([], False)
