@@ -66,6 +66,10 @@ def compress(
         float | None, typer.Option(help="What flex-switch may spend per parameter of the base; default: 0.04.")
     ] = None,
     max_size: Annotated[str | None, typer.Option(help="The same as a file size: 500KB, 1MB.")] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank.")] = 8,
     strength: Annotated[float, typer.Option(help="Scale of compeft, in standard deviations.")] = 1.0,
     tensor_density: Annotated[
@@ -89,8 +93,8 @@ def compress(
     densities = _tensor_densities(tensor_density or [])
     compress_with_progress(
         out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
-        bits_per_param=bits_per_param, max_size=_bytes(max_size) if max_size else None, rank=rank, strength=strength,
-        tensor_density=densities, name=name, description=description,
+        max_kl=max_kl, bits_per_param=bits_per_param, max_size=_bytes(max_size) if max_size else None, rank=rank,
+        strength=strength, tensor_density=densities, name=name, description=description,
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def compress(
     strength: float = 1.0,
     bits_per_param: float | None = None,
     max_size: int | None = None,
+    max_kl: float | None = None,
     tensor_density: Mapping[str, float] | None = None,
     exemplars: Sequence[str] | None = None,
     name: str | None = None,
@@ -69,6 +70,8 @@ def compress(
         strength: scale of compeft, in standard deviations; calibrated on top where there are exemplars.
         bits_per_param: what flex-switch may spend on the whole, per parameter of the base; None is 0.04.
         max_size: the same as bytes of the file.
+        max_kl: refuse to write an expert further from its fine-tune than that, in nats per answer token of the
+            exemplars; those held out, where there are any.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
         exemplars: example prompts, kept in the file; calibration and learning run on them.
         name, description, created: for the file's header; `created` in seconds since 1970.
@@ -145,6 +148,8 @@ def compress(
             found = replace(found, multipliers=shared, kl=found.kl_at_multiplier)
         packed = {tensor: _scaled(tensor, item, found.multipliers.get(tensor, 1.0)) for tensor, item in packed.items()}
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
+    if max_kl is not None:
+        _check_floor(max_kl, found, learned)
     tell("write", 0, 1)
     header = write_expert(out, info, packed, manifest)
     validate(out, manifest)
@@ -179,6 +184,23 @@ def _knob(knob: str | None, exemplars: Sequence[str] | None) -> Knob:
     if knob == Knob.CALIBRATED and not exemplars:
         raise InvalidRequestError("the calibrated knob needs exemplars; give some, or take the l1 knob", param="knob")
     return Knob(knob)
+
+
+def _check_floor(max_kl: float, found: Calibration | None, learned: Learned | None) -> None:
+    if learned is not None:
+        kl = learned.kl if math.isnan(learned.held_out_kl) else learned.held_out_kl
+    elif found is not None:
+        kl = found.kl
+    else:
+        raise InvalidRequestError(
+            "max_kl is measured on exemplars by a codec that calibrates or learns", param="max_kl"
+        )
+    if not kl <= max_kl:
+        raise InvalidRequestError(
+            f"the expert would answer {kl:.4f} nats per token away from its fine-tune, and max_kl allows {max_kl}: "
+            "give it a higher density or budget, or take a codec that keeps more",
+            param="max_kl",
+        )
 
 
 def _budget(bits_per_param: float | None, max_size: int | None, sizes: Mapping[str, int], info: ExpertInfo) -> int:

@@ -227,6 +227,17 @@ def test_the_other_codecs(
     assert report.relative_error < (0.01 if codec == "raw" else 1.0)
 
 
+def test_what_strays_too_far_from_its_fine_tune_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="nats per token away") as caught:
+        compress(*folders, tmp_path / "e", density=0.01, exemplars=EXEMPLARS[:4], max_kl=1e-6)
+    assert caught.value.param == "max_kl"
+    with pytest.raises(InvalidRequestError, match="measured on exemplars"):
+        compress(*folders, tmp_path / "e", codec="raw", max_kl=0.1)
+    assert not (tmp_path / "e").exists()
+    compress(*folders, tmp_path / "e", density=0.01, exemplars=EXEMPLARS[:4], max_kl=100.0)
+    assert (tmp_path / "e").exists()
+
+
 @pytest.mark.parametrize("codec", ["compeft", "bit-delta"])
 def test_other_scales_are_calibrated_too(folders: tuple[Path, Path], tmp_path: Path, codec: str) -> None:
     report = compress(*folders, tmp_path / "e", codec=codec, density=0.1, exemplars=EXEMPLARS)
