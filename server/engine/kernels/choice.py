@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -31,13 +32,27 @@ def _cpu(device: torch.device, cache_dir: Path | None) -> Kernels | str:
         return str(error)
 
 
+def _triton(device: torch.device, _cache_dir: Path | None) -> Kernels | str:
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the device is {device.type}"
+    try:
+        from server.engine.kernels.gpu import TritonKernels
+    except ImportError:
+        return "triton is not installed"
+    return TritonKernels()
+
+
 @cache
 def _own_folder() -> tempfile.TemporaryDirectory[str]:
     """Of this process alone: what lies there is run, so it must not be a place where others may write."""
     return tempfile.TemporaryDirectory(prefix="switchyard-kernels-")
 
 
-_MAKERS: dict[str, _Maker] = {"cpu": _cpu, "reference": lambda _device, _cache_dir: ReferenceKernels()}
+_MAKERS: dict[str, _Maker] = {
+    "cpu": _cpu,
+    "triton": _triton,
+    "reference": lambda _device, _cache_dir: ReferenceKernels(),
+}
 """By name, the fastest first."""
 
 NAMES = ("auto", *_MAKERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,8 +24,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 Terms = list[tuple[float, Delta]]
 
+
+def triton(folder: Path) -> Kernels:
+    """On a GPU where there is one, else in Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed: a gigabyte that only GPUs need")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is no GPU, and TRITON_INTERPRET=1 was not set before triton was imported")
+    return backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 MAKERS: dict[str, Callable[[Path], Kernels]] = {
     "reference": lambda folder: backend("reference", CPU),
+    "triton": triton,
     "cpu": CpuKernels,
     # The other widths, on any machine: what is an instruction elsewhere is a loop here.
     "cpu, 16 entries": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=16")),
@@ -76,6 +87,10 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def device_of(kernels: Kernels) -> torch.device:
+    return torch.device("cuda") if kernels.name == "triton" and torch.cuda.is_available() else CPU
+
+
 def check(
     kernels: Kernels, shape: tuple[int, int], parts: Sequence[tuple[int, int, Terms]], dtype: torch.dtype
 ) -> None:
@@ -83,19 +98,20 @@ def check(
     out, width = shape
     rows = sum(gap + size for gap, size, _ in parts) + 1
     rng = np.random.default_rng(rows)
-    y = torch.from_numpy(rng.standard_normal((rows, out))).to(dtype)
-    x = torch.from_numpy(rng.standard_normal((rows, width))).to(dtype)
+    device = device_of(kernels)
+    y = torch.from_numpy(rng.standard_normal((rows, out))).to(device, dtype)
+    x = torch.from_numpy(rng.standard_normal((rows, width))).to(device, dtype)
     expected, magnitude = y.double(), y.double().abs()
     before, x_before = y.clone(), x.clone()
-    groups, touched, stop = [], torch.zeros(rows, dtype=torch.bool), 0
+    groups, touched, stop = [], torch.zeros(rows, dtype=torch.bool, device=device), 0
     for gap, size, terms in parts:
         start, stop = stop + gap, stop + gap + size
         for weight, delta in terms:
-            matrix = torch.from_numpy(matrix_of(delta)).double()
+            matrix = torch.from_numpy(matrix_of(delta)).to(device).double()
             expected[start:stop] += weight * (x[start:stop].double() @ matrix.T)
             magnitude[start:stop] += abs(weight) * (x[start:stop].double().abs() @ matrix.abs().T)
         touched[start:stop] = bool(terms)
-        groups.append(Group(start, stop, tuple((weight, pack(delta, CPU)) for weight, delta in terms)))
+        groups.append(Group(start, stop, tuple((weight, pack(delta, device)) for weight, delta in terms)))
     kernels.add_linear(y, x, groups)
     assert bool(((y.double() - expected).abs() <= TOLERANCE[dtype] * magnitude).all())
     assert torch.equal(y[~touched], before[~touched])
@@ -131,11 +147,12 @@ def test_no_groups_and_no_rows(kernels: Kernels) -> None:
 
 def test_groups_are_used_again(kernels: Kernels) -> None:
     """Their preparation may be kept, but belongs to them and not to what they looked like."""
-    delta, x = pack(sparse_delta(0, (40, 50), 0.5), CPU), torch.ones(3, 50)
+    device = device_of(kernels)
+    delta, x = pack(sparse_delta(0, (40, 50), 0.5), device), torch.ones(3, 50, device=device)
     group = Group(0, 2, ((1.0, delta),))
     results = []
     for groups in ([group], [group], [Group(0, 2, ((2.0, delta),))], [group]):
-        y = torch.zeros(3, 40)
+        y = torch.zeros(3, 40, device=device)
         kernels.add_linear(y, x, groups)
         results.append(y)
     assert results[0].any()
@@ -145,11 +162,12 @@ def test_groups_are_used_again(kernels: Kernels) -> None:
 
 
 def test_what_is_not_finite_spoils_its_own_row_only(kernels: Kernels) -> None:
-    delta = pack(sparse_delta(0, (40, 50), 0.5), CPU)
-    x = torch.ones(10, 50)
+    device = device_of(kernels)
+    delta = pack(sparse_delta(0, (40, 50), 0.5), device)
+    x = torch.ones(10, 50, device=device)
     x[3, 7] = float("nan")
     for rows in ((0, 10), (3, 4)):
-        y = torch.zeros(10, 40)
+        y = torch.zeros(10, 40, device=device)
         kernels.add_linear(y, x, [Group(*rows, ((1.0, delta),))])
         assert y[3].isnan().any()
         assert not torch.cat([y[:3], y[4:]]).isnan().any()
