@@ -7,6 +7,7 @@ and works after any failure in between.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import nn
 
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import PackedDelta, dense
-from server.engine.kernels.types import DenseValues, SparseRows
+from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, SparseRows, rows_and_columns
 from store.mix import BASE_MIX, Mix
 
 Term = tuple[float, PackedDelta]
@@ -44,12 +45,18 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term
         else:
             flat.index_put_((places,), pristine.view(-1).index_select(0, places).float().add_(values).to(out.dtype))
         return
+    if len(terms) == 1 and isinstance(delta, BitPlanes) and delta.digits == 1 and out.dtype is torch.float32:
+        # Fused multiply-adds round differently, but not where one factor is 0 or ±1.
+        torch.add(pristine, _levels(delta), alpha=weight * delta.scale, out=out)
+        return
     total = torch.zeros(out.numel(), dtype=torch.float32, device=out.device)
     for weight, delta in terms:
         if isinstance(delta, SparseRows):
             total.index_add_(0, *_nonzeros(delta, weight))
+        elif isinstance(delta, BitPlanes):
+            total.add_((_levels(delta) * (weight * delta.scale)).view(-1))
         else:
-            total.add_(_weighted(delta, weight).view(-1))
+            total.add_(delta.values.view(-1) * weight)  # not alpha=weight: a fused multiply-add rounds differently
     out.copy_(total.add_(pristine.view(-1)).view_as(out))
 
 
@@ -66,6 +73,30 @@ def _weighted(delta: PackedDelta, weight: float) -> torch.Tensor:
     if isinstance(delta, DenseValues):
         return delta.values * weight
     return dense(replace(delta, scale=1.0)) * (weight * delta.scale)
+
+
+@functools.cache
+def _eight_levels(device: torch.device) -> torch.Tensor:
+    """`[65536]` int64: the eight int8 levels of a byte of the plane of +1 and, above it, one of the plane of −1."""
+    bits = ((torch.arange(1 << 16)[:, None] >> torch.arange(16)) & 1).to(torch.int8)
+    return (bits[:, :8] - bits[:, 8:]).contiguous().view(torch.int64).view(-1).to(device)
+
+
+def _levels(delta: BitPlanes) -> torch.Tensor:
+    """The levels of a delta, int8, in its own shape: eight per look-up, several times faster than bit by bit."""
+    blocks, digits, columns = delta.words.shape[:3]
+    planes = delta.words.view(torch.uint8).view(blocks, digits, columns, 2, BLOCK, 4).permute(1, 3, 0, 4, 2, 5)
+
+    def trits(digit: int) -> torch.Tensor:
+        plus, minus = planes[digit].to(torch.int32)
+        return _eight_levels(delta.device).index_select(0, (plus + (minus << 8)).reshape(-1)).view(torch.int8)
+
+    total = trits(0)
+    for digit in range(1, digits):
+        # A level fits 8 bits, so what exceeds them on the way cancels out.
+        total = total + trits(digit) * ((3**digit + 128) % 256 - 128)
+    rows, size = rows_and_columns(delta.shape)
+    return total.view(blocks * BLOCK, columns * BLOCK)[:rows, :size].reshape(delta.shape)
 
 
 def _nonzeros(delta: SparseRows, weight: float) -> tuple[torch.Tensor, torch.Tensor]:

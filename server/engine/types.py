@@ -193,7 +193,8 @@ class EngineStats:
     mixed_steps: int
     mixed_seconds: float
     mode_changes: int
-    mode_is_mixed: bool
+    mode_is_mixed: int
+    """1 or 0."""
     prompt_tokens: int
     generated_tokens: int
     preemptions: int

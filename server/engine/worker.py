@@ -240,7 +240,7 @@ class Worker:
             mixed_steps=executor.mixed_steps,
             mixed_seconds=executor.mixed.seconds,
             mode_changes=0 if self._chooser is None else self._chooser.changes,
-            mode_is_mixed=(self._settings if self._chooser is None else self._chooser).mode is Mode.MIXED,
+            mode_is_mixed=int((self._settings if self._chooser is None else self._chooser).mode is Mode.MIXED),
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,

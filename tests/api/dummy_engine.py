@@ -200,7 +200,7 @@ class DummyEngine:
             mixed_steps=10,
             mixed_seconds=0.125,
             mode_changes=1,
-            mode_is_mixed=True,
+            mode_is_mixed=1,
             prompt_tokens=0,
             generated_tokens=self.generated,
             preemptions=0,
