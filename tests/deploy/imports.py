@@ -93,6 +93,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.client": ("store.errors",),
     "server.chatting": ("server.client", "store.errors"),
     "server.compressing": ("server.engine.model", "server.settings", "store"),
+    "server.merging": ("server.engine.model", "server.settings", "store"),
     "server.inspecting": ("store",),
     "server.storekeeping": ("store",),
     "server": (),
