@@ -8,8 +8,6 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 
-import click
-
 from deploy.tables import cli_commands, routes
 from server.api.auth import PUBLIC_PATHS
 from server.settings import Settings
@@ -334,8 +332,9 @@ def _verb_faults(argv: Sequence[str], where: str) -> Iterator[str]:
         yield f"{where}: there is no verb {argv[0]}"
         return
     verb, argv = commands[argv[0]], list(argv)
-    while isinstance(verb, click.Group) and len(argv) > 1 and argv[1] in verb.commands:
-        verb, argv = verb.commands[argv[1]], [f"{argv[0]} {argv[1]}", *argv[2:]]
+    # Not isinstance: Typer brings a click of its own.
+    while len(argv) > 1 and argv[1] in (below := getattr(verb, "commands", {})):
+        verb, argv = below[argv[1]], [f"{argv[0]} {argv[1]}", *argv[2:]]
     options = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
     for word in argv[1:]:
         if word.startswith("-") and word.split("=")[0] not in options:
