@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -200,9 +200,11 @@ class Router:
 
     async def _entry(self, name: str, digest: str, texts: list[str], key: str) -> Entry:
         given = self._settings
-        # Not with the exemplars of all experts: a prompt that waits must find a place in between.
-        shown = await asyncio.to_thread(variants, texts, frames=given.frames) if given.frames else texts
-        return await self._fitted(name, digest, shown, f"{key}/{given.frames}", given.centres)
+        forms = {text: text for text in texts}
+        if given.frames:
+            forms = await asyncio.to_thread(variants, texts, frames=given.frames)
+        entry = await self._fitted(name, digest, list(forms), f"{key}/{given.frames}", given.centres)
+        return replace(entry, examples=tuple(forms[text] for text in entry.examples))
 
     async def _fitted(self, name: str, digest: str, texts: Sequence[str], key: str, centres: int) -> Entry:
         features = await self._exemplar_features(texts, key)

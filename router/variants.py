@@ -31,15 +31,21 @@ LEAST_WORDS = 2
 """What is left of an exemplar without its instruction must have so many words: a bare number is nobody's domain."""
 
 
-def variants(exemplars: Sequence[str], *, frames: int) -> list[str]:
-    """The exemplars, then what is left of them without their instruction, then the same in `frames` frames each.
+def variants(exemplars: Sequence[str], *, frames: int) -> dict[str, str]:
+    """Each form of the exemplars → the exemplar that it is a form of.
 
-    The result is free of repetitions, and depends on the set of exemplars only, but for its order.
+    The exemplars come first, then what is left of them without their instruction, then the same in `frames` frames
+    each. The result depends on the set of exemplars only, but for its order.
     """
     texts = list(dict.fromkeys(exemplars))
+    found = {text: text for text in texts}
     subjects = without_instruction(texts)
-    framed = (framed_text(subject, turn) for subject in subjects for turn in range(frames))
-    return list(dict.fromkeys((*texts, *subjects, *framed)))
+    for text, subject in zip(texts, subjects, strict=True):
+        found.setdefault(subject, text)
+    for text, subject in zip(texts, subjects, strict=True):
+        for turn in range(frames):
+            found.setdefault(framed_text(subject, turn), text)
+    return found
 
 
 def framed_text(text: str, turn: int) -> str:

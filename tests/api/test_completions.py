@@ -71,7 +71,7 @@ async def test_prompts_times_n(openai: AsyncOpenAI) -> None:
 
 
 async def test_each_prompt_is_routed(house: House) -> None:
-    prompts = [CRON[0], FRENCH[0], "zebra quartz violin umbrella"]
+    prompts = [CRON[0], FRENCH[0], "How high is the tallest mountain in Africa?"]
     response = await house.complete(prompts, model="auto")
     mixes = [mix.split("=")[0] for mix in response.headers["x-switchyard-mix"].split("; ")]
     assert mixes == ["cron", "french", "base"]

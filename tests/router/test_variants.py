@@ -45,13 +45,17 @@ def test_few_that_begin_alike_are_no_template() -> None:
 def test_variants_begin_with_the_exemplars_and_repeat_nothing(exemplars: list[str], frames: int) -> None:
     found = variants(exemplars, frames=frames)
     plain = list(dict.fromkeys(exemplars))
-    assert found[: len(plain)] == plain
-    assert len(set(found)) == len(found) <= len(plain) * (2 + frames)
+    assert list(found)[: len(plain)] == plain
+    assert all(found[text] == text for text in plain)
+    assert set(found.values()) == set(plain)
+    assert len(found) <= len(plain) * (2 + frames)
     assert set(found) == set(variants(exemplars[::-1], frames=frames))
 
 
 def test_frames_keep_the_text() -> None:
-    (plain, *framed) = variants(["a single exemplar"], frames=2)
+    found = variants(["a single exemplar"], frames=2)
+    (plain, *framed) = found
+    assert set(found.values()) == {plain}
     assert plain == "a single exemplar"
     assert len(framed) == 2
     assert all("a single exemplar" in text for text in framed)
