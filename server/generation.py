@@ -66,6 +66,8 @@ class Generation:
         self._check_limits(request)
         routes = await self._routes(request)
         prompts = [await self._encode(prompt) for prompt in request.prompts]
+        if request.sampling.grammar is not None:
+            await self._engine.check_grammar(request.sampling.grammar)
         streams: list[TokenStream] = []
         try:
             for prompt, tokens, route in zip(request.prompts, prompts, routes, strict=True):

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from server.api.wire import Token, Wire, fault
+from server.api.structured import StructuredFields
+from server.api.wire import Token, fault
 from server.engine.types import SamplingParams
 
 MAX_BIASES = 1024
@@ -22,7 +23,7 @@ def _check_bias(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
-class SamplingFields(Wire, ABC):
+class SamplingFields(StructuredFields, ABC):
     """Which tokens are chosen, in both endpoints. A null means the default."""
 
     temperature: float | None = Field(1.0, ge=0.0, le=2.0, description="0 is greedy.")
@@ -57,6 +58,7 @@ class SamplingFields(Wire, ABC):
         return SamplingParams(
             max_tokens=self.most_tokens,
             logprobs=self.told_logprobs,
+            grammar=self.to_grammar(),
             top_k=max(0, self.top_k or 0),
             logit_bias=bias,
             stop_tokens=frozenset(self.stop_token_ids or ()),

@@ -149,7 +149,6 @@ class ChatBody(GenerateBody):
     prediction: Annotated[None, OnlyNeutral()] = None
     prompt_cache_key: Annotated[None, OnlyNeutral()] = None
     reasoning_effort: Annotated[None, OnlyNeutral()] = None
-    response_format: Annotated[None, OnlyNeutral({"type": "text"})] = None
     safety_identifier: Annotated[None, OnlyNeutral()] = None
     service_tier: Annotated[None, OnlyNeutral("auto", "default")] = None
     store: Annotated[None, OnlyNeutral(False)] = None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.grammar import Grammars
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel, choose_device, choose_dtype
 from server.engine.outbox import Outbox
 from server.engine.sequence import Sequence
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats
+from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, Grammar
 from server.engine.worker import Worker
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 
@@ -60,6 +62,8 @@ class TransformersEngine:
         self._tokenizer = ModelTokenizer(folder)
         eos = self._tokenizer.eos_token_id
         self._stop_tokens = self._model.stop_tokens | (frozenset() if eos is None else {eos})
+        self._grammars = Grammars(lambda: self._tokenizer.for_grammars(self._model.vocabulary, self._stop_tokens))
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._outbox = Outbox()
         loader = ExpertLoader(self._model.manifest, device, fetch_expert)
         self._worker = Worker(self._model, loader, self._outbox, settings, cache_dir)
@@ -93,6 +97,12 @@ class TransformersEngine:
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._worker.stop)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        if not self._grammars.has(grammar):
+            # On a thread of their own, one at a time: others must not wait for those that take long.
+            await asyncio.get_running_loop().run_in_executor(self._compiler, self._grammars.matcher, grammar)
 
     def submit(self, request: EngineRequest) -> EngineStream:
         if not self.alive:
@@ -114,8 +124,15 @@ class TransformersEngine:
                 param="max_tokens" if room >= 1 else "messages",
             )
         limit = room if most is None else most
+        grammar = request.sampling.grammar
         stream = EngineStream(
-            request, limit, self._outbox, eos=self._stop_tokens, closed=self._closed, cancel=self._cancel
+            request,
+            limit,
+            self._outbox,
+            eos=self._stop_tokens,
+            grammar=None if grammar is None else self._grammars.matcher(grammar),
+            closed=self._closed,
+            cancel=self._cancel,
         )
         if not self._worker.post(lambda: self._worker.admit(stream.sequence)):
             raise EngineDeadError(_NOT_RUNNING)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from llguidance import LLMatcher
+
 from server.engine.token_counts import TokenCounts
 from server.engine.types import EngineRequest, FinishReason, Likelihood, TokenEvent
 from store.mix import Mix
@@ -34,6 +36,8 @@ class Sequence:
     emit: Callable[[Event], None]
     eos: frozenset[int] = frozenset()
     """Tokens with which the model ends its turn."""
+    grammar: LLMatcher | None = None
+    """Knows which tokens may come next, where the request has a grammar."""
     id: int = field(default_factory=lambda: next(_ids))
     state: SequenceState = SequenceState.LOADING
     tokens: list[int] = field(default_factory=list)
@@ -90,4 +94,8 @@ class Sequence:
             return TokenEvent(None, FinishReason.STOP, likelihood, prompt)
         self.tokens.append(token)
         finish = FinishReason.LENGTH if self.output_length >= self.max_tokens else None
+        if self.grammar is not None:
+            self.grammar.consume_token(token)
+            if self.grammar.is_stopped():  # nothing can follow
+                finish = FinishReason.STOP
         return TokenEvent(token, finish, likelihood, prompt)

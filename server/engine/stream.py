@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from llguidance import LLMatcher
+
 from server.engine.outbox import Outbox
 from server.engine.sequence import Event, Sequence
 from server.engine.types import EngineRequest, TokenEvent
@@ -15,6 +17,7 @@ class EngineStream:
 
     Args:
         eos: tokens with which the model ends its turn.
+        grammar: what the answer must follow, if anything.
         outbox: what carries the events here.
         closed: called once, when the stream has ended in whatever way.
         cancel: called if it is closed before its end.
@@ -27,6 +30,7 @@ class EngineStream:
         outbox: Outbox,
         *,
         eos: frozenset[int],
+        grammar: LLMatcher | None,
         closed: Callable[[], None],
         cancel: Callable[[Sequence], None],
     ) -> None:
@@ -34,7 +38,9 @@ class EngineStream:
         self._closed = closed
         self._cancel = cancel
         self._done = False
-        self.sequence = Sequence(request, max_tokens, emit=lambda event: outbox.put(self._events, event), eos=eos)
+        self.sequence = Sequence(
+            request, max_tokens, emit=lambda event: outbox.put(self._events, event), eos=eos, grammar=grammar
+        )
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self

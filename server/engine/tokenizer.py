@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.engine.spelling import Spelling
 from server.engine.types import Message
@@ -33,6 +35,17 @@ class ModelTokenizer:
     def eos_token_id(self) -> int | None:
         eos: int | None = self._tokenizer.eos_token_id
         return eos
+
+    def for_grammars(self, vocabulary: int, ends: frozenset[int]) -> LLTokenizer:
+        """The same tokenizer as llguidance wants it; takes a second.
+
+        Raises:
+            ValueError: it is of a kind that llguidance does not know.
+        """
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(f"{type(self._tokenizer).__name__} is not one of the tokenizers library")
+        with self._lock:
+            return from_tokenizer(self._tokenizer, n_vocab=vocabulary, eos_token=sorted(ends))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         with self._lock:

@@ -24,6 +24,22 @@ class FinishReason(StrEnum):
     """`max_tokens` or the context was used up."""
 
 
+class GrammarKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    """Of Rust's kind, for the whole answer."""
+    LARK = "lark"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like. `param` is the request field it came from."""
+
+    kind: GrammarKind
+    text: str
+    param: str = field(default="response_format", compare=False)
+
+
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: they choose the same tokens, and dividing by them loses all precision."""
 
@@ -63,6 +79,8 @@ class SamplingParams:
     """Tell the likelihood of each token of the answer, and of so many likeliest in its place; None is not at all."""
     prompt_logprobs: int | None = None
     """The same of each token of the prompt."""
+    grammar: Grammar | None = None
+    """The answer follows it and ends with it; `min_tokens` does not hold it back."""
 
     @property
     def greedy(self) -> bool:
@@ -250,6 +268,14 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Finish nothing more, release the thread and the memory."""
+        ...
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar, so that `submit` finds it ready.
+
+        Raises:
+            InvalidRequestError: it is wrong, unsupported or too large; `param` is the grammar's.
+        """
         ...
 
     def submit(self, request: EngineRequest) -> TokenStream:

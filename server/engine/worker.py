@@ -24,7 +24,7 @@ from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.types import EngineSettings, EngineStats, Mode
-from store.errors import EngineDeadError, ExpertUnavailableError, SwitchyardError
+from store.errors import EngineDeadError, ExpertUnavailableError, InvalidRequestError, SwitchyardError
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +212,9 @@ class Worker:
             if choice is None:
                 name = "the base" if sequence.mix.is_base else "this mix of experts"
                 self.end(sequence, ExpertUnavailableError(f"{name} produced values that are not finite"))
+                continue
+            if sequence.grammar is not None and sequence.grammar.is_error():  # a step's limit was exceeded
+                self.end(sequence, InvalidRequestError("the grammar is too complex to follow"))
                 continue
             self._generated_tokens += 1
             event = sequence.append(choice.token, choice.likelihood)

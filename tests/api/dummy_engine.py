@@ -10,7 +10,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.types import BaseInfo, EngineRequest, EngineStats, FinishReason, Likelihood, Message, TokenEvent
+from server.engine.types import (
+    BaseInfo,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    Grammar,
+    Likelihood,
+    Message,
+    TokenEvent,
+)
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.manifest import BaseManifest
 
@@ -141,6 +150,10 @@ class DummyEngine:
 
     async def stop(self) -> None:
         self.alive = False
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        if "nonsense" in grammar.text:
+            raise InvalidRequestError("the grammar cannot be used", param=grammar.param)
 
     def submit(self, request: EngineRequest) -> DummyStream:
         if not self.alive:

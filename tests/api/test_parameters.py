@@ -25,7 +25,6 @@ CHAT: list[tuple[str, Any, Any]] = [
     ("prediction", {"type": "content"}, None),
     ("prompt_cache_key", "k", None),
     ("reasoning_effort", "low", None),
-    ("response_format", {"type": "json_object"}, {"type": "text"}),
     ("safety_identifier", "s", None),
     ("service_tier", "flex", "auto"),
     ("store", True, False),
