@@ -59,7 +59,8 @@ def loss_and_gradient(
     """
     u, v = points @ matrix.T, centres @ matrix.T
     squares = (u**2).sum(axis=1)[:, None] - 2 * u @ v.T + (v**2).sum(axis=1)[None]
-    distances = np.sqrt(np.maximum(squares, 0)) + EPSILON
+    lengths = np.sqrt(np.maximum(squares, 0))
+    distances = lengths + EPSILON
     own = owners[None] == labels[:, None]
     rows = np.arange(len(points))
     chosen = np.zeros_like(own)
@@ -71,8 +72,8 @@ def loss_and_gradient(
     total = inverse.sum(axis=1, keepdims=True)
     mine = (inverse * own).sum(axis=1, keepdims=True)
     loss = float(-np.log(mine / total).mean())
-    # ∂loss/∂d = (own/mine − 1/total) / d², and ∂d/∂L = L(x − z)(x − z)ᵀ / d: summed over all pairs by four products.
-    weights = (own / mine - 1 / total) * inverse**2 / distances / len(points)
+    # ∂loss/∂d = (own/mine − 1/total) / (d + ε)², ∂d/∂L = L(x − z)(x − z)ᵀ / d: summed over all pairs by four products.
+    weights = (own / mine - 1 / total) * inverse**2 / np.maximum(lengths, EPSILON) / len(points)
     gradient = (
         (u * weights.sum(axis=1)[:, None]).T @ points
         - u.T @ (weights @ centres)

@@ -189,7 +189,7 @@ def test_a_corrupt_upload_is_refused_and_changes_nothing(world: World, start: St
         (["--base", "/nowhere/at-all"], "at-all"),
         (["--base", "x.gguf"], "x.gguf"),
         (["--base", "BASE", "--host", "0.0.0.0"], "API keys"),
-        (["--base", "BASE", "--kv-bytes", "1"], "kv_bytes"),
+        (["--base", "BASE", "--feature-layer", "1", "--kv-bytes", "1"], "kv_bytes"),
         (["--base", "BASE", "--kv-bytes", "lots"], "--kv-bytes"),
         (["--base", "BASE", "--dtype", "int3"], "int3"),
         (["--base", "BASE", "--device", "abacus"], "abacus"),
