@@ -16,7 +16,8 @@ from server.prompts import Prompt
 from server.text import IncrementalDecoder, StopMatcher
 from store.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from store.mix import BASE_MIX, WEIGHT_DECIMALS, Mix
-from store.registry import ExpertRecord, Registry
+from store.record import ExpertRecord
+from store.registry import Registry
 
 AUTO = "auto"
 """The model name that asks for routing."""

@@ -16,7 +16,8 @@ from router.router import Router
 from server.engine.types import Engine
 from store.errors import EngineDeadError, StorageFullError, StoreError, SwitchyardError
 from store.expert_file import ExpertHeader, read_header
-from store.registry import ExpertRecord, Registry
+from store.record import ExpertRecord
+from store.registry import Registry
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from server.engine.types import EngineStats
 from store.errors import StoreError
-from store.registry import ExpertRecord
+from store.record import ExpertRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -32,7 +32,8 @@ from server.settings import Settings
 from store.backends.opening import open_store
 from store.errors import SwitchyardError
 from store.fingerprint import manifest_of
-from store.registry import ExpertRecord, Registry
+from store.record import ExpertRecord
+from store.registry import Registry
 
 _UNRELATED_PROMPT = "What is the tallest mountain in Africa?"
 

@@ -1,23 +1,17 @@
-"""Names → experts: the one way to find an expert."""
+"""How experts come, change and go: every change of a store's catalogue."""
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import difflib
 import hashlib
 import json
-import logging
-import shutil
-import tempfile
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from store.backends import ABSENT, BlobStore
+from store.backends import ABSENT, BlobStore, Expect
+from store.catalogue import Catalogue
 from store.errors import (
     ConflictError,
     ExpertFileError,
@@ -25,70 +19,18 @@ from store.errors import (
     InvalidRequestError,
     NotFoundError,
     StoreError,
+    StoreUnavailableError,
 )
 from store.exemplars import parse_exemplars
 from store.expert_file import digest_of, read_header, validate
-from store.expert_header import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN, ExpertHeader
+from store.expert_header import NAME_PATTERN, ExpertHeader
 from store.manifest import BaseManifest
-from store.strict_json import FieldError, Fields, parse_json
-
-__all__ = ["ExpertRecord", "Registry", "parse_exemplars", "parse_record"]
-
-_log = logging.getLogger(__name__)
-
-KEPT_VERSIONS = 8
-"""Earlier versions that a name can go back to; what runs on one of them can finish."""
+from store.record import KEPT_VERSIONS, ExpertRecord, parse_record, record_to_json
+from store.restoring import restore_lost
 
 
-@dataclass(frozen=True)
-class ExpertRecord:
-    """A published expert.
-
-    Attributes:
-        name: what requests call it.
-        digest: hex sha256 of its file; what caches and mixes call it.
-        bytes: size of its file.
-        created: when it was published, seconds since 1970.
-        base_fingerprint: the base it was made for.
-        codec, density, bits_per_param, description: from its header.
-        exemplar_count: how many exemplars routing may learn from.
-        exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
-        earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
-    """
-
-    name: str
-    digest: str
-    bytes: int
-    created: int
-    base_fingerprint: str
-    codec: str
-    density: float
-    bits_per_param: float
-    description: str
-    exemplar_count: int
-    exemplars_digest: str | None
-    earlier: tuple[ExpertRecord, ...] = ()
-
-    @property
-    def blobs(self) -> set[str]:
-        """Digests of all blobs that belong to this record, those of its earlier versions included."""
-        own = {self.digest} | ({self.exemplars_digest} if self.exemplars_digest else set())
-        return own.union(*(version.blobs for version in self.earlier))
-
-    @property
-    def versions(self) -> tuple[ExpertRecord, ...]:
-        """This version and the earlier ones, each by itself."""
-        return (dataclasses.replace(self, earlier=()), *self.earlier)
-
-
-class Registry:
-    """The experts of one base in a store. Thread-safe; sees what other processes publish and remove.
-
-    All records are held in memory and read again when the store's edition has changed, so that looking up an expert
-    costs microseconds, whatever their number.
-
-    Experts that the store holds for other bases keep their names but are not listed or served. A damaged record is
-    logged and counts as absent: it must not hide the others, and can be published over.
+class Registry(Catalogue):
+    """The experts of one base in a store, and all that changes them. Thread-safe, over all processes.
 
     Args:
         store: where the bytes are.
@@ -100,14 +42,8 @@ class Registry:
     """
 
     def __init__(self, store: BlobStore, base: BaseManifest, reserved: frozenset[str]) -> None:
-        self._store = store
-        self._base = base
+        super().__init__(store, base)
         self._reserved = reserved
-        self._reading = threading.Lock()
-        self._edition: int | None = None
-        self._records: Mapping[str, bytes] = {}
-        self._catalogue: Mapping[str, ExpertRecord] = {}
-        self._served: tuple[ExpertRecord, ...] = ()
         self._collect_garbage()
 
     def publish(
@@ -170,59 +106,11 @@ class Registry:
                 raise
             if existing is not None:  # its blobs are written all the same: that heals damaged ones
                 return existing, False
-            expected = ABSENT if present is None else present
             # Where this fails the record may have arrived, or arrive yet: its blobs are left to the next collection.
-            if not self._store.put_record(chosen, _to_json(record), expected=expected):
-                raise StoreError("the store let another writer in")
+            self._put(record, ABSENT if present is None else present)
             if record.earlier:  # one of them may be one too many now
                 self._drop(before - record.blobs)
         return record, True
-
-    def get(self, name: str) -> ExpertRecord:
-        """The expert of that name.
-
-        Raises:
-            NotFoundError: there is none; the message lists close matches.
-            ExpertUnavailableError: it was made for another base.
-        """
-        record = self._all().get(name)
-        if record is None:
-            close = difflib.get_close_matches(name[:64], [known.name for known in self._served], n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise NotFoundError(f"there is no model or expert named {name[:64]!r}{hint}", param="model")
-        if record.base_fingerprint != self._base.fingerprint:
-            raise ExpertUnavailableError(f"the expert {name} was made for another base than the one served")
-        return record
-
-    def list(self) -> list[ExpertRecord]:
-        """All experts of this base, by name."""
-        self._all()
-        return list(self._served)
-
-    def page(self, *, after: str = "", limit: int, matching: str = "") -> tuple[Sequence[ExpertRecord], bool]:
-        """Some experts of this base, by name, and whether there are more behind them.
-
-        Args:
-            after: only names behind this one, which need not exist.
-            limit: how many at most.
-            matching: only those with these letters, of either case, in name or description.
-        """
-        self._all()
-        served, wanted = self._served, matching.casefold()
-        start = bisect.bisect_right(served, after, key=lambda record: record.name)
-        found: list[ExpertRecord] = []
-        for record in served[start:]:
-            if wanted and wanted not in record.name and wanted not in record.description.casefold():
-                continue
-            if len(found) == limit:
-                return found, True
-            found.append(record)
-        return found, False
-
-    @property
-    def edition(self) -> int:
-        """Another number once experts have come or gone. Takes microseconds."""
-        return self._store.edition()
 
     def remove(self, name: str) -> ExpertRecord:
         """Unpublish an expert; its bytes go when no other name refers to them. Returns what it was.
@@ -231,7 +119,7 @@ class Registry:
             NotFoundError: there is none.
         """
         with self._store.exclusive():
-            record = self._all().get(name)
+            record = self._all().get(name) if name in self._store.lost() else self._held(name)[0]
             if record is None:
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
             # The record first: a blob without a record is garbage, a record without its blob is a broken promise.
@@ -249,17 +137,16 @@ class Registry:
             NotFoundError: there is no such expert, or it has no such version.
         """
         with self._store.exclusive():
-            record = self._all().get(name)
-            if record is None:
-                raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+            record, present = self._held(name)
             wanted = next((one for one in record.earlier if digest in (None, one.digest)), None)
             if wanted is None:
                 which = "earlier version" if digest is None else f"earlier version {digest[:12]}"
                 raise NotFoundError(f"the expert {name} has no {which}", param="digest", code="version_not_found")
             self.expert_path(wanted.digest)  # raises where its bytes are gone or damaged
             rest = tuple(one for one in record.versions if one != wanted)
-            self._put(dataclasses.replace(wanted, earlier=rest), record)
-        return dataclasses.replace(wanted, earlier=rest)
+            changed = dataclasses.replace(wanted, earlier=rest)
+            self._put(changed, present)
+        return changed
 
     def undo(self, record: ExpertRecord) -> None:
         """Take back a publication that nobody has been told of: its name points to what it pointed to before.
@@ -267,11 +154,12 @@ class Registry:
         Nothing happens if somebody else has changed the name since.
         """
         with self._store.exclusive():
-            if self._all().get(record.name) != record:
+            present = self._store.get_record(record.name)
+            if present is None or parse_record(record.name, present) != record:
                 return
             if record.earlier:
                 former = record.earlier[0]
-                self._put(dataclasses.replace(former, earlier=record.earlier[1:]), record)
+                self._put(dataclasses.replace(former, earlier=record.earlier[1:]), present)
             else:
                 self._store.delete_record(record.name)
             self._drop(record.blobs)
@@ -298,38 +186,24 @@ class Registry:
         return self._store.fetch(digest)
 
     def restore_lost(self) -> None:
-        """Put back what the store's medium has lost, where its bytes are still on this machine; give up the rest.
+        """See `store.restoring`."""
+        restore_lost(self._store)
 
-        Raises:
-            StoreError: the store failed; what is left is tried again by the next call.
-        """
-        for name, data in self._store.lost().items():
-            record = parse_record(name, data)
-            with self._store.exclusive():
-                try:
-                    for digest in record.blobs if record is not None else ():
-                        self._put_again(digest)
-                except ExpertUnavailableError:
-                    _log.error("the expert %s is lost: its bytes are nowhere; upload it again", name)
-                    self._store.delete_record(name)
-                    continue
-                if self._store.put_record(name, data, expected=ABSENT):
-                    _log.warning("the expert %s was lost by the store and has been put back", name)
+    def _held(self, name: str) -> tuple[ExpertRecord, bytes]:
+        """The record of that name as the store has it now, as a value and as bytes."""
+        data = self._store.get_record(name) if NAME_PATTERN.fullmatch(name) else None
+        record = parse_record(name, data)
+        if record is None or data is None:
+            if name in self._store.lost():
+                raise StoreUnavailableError(
+                    f"the store has lost the expert {name}, which may come back; try again soon"
+                )
+            raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+        return record, data
 
-    def _put(self, record: ExpertRecord, expected: ExpertRecord) -> None:
-        if not self._store.put_record(record.name, _to_json(record), expected=_to_json(expected)):
+    def _put(self, record: ExpertRecord, expected: bytes | Expect) -> None:
+        if not self._store.put_record(record.name, record_to_json(record), expected=expected):
             raise StoreError("the store let another writer in")
-
-    def _put_again(self, digest: str) -> None:
-        with tempfile.NamedTemporaryFile(dir=self._store.quarantine(), delete=False) as copy:
-            path = Path(copy.name)
-        try:
-            shutil.copyfile(self._store.fetch(digest), path)
-            self._store.put_blob(path, digest)
-        except OSError as error:
-            raise StoreError(f"cannot copy the file: {error.strerror}") from error
-        finally:
-            path.unlink(missing_ok=True)
 
     def _checked_name(self, name: str) -> str:
         if not NAME_PATTERN.fullmatch(name):
@@ -342,24 +216,6 @@ class Registry:
             raise InvalidRequestError(f"the name {name} is reserved; choose another", param="name")
         return name
 
-    def _all(self) -> Mapping[str, ExpertRecord]:
-        """Every sound record by name, of whatever base."""
-        edition = self._store.edition()
-        if edition == self._edition:
-            return self._catalogue
-        with self._reading:
-            records, known = self._store.records(), self._records
-            catalogue = {}
-            for name, data in records.items():
-                same = known.get(name) == data
-                record = self._catalogue.get(name) if same else parse_record(name, data)
-                if record is not None:
-                    catalogue[name] = record
-            served = [r for r in catalogue.values() if r.base_fingerprint == self._base.fingerprint]
-            self._records, self._catalogue, self._served = records, catalogue, tuple(served)
-            self._edition = edition  # last: whoever sees it sees the rest; what changed since is read next time
-        return catalogue
-
     def _collect_garbage(self) -> None:
         """Delete blobs that a process killed between a blob and its record left behind."""
         with self._store.exclusive():
@@ -371,15 +227,6 @@ class Registry:
         used: set[str] = set().union(*(record.blobs for record in self._all().values()))
         for digest in digests - used:
             self._store.delete_blob(digest)
-
-
-def parse_record(name: str, data: bytes | None) -> ExpertRecord | None:
-    """A record as a value; None, and a line in the log, if it is damaged, None too if there is none."""
-    try:
-        return None if data is None else _from_json(name, data)
-    except FieldError as error:
-        _log.warning("the record of %s is damaged and ignored: %s %s", name, error.field, error.message)
-        return None
 
 
 def _check_same(existing: ExpertRecord, record: ExpertRecord, header: ExpertHeader, *, exemplars_given: bool) -> None:
@@ -414,38 +261,3 @@ def _write(path: Path, data: bytes) -> None:
         path.write_bytes(data)
     except OSError as error:
         raise StoreError(f"cannot store the exemplars: {error.strerror}") from None
-
-
-def _to_json(record: ExpertRecord) -> bytes:
-    fields = asdict(record)
-    for version in fields["earlier"]:
-        del version["earlier"]
-    return json.dumps(fields, indent=1, sort_keys=True).encode("ascii") + b"\n"
-
-
-def _from_json(name: str, data: bytes) -> ExpertRecord:
-    fields = Fields(parse_json(data, "record"), "record")
-    earlier = fields.items("earlier", max_items=KEPT_VERSIONS) if fields.has("earlier") else []
-    versions = (_version(name, Fields(item, "earlier", prefix="earlier.")) for item in earlier)
-    return dataclasses.replace(_version(name, fields), earlier=tuple(versions))
-
-
-def _version(name: str, fields: Fields) -> ExpertRecord:
-    digest = DIGEST_PATTERN
-    if fields.text("name", max_bytes=64) != name:
-        fields.fail("name", "is not the record's own")
-    return ExpertRecord(
-        name=name,
-        digest=fields.text("digest", max_bytes=64, pattern=digest),
-        bytes=fields.integer("bytes", low=0, high=2**53),
-        created=fields.integer("created", low=0, high=2**53),
-        base_fingerprint=fields.text("base_fingerprint", max_bytes=64, pattern=digest),
-        codec=fields.text("codec", max_bytes=32),
-        density=fields.number("density", low=0.0, high=1.0),
-        bits_per_param=fields.number("bits_per_param", low=0.0, high=1024.0),
-        description=fields.text("description", max_bytes=MAX_DESCRIPTION_BYTES),
-        exemplar_count=fields.integer("exemplar_count", low=0, high=2**31),
-        exemplars_digest=fields.text("exemplars_digest", max_bytes=64, pattern=digest)
-        if fields.has("exemplars_digest")
-        else None,
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from store.backends import ABSENT, BlobStore, Health
 from store.errors import ConflictError, ExpertUnavailableError, StoreError
-from store.registry import ExpertRecord, parse_record
+from store.record import ExpertRecord, parse_record
 
 
 class Verdict(Enum):

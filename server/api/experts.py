@@ -19,7 +19,7 @@ from server.api.wire import Wire
 from store.errors import InvalidRequestError
 from store.exemplars import MAX_BYTES, parse_exemplars
 from store.expert_header import ExpertHeader, SparseEntry
-from store.registry import ExpertRecord
+from store.record import ExpertRecord
 
 router = APIRouter(prefix="/v1/experts")
 

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from server.api.services import AnyServices, Services
 from server.generation import AUTO
-from store.registry import ExpertRecord
+from store.record import ExpertRecord
 
 router = APIRouter(prefix="/v1/models")
 

@@ -22,7 +22,8 @@ from store.backends.disk import DiskStore
 from store.expert_file import write_expert
 from store.expert_header import ExpertInfo
 from store.packed import PackedDense
-from store.registry import ExpertRecord, Registry
+from store.record import ExpertRecord
+from store.registry import Registry
 from tests.api.dummy_engine import MANIFEST, DummyEngine
 
 BASE = "dummy-base"

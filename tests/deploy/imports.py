@@ -36,10 +36,17 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.mix",
     ),
     "server.settings": ("server.engine.types", "router"),
-    "server.metrics": ("server.engine.types", "store.errors", "store.registry"),
+    "server.metrics": ("server.engine.types", "store.errors", "store.record"),
     "server.prompts": ("server.engine.types", "store.errors"),
     "server.text": (),
-    "server.library": ("server.engine.types", "router.router", "store.errors", "store.expert_file", "store.registry"),
+    "server.library": (
+        "server.engine.types",
+        "router.router",
+        "store.errors",
+        "store.expert_file",
+        "store.record",
+        "store.registry",
+    ),
     "server.choices": ("server.engine.types", "server.metrics", "server.text", "store.mix"),
     "server.generation": (
         "server.choices",
@@ -50,6 +57,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "router.router",
         "store.errors",
         "store.mix",
+        "store.record",
         "store.registry",
     ),
     "server.api": (
@@ -65,7 +73,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.errors",
         "store.exemplars",
         "store.expert_header",
-        "store.registry",
+        "store.record",
     ),
     "server.app": (
         "server.api",

@@ -26,7 +26,8 @@ from store.errors import (
     WrongBaseError,
 )
 from store.expert_file import digest_of
-from store.registry import KEPT_VERSIONS, Registry
+from store.record import KEPT_VERSIONS
+from store.registry import Registry
 from tests.store.builders import base_manifest, write_sample
 from tests.store.redis_server import RedisServer
 
