@@ -125,7 +125,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 def routes() -> list[tuple[str, str, str]]:
     """Every route of the HTTP API: method, path, meaning."""
     settings = Settings.model_validate({"base": "base", "host": "127.0.0.1"})
-    app = create_app(settings, engine=Mock(), registry=Mock(), router=Mock(), quarantine=Path())
+    app = create_app(settings, engine=Mock(), registry=Mock(), router=Mock(), quarantine=Path(), check=Mock())
     paths: dict[str, dict[str, dict[str, str]]] = app.openapi()["paths"]
     return [
         (method.upper(), path, _first_paragraph(route["description"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from server.generation import Generation
 from server.library import Library
 from server.metrics import Metrics
 from server.settings import Settings
+from store.expert_header import ExpertHeader
 from store.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,15 @@ _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(settings: Settings, *, engine: Engine, registry: Registry, router: Router, quarantine: Path) -> FastAPI:
+def create_app(
+    settings: Settings,
+    *,
+    engine: Engine,
+    registry: Registry,
+    router: Router,
+    quarantine: Path,
+    check: Callable[[Path], ExpertHeader],
+) -> FastAPI:
     """The HTTP application over a loaded engine.
 
     Its lifespan starts the engine, then teaches the router the experts of the registry; `/ready` tells when that is
@@ -41,13 +50,14 @@ def create_app(settings: Settings, *, engine: Engine, registry: Registry, router
 
     Args:
         quarantine: the store's folder for bytes that are not trusted yet.
+        check: checks an uploaded expert file, where it can do no harm; see `Library`.
     """
     metrics = Metrics(engine.stats, registry.list)
     limits = {"max_n": settings.max_n, "max_sequences": settings.max_sequences}
     services = Services(
         engine=engine,
         router=router,
-        library=Library(registry, router, engine, quarantine),
+        library=Library(registry, router, engine, quarantine, check, max_upload_bytes=settings.max_upload_bytes),
         generation=Generation(engine, registry, router, metrics, **limits),
         metrics=metrics,
         started=int(time.time()),

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import shutil
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 from router.router import Router
 from server.engine.types import Engine
-from store.errors import EngineDeadError, StorageFullError, StoreError, SwitchyardError
+from store.errors import EngineDeadError, SwitchyardError
 from store.expert_file import ExpertHeader, read_header
+from store.intake import Received
 from store.record import ExpertRecord
 from store.registry import Registry
 
@@ -24,6 +22,8 @@ log = logging.getLogger(__name__)
 _FOLLOW_SECONDS = 0.2
 """How often the registry is asked whether anything has changed; asking costs microseconds."""
 _RETRY_SECONDS = 5.0
+_CHECKED_AT_ONCE = 2
+"""A check takes a core and some memory; the rest of the uploads wait."""
 
 
 class Library:
@@ -31,13 +31,28 @@ class Library:
 
     Args:
         quarantine: where bytes wait until they are known to be sound.
+        check: tells a sound expert file's header, or raises what is wrong with it; may block.
+        max_upload_bytes: size of the largest expert file.
     """
 
-    def __init__(self, registry: Registry, router: Router, engine: Engine, quarantine: Path) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        router: Router,
+        engine: Engine,
+        quarantine: Path,
+        check: Callable[[Path], ExpertHeader],
+        *,
+        max_upload_bytes: int,
+    ) -> None:
         self._registry = registry
         self._router = router
         self._engine = engine
-        self._quarantine = quarantine
+        self.quarantine = quarantine
+        self.max_upload_bytes = max_upload_bytes
+        self._check = check
+        # Threads of their own: checks of hostile files may take long, and everything else needs threads too.
+        self._checking = ThreadPoolExecutor(_CHECKED_AT_ONCE, thread_name_prefix="check")
         # A publication and a removal of one name, interleaved, would leave registry and router of two minds.
         self._changing = asyncio.Lock()
         self._aligned: int | None = None
@@ -77,9 +92,9 @@ class Library:
                 log.warning("the registry cannot be followed just now: %s", error.message)
 
     async def publish(
-        self, file: IO[bytes], *, name: str | None, exemplars: Sequence[str] | None, replace: bool = False
+        self, file: Received, *, name: str | None, exemplars: Sequence[str] | None, replace: bool = False
     ) -> tuple[ExpertRecord, bool]:
-        """Copy an expert file into quarantine, validate it and publish it: live when this returns.
+        """Check a file of the quarantine and publish it: live when this returns. The caller discards the file.
 
         Args:
             replace: what the name points to now becomes an earlier version; answers in progress finish on it.
@@ -91,22 +106,25 @@ class Library:
             InvalidRequestError, ConflictError, StoreError: as `Registry.publish`.
             SwitchyardError: the router could not learn its exemplars; it is not published.
         """
-        path = await asyncio.to_thread(_copy, file, self._quarantine)
-        try:
-            async with self._changing:
-                record, created = await asyncio.to_thread(
-                    self._registry.publish, path, name=name, exemplars=exemplars, replace=replace
-                )
-                try:
-                    await self._teach(record)
-                    self._known[record.name] = record
-                except BaseException:
-                    if created:
-                        await asyncio.to_thread(self._registry.undo, record)
-                    raise
-                return record, created
-        finally:
-            path.unlink(missing_ok=True)
+        header = await asyncio.get_running_loop().run_in_executor(self._checking, self._check, file.path)
+        async with self._changing:
+            record, created = await asyncio.to_thread(
+                self._registry.publish,
+                file.path,
+                name=name,
+                exemplars=exemplars,
+                replace=replace,
+                header=header,
+                digest=file.digest,
+            )
+            try:
+                await self._teach(record)
+                self._known[record.name] = record
+            except BaseException:
+                if created:
+                    await asyncio.to_thread(self._registry.undo, record)
+                raise
+            return record, created
 
     async def roll_back(self, name: str, digest: str | None) -> ExpertRecord:
         """Let a name point to an earlier version again; answers in progress finish.
@@ -181,18 +199,3 @@ class Library:
             await self._router.add_expert(record.name, record.digest, exemplars, key)
         else:
             self._router.remove_expert(record.name)
-
-
-def _copy(file: IO[bytes], folder: Path) -> Path:
-    """Copy a file into a folder under a name of its own; nothing is left behind if that fails."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-", delete=False) as copy:
-            try:
-                shutil.copyfileobj(file, copy, 1 << 20)
-            except BaseException:
-                Path(copy.name).unlink(missing_ok=True)
-                raise
-        return Path(copy.name)
-    except OSError as error:
-        kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
-        raise kind(f"cannot receive the file: {error.strerror}") from error

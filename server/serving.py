@@ -34,6 +34,7 @@ from store.errors import SwitchyardError
 from store.fingerprint import manifest_of
 from store.record import ExpertRecord
 from store.registry import Registry
+from store.validation import Validator
 
 _UNRELATED_PROMPT = "What is the tallest mountain in Africa?"
 
@@ -60,7 +61,9 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
         cache=settings.cache_dir / "store",
         cache_bytes=settings.store_cache_bytes,
     )
+    validator = Validator(manifest)
     try:
+        validator.start()
         registry = Registry(store, manifest, reserved=frozenset({AUTO, settings.served_base_name}))
         if preload is not None:
             with out.status(f"publishing the expert files of {escape(str(preload))}"):
@@ -80,7 +83,14 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
         given = settings.router()
         state = StateFile(settings.data_dir / "router" / "metric", f"{fingerprint} {layer} {variant} {given.metric}")
         router = Router(engine.features, features, given, state)
-        app = create_app(settings, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
+        app = create_app(
+            settings,
+            engine=engine,
+            registry=registry,
+            router=router,
+            quarantine=store.quarantine(),
+            check=validator.check,
+        )
         out.print(
             f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "
             f"{base.manifest.fingerprint[:12]}, context {base.context_length} tokens"
@@ -91,6 +101,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
             signal.signal(number, lambda *_: None)
         server.run()
     finally:
+        validator.close()
         store.close()
 
 

@@ -52,6 +52,7 @@ __all__ = [
     "read_deltas",
     "read_header",
     "validate",
+    "validate_open",
     "write_expert",
 ]
 
@@ -130,9 +131,14 @@ def validate(path: Path, base: BaseManifest) -> ExpertHeader:
         ExpertFileError: the file is corrupt, hostile or unsupported; `param` is the tensor or the field.
     """
     with _open(path) as file:
-        header, table = _read_for(file, base)
-        for _ in _decode(file, header, table):
-            pass
+        return validate_open(file, base)
+
+
+def validate_open(file: BinaryIO, base: BaseManifest) -> ExpertHeader:
+    """`validate` of a file that is open already."""
+    header, table = _read_for(file, base)
+    for _ in _decode(file, header, table):
+        pass
     return header
 
 

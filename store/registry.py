@@ -47,7 +47,14 @@ class Registry(Catalogue):
         self._collect_garbage()
 
     def publish(
-        self, path: Path, *, name: str | None = None, exemplars: Sequence[str] | None = None, replace: bool = False
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        exemplars: Sequence[str] | None = None,
+        replace: bool = False,
+        header: ExpertHeader | None = None,
+        digest: str | None = None,
     ) -> tuple[ExpertRecord, bool]:
         """Validate a quarantined file and publish it; live at once, durable on return.
 
@@ -56,6 +63,7 @@ class Registry(Catalogue):
             name: what to call it; None takes the name in its header, or "expert-" and 12 digits of its digest.
             exemplars: prompts that win over those in its header; None leaves them as they are.
             replace: let the name point to this file, whatever it points to; that becomes its latest earlier version.
+            header, digest: of a file that was validated and hashed since it came; None for doing so now.
 
         Returns:
             The record, and whether anything is new. Publishing what is already there is no error.
@@ -66,9 +74,9 @@ class Registry(Catalogue):
             ConflictError: the name belongs to another expert, or to this one with other exemplars.
             StoreError: the store failed; nothing half published is left, but an unacknowledged record may be.
         """
-        header = validate(path, self._base)
+        header = validate(path, self._base) if header is None else header
         exemplars = None if exemplars is None else list(dict.fromkeys(exemplars))
-        digest = digest_of(path)
+        digest = digest_of(path) if digest is None else digest
         chosen = self._checked_name(name or header.name or f"expert-{digest[:12]}")
         own = None if exemplars is None or tuple(exemplars) == header.exemplars else _exemplar_bytes(exemplars)
         record = ExpertRecord(

@@ -6,19 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import Field
-from starlette.datastructures import FormData, UploadFile
 from typing_extensions import TypedDict
 
+from server.api.forms import PartKind, PartRule, read_form
 from server.api.services import AnyServices, ReadyServices, Services
 from server.api.wire import Wire
 from store.errors import InvalidRequestError
 from store.exemplars import MAX_BYTES, parse_exemplars
 from store.expert_header import ExpertHeader, SparseEntry
+from store.intake import Received
 from store.record import ExpertRecord
 
 router = APIRouter(prefix="/v1/experts")
@@ -119,7 +120,7 @@ class Deleted(TypedDict):
 )
 async def upload_expert(request: Request, services: ReadyServices) -> JSONResponse:
     """Publish an expert file. It is live when the answer comes; the same file again changes nothing."""
-    async with _read_upload(request) as upload:
+    async with _read_upload(request, services) as upload:
         record, created = await services.library.publish(upload.file, name=upload.name, exemplars=upload.exemplars)
     return JSONResponse(_expert(record, services), 201 if created else 200)
 
@@ -156,7 +157,7 @@ async def get_expert(name: str, services: AnyServices) -> ExpertDetails:
 )
 async def replace_expert(name: str, request: Request, services: ReadyServices) -> JSONResponse:
     """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
-    async with _read_upload(request) as upload:
+    async with _read_upload(request, services) as upload:
         if upload.name is not None:
             raise InvalidRequestError("the name is in the path", param="name", code="unknown_parameter")
         record, changed = await services.library.publish(
@@ -187,38 +188,29 @@ async def delete_expert(name: str, services: ReadyServices) -> Deleted:
 
 @dataclass(frozen=True)
 class _Upload:
-    file: IO[bytes]
+    file: Received
     name: str | None
     exemplars: list[str] | None
 
 
 @asynccontextmanager
-async def _read_upload(request: Request) -> AsyncIterator[_Upload]:
-    """The parts of an upload; what the parser spooled to disk is gone afterwards."""
-    async with request.form(max_files=2, max_fields=2, max_part_size=MAX_BYTES) as form:
-        for key in form:
-            if key not in _PARTS:
-                raise InvalidRequestError(f"unknown part {key[:64]!r}", param=key[:64], code="unknown_parameter")
-            if len(form.getlist(key)) > 1:
-                raise InvalidRequestError(f"the part {key} is there twice", param=key)
-        file, name = form.get("file"), form.get("name")
-        if not isinstance(file, UploadFile):
+async def _read_upload(request: Request, services: Services) -> AsyncIterator[_Upload]:
+    """The parts of an upload; the file is gone afterwards, unless it was published."""
+    rules = {
+        "file": PartRule(PartKind.FILE, services.library.max_upload_bytes),
+        "exemplars": PartRule(PartKind.SMALL, MAX_BYTES),
+        "name": PartRule(PartKind.TEXT, 1024),
+    }
+    async with read_form(request, rules, services.library.quarantine) as form:
+        if "file" not in form.files:
             raise InvalidRequestError(
                 "send the expert file as the part `file` of a multipart/form-data body, with a filename",
                 param="file",
                 code="missing_required_parameter",
             )
-        if isinstance(name, UploadFile):
-            raise InvalidRequestError("the part name must be text", param="name")
-        yield _Upload(file.file, name or None, await _exemplars(form))
-
-
-async def _exemplars(form: FormData) -> list[str] | None:
-    part = form.get("exemplars")
-    if part is None:
-        return None
-    data = await part.read(MAX_BYTES + 1) if isinstance(part, UploadFile) else part.encode()
-    return await asyncio.to_thread(parse_exemplars, data)
+        given = form.values.get("exemplars")
+        exemplars = None if given is None else await asyncio.to_thread(parse_exemplars, given)
+        yield _Upload(form.files["file"], form.text("name"), exemplars)
 
 
 def _expert(record: ExpertRecord, services: Services) -> Expert:

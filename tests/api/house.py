@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from router.router import Router
 from server.app import create_app
 from server.settings import Settings
 from store.backends.disk import DiskStore
-from store.expert_file import write_expert
-from store.expert_header import ExpertInfo
+from store.expert_file import validate, write_expert
+from store.expert_header import ExpertHeader, ExpertInfo
 from store.packed import PackedDense
 from store.record import ExpertRecord
 from store.registry import Registry
@@ -84,7 +84,12 @@ class House:
 
 @asynccontextmanager
 async def open_house(
-    folder: Path, *, engine: DummyEngine | None = None, wait: bool = True, **settings: Any
+    folder: Path,
+    *,
+    engine: DummyEngine | None = None,
+    check: Callable[[Path], ExpertHeader] | None = None,
+    wait: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[House]:
     """Start a server whose data is in `folder`."""
     engine = engine or DummyEngine()
@@ -92,7 +97,14 @@ async def open_house(
     store = DiskStore(given.data_dir)
     registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}))
     router = Router(engine.features, FeatureCache(folder / "cache", MANIFEST.fingerprint, 0), given.router())
-    app = create_app(given, engine=engine, registry=registry, router=router, quarantine=store.quarantine())
+    app = create_app(
+        given,
+        engine=engine,
+        registry=registry,
+        router=router,
+        quarantine=store.quarantine(),
+        check=check or (lambda path: validate(path, MANIFEST)),
+    )
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

@@ -44,6 +44,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "router.router",
         "store.errors",
         "store.expert_file",
+        "store.intake",
         "store.record",
         "store.registry",
     ),
@@ -73,6 +74,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.errors",
         "store.exemplars",
         "store.expert_header",
+        "store.intake",
         "store.record",
     ),
     "server.app": (
@@ -83,6 +85,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.metrics",
         "server.settings",
         "router.router",
+        "store.expert_header",
         "store.registry",
     ),
     # Puts everything together.
