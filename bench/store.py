@@ -27,7 +27,7 @@ from server.app import create_app
 from server.settings import Settings
 from store.backends.disk import DiskStore
 from store.expert_file import write_expert
-from store.expert_header import ExpertInfo
+from store.expert_info import ExpertInfo
 from store.manifest import BaseManifest
 from store.packed import PackedDense
 from store.registry import Registry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,13 @@ class Client:
                 response = self._send("POST", "/v1/experts", files=files, data={"name": name} if name else {})
         return response.json(), response.status_code == httpx.codes.CREATED
 
-    def experts(self) -> list[Json]:
-        """All experts, by name."""
+    def experts(self, *, query: str = "", tags: Sequence[str] = ()) -> list[Json]:
+        """Experts, by name: all, or those with all these tags and these letters in what is said about them."""
         listed: list[Json] = []
         more = True
         while more:
-            after = {"after": listed[-1]["id"]} if listed else {}
-            page = self._send("GET", "/v1/experts", params=after).json()
+            after = listed[-1]["id"] if listed else ""
+            page = self._send("GET", "/v1/experts", params={"q": query, "tag": list(tags), "after": after}).json()
             listed, more = listed + page["data"], page["has_more"]
         return listed
 
@@ -78,6 +78,11 @@ class Client:
         record: Json = self._send(
             "POST", f"/v1/experts/{quote(name, safe='')}/rollback", json={"digest": digest}
         ).json()
+        return record
+
+    def describe(self, name: str, changes: Json) -> Json:
+        """Change description, tags or metadata of an expert."""
+        record: Json = self._send("PATCH", f"/v1/experts/{quote(name, safe='')}", json=changes).json()
         return record
 
     def remove(self, name: str) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from store.card import Card
 from store.expert_file import SparseEntry, digest_of, read_header
 from store.expert_header import ExpertHeader, LevelsEntry, LowRankEntry, TensorEntry
 
@@ -39,6 +40,7 @@ def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
     facts = [
         ("name", header.name or "(none)"),
         ("description", header.description or "(none)"),
+        *_card(header.card),
         ("digest", digest_of(file)),
         ("base", header.base_fingerprint),
         ("size", f"{file.stat().st_size:,} bytes, {header.bits_per_param:.4f} bits per parameter of the base"),
@@ -50,6 +52,17 @@ def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
     if header.created is not None:
         facts.append(("created", datetime.fromtimestamp(header.created, UTC).isoformat()))
     return facts
+
+
+def _card(card: Card) -> list[tuple[str, str]]:
+    facts = [
+        ("author", card.author),
+        ("licence", card.license),
+        ("tags", ", ".join(card.tags)),
+        ("made from", "\n".join(card.parents)),
+        *card.metadata.items(),
+    ]
+    return [(escape(label), value) for label, value in facts if value]
 
 
 def _modules(header: ExpertHeader) -> Table:

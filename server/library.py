@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,8 +75,9 @@ class Library:
             for name in self._known.keys() - present.keys():
                 await self._forget(self._known[name])
             for name, record in present.items():
-                if self._known.get(name) != record or name in self._unlearned:
+                if _taught_by(self._known.get(name)) != _taught_by(record) or name in self._unlearned:
                     await self._learn(record)
+                self._known[name] = record
             self._aligned, self._retry_at = edition, time.monotonic() + _RETRY_SECONDS
 
     async def follow(self) -> None:
@@ -137,6 +138,19 @@ class Library:
             await self._learn(record)
         return record
 
+    async def describe(
+        self,
+        name: str,
+        *,
+        description: str | None,
+        tags: Sequence[str] | None,
+        metadata: Mapping[str, str | None] | None,
+    ) -> ExpertRecord:
+        """Change what is said about an expert; see `Registry.describe`."""
+        return await asyncio.to_thread(
+            self._registry.describe, name, description=description, tags=tags, metadata=metadata
+        )
+
     async def remove(self, name: str) -> ExpertRecord:
         """Unpublish an expert; answers in progress finish.
 
@@ -152,9 +166,11 @@ class Library:
         """All experts, by name."""
         return await asyncio.to_thread(self._registry.list)
 
-    async def page(self, *, after: str, limit: int, matching: str) -> tuple[Sequence[ExpertRecord], bool]:
+    async def page(
+        self, *, after: str, limit: int, matching: str, tags: Collection[str] = ()
+    ) -> tuple[Sequence[ExpertRecord], bool]:
         """Some experts by name, and whether there are more; see `Registry.page`."""
-        return await asyncio.to_thread(self._registry.page, after=after, limit=limit, matching=matching)
+        return await asyncio.to_thread(self._registry.page, after=after, limit=limit, matching=matching, tags=tags)
 
     async def get(self, name: str) -> ExpertRecord:
         """The expert of that name.
@@ -199,3 +215,8 @@ class Library:
             await self._router.add_expert(record.name, record.digest, exemplars, key)
         else:
             self._router.remove_expert(record.name)
+
+
+def _taught_by(record: ExpertRecord | None) -> tuple[str, str | None] | None:
+    """What the router learns an expert from: other words about it change nothing."""
+    return None if record is None else (record.digest, record.exemplars_digest)

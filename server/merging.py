@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from server.engine.model import resolve_base
 from server.settings import Settings
+from store.card import Card
 from store.errors import InvalidRequestError
 from store.fingerprint import manifest_of
 from store.merge_methods import MergeSettings
@@ -25,6 +26,7 @@ def merge_files(
     *,
     name: str | None,
     description: str,
+    card: Card,
     cache_dir: Path | None,
 ) -> None:
     """Merge expert files, `FILE` or `FILE=WEIGHT`, and say what came out.
@@ -36,7 +38,7 @@ def merge_files(
     sources = [_source(text) for text in experts]
     with out.status("merging"):
         manifest = manifest_of(resolve_base(base, cache), cache)
-        header = merge_experts(sources, manifest, output, settings, name=name, description=description)
+        header = merge_experts(sources, manifest, output, settings, name=name, description=description, card=card)
     out.print(
         f"[bold]{escape(str(output))}[/]: {len(sources)} experts by {settings.method}, "
         f"{output.stat().st_size / 1e6:.2f} MB, {header.bits_per_param:.3f} bits per parameter"

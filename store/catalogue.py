@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import difflib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from store.backends import BlobStore
 from store.errors import ExpertUnavailableError, NotFoundError
@@ -60,20 +60,24 @@ class Catalogue:
         self._all()
         return list(self._served)
 
-    def page(self, *, after: str = "", limit: int, matching: str = "") -> tuple[Sequence[ExpertRecord], bool]:
+    def page(
+        self, *, after: str = "", limit: int, matching: str = "", tags: Collection[str] = ()
+    ) -> tuple[Sequence[ExpertRecord], bool]:
         """Some experts of this base, by name, and whether there are more behind them.
 
         Args:
             after: only names behind this one, which need not exist.
             limit: how many at most.
-            matching: only those with these letters, of either case, in name or description.
+            matching: only those with these letters, of either case, in what is said about them: name, description,
+                author, licence, tags, metadata.
+            tags: only those with all of these.
         """
         self._all()
         served, wanted = self._served, matching.casefold()
         start = bisect.bisect_right(served, after, key=lambda record: record.name)
         found: list[ExpertRecord] = []
         for record in served[start:]:
-            if wanted and wanted not in record.name and wanted not in record.description.casefold():
+            if (wanted or tags) and not record.matches(wanted, tags):
                 continue
             if len(found) == limit:
                 return found, True

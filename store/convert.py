@@ -14,13 +14,15 @@ from typing import Literal
 import numpy as np
 
 from store.calibrate import Calibration, calibrate
+from store.card import Card, card_to_json
 from store.checkpoint import open_checkpoint
 from store.codecs.base import CodecName
 from store.codecs.choice import CALIBRATED, Recipe
 from store.codecs.t_switch import Knob
 from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import validate, write_expert
-from store.expert_header import ExpertInfo, check_info
+from store.expert_header import check_info
+from store.expert_info import ExpertInfo
 from store.fingerprint import manifest_of
 from store.learning import Learned, learn
 from store.packed import PackedDense, PackedTensor, PackedTernary
@@ -55,6 +57,7 @@ def compress(
     name: str | None = None,
     description: str | None = None,
     created: int | None = None,
+    card: Card | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -74,7 +77,7 @@ def compress(
             exemplars; those held out, where there are any.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
         exemplars: example prompts, kept in the file; calibration and learning run on them.
-        name, description, created: for the file's header; `created` in seconds since 1970.
+        name, description, created, card: for the file's header; `created` in seconds since 1970.
         cache_dir: where the base's fingerprint is remembered.
         progress: see `Progress`.
 
@@ -101,6 +104,7 @@ def compress(
         name=name,
         description=description or "",
         exemplars=tuple(exemplars or ()),
+        card=card or Card(),
     )
     try:
         check_info(info)
@@ -210,7 +214,9 @@ def _budget(bits_per_param: float | None, max_size: int | None, sizes: Mapping[s
     if max_size is not None:
         # No header is longer than this: every name twice, its numbers at their longest, the exemplars escaped.
         header = sum(2 * len(name.encode()) + _ENTRY_BYTES for name in sizes)
-        header += _HEADER_BYTES + 2 * len(json.dumps(info.exemplars, ensure_ascii=False).encode())
+        header += _HEADER_BYTES + 2 * len(
+            json.dumps([info.exemplars, card_to_json(info.card)], ensure_ascii=False).encode()
+        )
         if max_size <= header:
             raise InvalidRequestError(
                 f"{max_size} bytes are too few: the header alone takes about {header}; allow more", param="max_size"

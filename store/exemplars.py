@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from store.errors import InvalidRequestError, TooLargeError
 from store.strict_json import FieldError, parse_json
 
@@ -43,6 +46,13 @@ def parse_exemplars(data: bytes) -> list[str]:
     if not found:
         raise InvalidRequestError("the exemplars hold no prompt", param="exemplars")
     return list(found)
+
+
+def exemplar_bytes(exemplars: Sequence[str]) -> bytes:
+    """Exemplars as JSON lines, under the checks of `parse_exemplars`."""
+    data = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in exemplars).encode("utf-8")
+    parse_exemplars(data)
+    return data
 
 
 def _fault(number: int, what: str) -> InvalidRequestError:

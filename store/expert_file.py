@@ -23,7 +23,6 @@ from store.errors import ExpertFileError, InvalidRequestError, StoreError, Wrong
 from store.expert_header import (
     DenseEntry,
     ExpertHeader,
-    ExpertInfo,
     LevelsEntry,
     LowRankEntry,
     SparseEntry,
@@ -34,6 +33,7 @@ from store.expert_header import (
     header_from_json,
     header_to_json,
 )
+from store.expert_info import ExpertInfo
 from store.manifest import BaseManifest
 from store.packed import PackedDense, PackedLevels, PackedLowRank, PackedTensor, PackedTernary
 from store.strict_json import FieldError

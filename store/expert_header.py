@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from store.encodings import MAX_LEVEL
+from store.expert_info import DIGEST_PATTERN, ExpertInfo, info_from_json, info_to_json
 from store.positions import GROUPED, PARAMETER, RICE_ZEROS
 from store.strict_json import FieldError, Fields, parse_json
 from store.tensor_file import MAX_NUMEL, MAX_RANK
@@ -20,17 +20,7 @@ LEVELS, LOW_RANK = "levels", "low-rank"
 KNOWN_FEATURES = frozenset({GROUPED, LEVELS, LOW_RANK, RICE_ZEROS})
 """Kinds and layouts that came after the first readers: a file that uses one says so in `required_features`."""
 MAX_RANK_OF_FACTORS = 65536
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
-MAX_EXEMPLARS = 1024
-MAX_EXEMPLAR_BYTES = 8192
-MAX_DESCRIPTION_BYTES = 2000
-MAX_TOOL_BYTES = 100
-_CODEC_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-_MAX_CODEC_PARAMS = 32
 _MAX_SCALE = float(np.finfo(np.float32).max)
-
-CodecParams = Mapping[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)
@@ -80,28 +70,6 @@ class LevelsEntry(SparseEntry):
 
 
 TensorEntry = TernaryEntry | LevelsEntry | DenseEntry
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertInfo:
-    """What the maker of an expert says about it.
-
-    Attributes:
-        codec, codec_params: the method, and the settings it was used with; informative, decoding needs neither.
-        tool: what wrote the file, and its version.
-        created: seconds since 1970, or None: equal input then gives equal bytes.
-        name: the name it would like to be served under, or None; matches `NAME_PATTERN`.
-        description: one line for people.
-        exemplars: example prompts that tell what the expert is for.
-    """
-
-    codec: str
-    codec_params: CodecParams = field(default_factory=dict)
-    tool: str
-    created: int | None = None
-    name: str | None = None
-    description: str = ""
-    exemplars: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +130,7 @@ def header_to_json(header: ExpertHeader) -> str:
         "tool": header.tool,
         "required_features": list(header.required_features),
     }
-    if header.created is not None:
-        document["created"] = header.created
-    if header.name is not None:
-        document["name"] = header.name
-    if header.description:
-        document["description"] = header.description
-    if header.exemplars:
-        document["exemplars"] = list(header.exemplars)
+    document |= info_to_json(header)
     document["tensors"] = {name: _entry_to_json(entry) for name, entry in header.tensors.items()}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -206,39 +167,13 @@ def header_from_json(text: str) -> ExpertHeader:
     if not math.isclose(density, density_of(tensors), rel_tol=1e-6):
         fields.fail("density", f"is {density}, the tensors' counts give {density_of(tensors):.6g}")
     return ExpertHeader(
+        **info_from_json(fields),
         base_fingerprint=fields.text("base_fingerprint", max_bytes=64, pattern=DIGEST_PATTERN),
-        codec=fields.text("codec", max_bytes=32, pattern=_CODEC_PATTERN),
-        codec_params=_codec_params(fields),
         density=density,
         bits_per_param=fields.number("bits_per_param", low=0.0, high=1024.0),
-        tool=fields.text("tool", max_bytes=MAX_TOOL_BYTES),
-        created=fields.integer("created", low=0, high=2**53) if fields.has("created") else None,
-        name=fields.text("name", max_bytes=64, pattern=NAME_PATTERN) if fields.has("name") else None,
-        description=fields.text("description", max_bytes=MAX_DESCRIPTION_BYTES) if fields.has("description") else "",
-        exemplars=fields.strings("exemplars", max_items=MAX_EXEMPLARS, max_bytes=MAX_EXEMPLAR_BYTES)
-        if fields.has("exemplars")
-        else (),
         tensors=tensors,
         required_features=features,
     )
-
-
-def _codec_params(fields: Fields) -> dict[str, str | int | float | bool]:
-    params = fields.child("codec_params")
-    if len(params.names()) > _MAX_CODEC_PARAMS:
-        fields.fail("codec_params", f"has more than {_MAX_CODEC_PARAMS} entries")
-    result: dict[str, str | int | float | bool] = {}
-    for key in params.names():
-        value = params.get(key)
-        if isinstance(value, str):
-            params.text(key, max_bytes=200)
-        elif isinstance(value, int | float):
-            if not abs(value) < 2**53:
-                params.fail(key, "must be smaller than 2^53")
-        else:
-            params.fail(key, "must be a string, a number or a boolean")
-        result[key] = value
-    return result
 
 
 def _entry_from_json(value: object, name: str) -> TensorEntry:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from store.bfloat16 import to_bfloat16
 from store.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint, weight_files
-from store.expert_header import DIGEST_PATTERN
+from store.expert_info import DIGEST_PATTERN
 from store.manifest import BaseManifest
 from store.strict_json import FieldError, Fields, parse_json
 

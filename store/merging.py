@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from store.card import Card
 from store.codecs.quantised import Quantised
 from store.codecs.raw import Raw, is_raw
 from store.deltas import Delta, SparseDelta
 from store.encodings import MAX_LEVEL
 from store.errors import InvalidRequestError
-from store.expert_file import ExpertHeader, ExpertInfo, read_deltas, write_expert
+from store.expert_file import ExpertHeader, ExpertInfo, digest_of, read_deltas, write_expert
 from store.manifest import BaseManifest
 from store.merge_methods import MergeSettings, Taus, merger
 from store.packed import PackedTensor
@@ -28,6 +30,7 @@ def merge_experts(
     *,
     name: str | None = None,
     description: str = "",
+    card: Card | None = None,
     tool: str = "switchyard",
 ) -> ExpertHeader:
     """Merge expert files of one base into one. Equal arguments give equal bytes.
@@ -39,6 +42,7 @@ def merge_experts(
         experts: files and the weights that their deltas are multiplied by first; two or more.
         base: what they were made for.
         out: the expert file to write.
+        card: what to say about the result; its parents are the experts.
 
     Raises:
         ExpertFileError, WrongBaseError: an expert is damaged or made for another base.
@@ -68,6 +72,7 @@ def merge_experts(
         tool=tool,
         name=name,
         description=description,
+        card=replace(card or Card(), parents=tuple(dict.fromkeys(digest_of(path) for path, _ in experts))),
     )
     return write_expert(out, info, packed, base)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
-from store.expert_header import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES
+from store.card import Card, card_from_json, card_to_json
+from store.errors import InvalidRequestError
+from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES
 from store.strict_json import FieldError, Fields, parse_json
 
 _log = logging.getLogger(__name__)
@@ -26,8 +29,10 @@ class ExpertRecord:
         bytes: size of its file.
         created: when it was published, seconds since 1970.
         base_fingerprint: the base it was made for.
-        codec, density, bits_per_param, description: from its header.
+        codec, density, bits_per_param: from its header.
+        description: from its header, and edited since.
         exemplar_count: how many exemplars routing may learn from.
+        card: author, licence, tags and the like: from its header, and edited since.
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
         earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
     """
@@ -43,6 +48,7 @@ class ExpertRecord:
     description: str
     exemplar_count: int
     exemplars_digest: str | None
+    card: Card = field(default_factory=Card)
     earlier: tuple[ExpertRecord, ...] = ()
 
     @property
@@ -50,6 +56,14 @@ class ExpertRecord:
         """Digests of all blobs that belong to this record, those of its earlier versions included."""
         own = {self.digest} | ({self.exemplars_digest} if self.exemplars_digest else set())
         return own.union(*(version.blobs for version in self.earlier))
+
+    def matches(self, text: str, tags: Collection[str]) -> bool:
+        """Whether it has all these tags, and this text, casefolded, in what is said about it."""
+        if not all(tag in self.card.tags for tag in tags):
+            return False
+        card = self.card
+        said = (self.description, card.author, card.license, *card.tags, *card.metadata.values())
+        return text in self.name or any(text in part.casefold() for part in said)
 
     @property
     def versions(self) -> tuple[ExpertRecord, ...]:
@@ -66,12 +80,28 @@ def parse_record(name: str, data: bytes | None) -> ExpertRecord | None:
         return None
 
 
+def check_record(record: ExpertRecord) -> None:
+    """Whether a store can keep the record.
+
+    Raises:
+        InvalidRequestError: it breaks a rule of the format; `param` says which part.
+    """
+    try:
+        _from_json(record.name, record_to_json(record))
+    except FieldError as error:
+        raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
+
+
 def record_to_json(record: ExpertRecord) -> bytes:
     """What a store keeps: equal records give equal bytes."""
-    fields = asdict(record)
-    for version in fields["earlier"]:
-        del version["earlier"]
+    fields = _version_to_json(record)
+    fields["earlier"] = [_version_to_json(version) for version in record.earlier]
     return json.dumps(fields, indent=1, sort_keys=True).encode("ascii") + b"\n"
+
+
+def _version_to_json(version: ExpertRecord) -> dict[str, object]:
+    plain = (item.name for item in dataclasses.fields(version) if item.name not in ("card", "earlier"))
+    return {name: getattr(version, name) for name in plain} | card_to_json(version.card)
 
 
 def _from_json(name: str, data: bytes) -> ExpertRecord:
@@ -99,4 +129,5 @@ def _version(name: str, fields: Fields) -> ExpertRecord:
         exemplars_digest=fields.text("exemplars_digest", max_bytes=64, pattern=digest)
         if fields.has("exemplars_digest")
         else None,
+        card=card_from_json(fields),
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from store.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from store.exemplars import parse_exemplars
+from store.exemplars import exemplar_bytes, parse_exemplars
 from store.expert_file import digest_of, read_header, validate
-from store.expert_header import NAME_PATTERN, ExpertHeader
+from store.expert_header import ExpertHeader
+from store.expert_info import NAME_PATTERN
 from store.manifest import BaseManifest
-from store.record import KEPT_VERSIONS, ExpertRecord, parse_record, record_to_json
+from store.record import KEPT_VERSIONS, ExpertRecord, check_record, parse_record, record_to_json
 from store.restoring import restore_lost
 
 
@@ -78,7 +78,7 @@ class Registry(Catalogue):
         exemplars = None if exemplars is None else list(dict.fromkeys(exemplars))
         digest = digest_of(path) if digest is None else digest
         chosen = self._checked_name(name or header.name or f"expert-{digest[:12]}")
-        own = None if exemplars is None or tuple(exemplars) == header.exemplars else _exemplar_bytes(exemplars)
+        own = None if exemplars is None or tuple(exemplars) == header.exemplars else exemplar_bytes(exemplars)
         record = ExpertRecord(
             name=chosen,
             digest=digest,
@@ -91,6 +91,7 @@ class Registry(Catalogue):
             description=header.description,
             exemplar_count=len(header.exemplars if exemplars is None else exemplars),
             exemplars_digest=hashlib.sha256(own).hexdigest() if own is not None else None,
+            card=header.card,
         )
         with self._store.exclusive():
             present = self._store.get_record(chosen)
@@ -154,6 +155,43 @@ class Registry(Catalogue):
             rest = tuple(one for one in record.versions if one != wanted)
             changed = dataclasses.replace(wanted, earlier=rest)
             self._put(changed, present)
+        return changed
+
+    def describe(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Sequence[str] | None = None,
+        metadata: Mapping[str, str | None] | None = None,
+    ) -> ExpertRecord:
+        """Change what is said about the present version of an expert; its file stays as it is.
+
+        Args:
+            description: in place of the present one; None leaves it.
+            tags: in place of the present ones; None leaves them.
+            metadata: entries to set, and with None to take away; others stay.
+
+        Raises:
+            NotFoundError: there is none.
+            InvalidRequestError: something breaks a rule of the format; `param` says what.
+        """
+        with self._store.exclusive():
+            record, present = self._held(name)
+            card = record.card
+            merged = {**card.metadata, **(metadata or {})}
+            changed = dataclasses.replace(
+                record,
+                description=record.description if description is None else description,
+                card=dataclasses.replace(
+                    card,
+                    tags=card.tags if tags is None else tuple(tags),
+                    metadata={key: value for key, value in merged.items() if value is not None},
+                ),
+            )
+            check_record(changed)
+            if changed != record:
+                self._put(changed, present)
         return changed
 
     def undo(self, record: ExpertRecord) -> None:
@@ -255,13 +293,6 @@ def _check_same(existing: ExpertRecord, record: ExpertRecord, header: ExpertHead
 def _differ(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> bool:
     other = exemplars_given and existing.exemplars_digest != record.exemplars_digest
     return existing.digest != record.digest or other
-
-
-def _exemplar_bytes(exemplars: Sequence[str]) -> bytes:
-    """Exemplars as JSON lines, checked as an upload is."""
-    data = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in exemplars).encode("utf-8")
-    parse_exemplars(data)
-    return data
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
 from store.errors import ExpertUnavailableError, StorageFullError, StoreError
-from store.expert_header import DIGEST_PATTERN, NAME_PATTERN
+from store.expert_info import DIGEST_PATTERN, NAME_PATTERN
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",

@@ -20,7 +20,8 @@ from server.app import create_app
 from server.settings import Settings
 from store.backends.disk import DiskStore
 from store.expert_file import validate, write_expert
-from store.expert_header import ExpertHeader, ExpertInfo
+from store.expert_header import ExpertHeader
+from store.expert_info import ExpertInfo
 from store.packed import PackedDense
 from store.record import ExpertRecord
 from store.registry import Registry

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from store.card import Card
 from store.errors import StoreError
 from tests.api.house import BASE, CRON, FRENCH, House, error, make_expert, open_house
 
@@ -43,7 +44,8 @@ def lines(prompts: list[str]) -> str:
 
 
 async def test_upload(own: House) -> None:
-    path = make_expert(own.folder / "e", name="cron", description="for crontabs", exemplars=tuple(CRON))
+    card = Card("ada", "MIT", ("time",), ("a" * 64,), {"k": "v"})
+    path = make_expert(own.folder / "e", name="cron", description="for crontabs", exemplars=tuple(CRON), card=card)
     response = await own.upload(path)
     assert response.status_code == 201
     record = own.registry.get("cron")
@@ -59,6 +61,11 @@ async def test_upload(own: House) -> None:
         "density": 0.0,
         "bits_per_param": record.bits_per_param,
         "description": "for crontabs",
+        "author": "ada",
+        "license": "MIT",
+        "tags": ["time"],
+        "parents": ["a" * 64],
+        "metadata": {"k": "v"},
         "exemplar_count": len(CRON),
     }
 
@@ -266,6 +273,45 @@ async def test_list_and_get(own: House) -> None:
         "tensors": {"ternary": 0, "dense": 1, "elements": 4, "nonzeros": 4},
     }
     assert error(await own.http.get("/v1/experts/c"), 404)["code"] == "model_not_found"
+
+
+async def test_describe_and_search(own: House) -> None:
+    await own.upload(make_expert(own.folder / "a", value=1, name="a", card=Card(author="Ada", tags=("x", "y"))))
+    await own.upload(make_expert(own.folder / "b", value=2, name="b", card=Card(tags=("x",), metadata={"k": "Köln"})))
+    await own.upload(make_expert(own.folder / "c", value=3, name="c"))
+
+    async def found(**query: Any) -> list[str]:
+        return [expert["id"] for expert in (await own.http.get("/v1/experts", params=query)).json()["data"]]
+
+    assert await found(tag="x") == ["a", "b"]
+    assert await found(tag=["x", "y"]) == ["a"]
+    assert await found(tag="x", q="köLN") == ["b"]
+    assert await found(q="ada") == ["a"]
+    assert await found(tag="x", limit=1, after="a") == ["b"]
+    assert await found(tag="z") == []
+
+    before = (await own.http.get("/v1/experts/b")).json()
+    change = {"description": "new", "tags": ["z"], "metadata": {"k": None, "l": "m"}}
+    changed = await own.http.patch("/v1/experts/b", json=change)
+    assert changed.status_code == 200
+    assert changed.json() == {
+        **{key: value for key, value in before.items() if key in changed.json()},
+        "description": "new", "tags": ["z"], "metadata": {"l": "m"},
+    }  # fmt: skip
+    assert await found(tag="z") == ["b"]
+    assert (await own.http.patch("/v1/experts/b", json={})).json() == changed.json()
+    assert (await own.http.patch("/v1/experts/b", json={"description": ""})).json()["description"] == ""
+    assert (await own.upload(own.folder / "b")).json()["tags"] == ["z"], "the same file again changes nothing"
+    for body, param in (
+        ({"tags": ["No"]}, "tags"),
+        ({"metadata": {"k": "x" * 1001}}, "metadata.k"),
+        ({"description": "x" * 2001}, "description"),
+        ({"digest": "x"}, "digest"),
+        ({"tags": "z"}, "tags"),
+    ):
+        assert error(await own.http.patch("/v1/experts/b", json=body), 400)["param"] == param
+    assert error(await own.http.patch("/v1/experts/none", json={}), 404)
+    assert own.engine.dropped == []
 
 
 async def test_delete(own: House) -> None:

@@ -100,6 +100,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     # The command line and what its verbs need: they talk to a server over HTTP, or to the store.
     "server.cli": ("server", "store"),
+    "server.cli_files": ("server", "store"),
+    "server.cli_store": ("server.storekeeping",),
     "server.cli_options": ("server.settings", "store.errors"),
     "server.client": ("store.errors",),
     "server.chatting": ("server.client", "store.errors"),

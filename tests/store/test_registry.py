@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 from store.backends import ABSENT, ANYTHING, BlobStore
 from store.backends.disk import DiskStore
 from store.backends.redis import RedisStore
+from store.card import Card
 from store.errors import (
     ConflictError,
     ExpertFileError,
@@ -393,6 +395,43 @@ def test_a_publication_can_be_taken_back(store: BlobStore, registry: Registry) -
     registry.undo(first)
     assert registry.list() == []
     assert store.blobs() == set()
+
+
+def test_words_change_and_the_file_does_not(store: BlobStore, registry: Registry) -> None:
+    first, _ = registry.publish(upload(store, 0, card=Card(author="ada", tags=("x",), metadata={"k": "v"})), name="a")
+    told = registry.describe("a", description="told", tags=["y", "z"], metadata={"l": "w"})
+    card = Card(author="ada", tags=("y", "z"), metadata={"k": "v", "l": "w"})
+    assert told == dataclasses.replace(first, description="told", card=card)
+    assert registry.get("a") == told
+    assert registry.describe("a") == told
+    assert registry.describe("a", metadata={"k": None, "none": None}).card.metadata == {"l": "w"}
+    with pytest.raises(InvalidRequestError) as caught:
+        registry.describe("a", tags=["No"])
+    assert caught.value.param == "tags"
+    with pytest.raises(NotFoundError):
+        registry.describe("b", description="x")
+    second, _ = registry.publish(upload(store, 1), name="a", replace=True)
+    assert second.card == Card(), "a new file speaks for itself"
+    assert registry.roll_back("a").card.tags == ("y", "z")
+    assert registry.get("a").versions[1] == second.versions[0]
+
+
+def test_records_of_older_versions_can_be_read_and_changed(disk: DiskStore, tmp_path: Path) -> None:
+    registry = Registry(disk, base_manifest(), RESERVED)
+    registry.publish(upload(disk, 0), name="a", exemplars=["x"])
+    registry.publish(upload(disk, 1), name="a", replace=True)
+    path = tmp_path / "store" / "records" / "a.json"
+    old = json.loads(path.read_text())
+    for version in (old, *old["earlier"]):
+        for key in ("author", "license", "tags", "parents", "metadata"):
+            version.pop(key, None)
+    path.write_text(json.dumps(old))  # and laid out otherwise
+    disk.put_record("other", b"{}", expected=ANYTHING)  # so that readers look again
+    registry = Registry(disk, base_manifest(), RESERVED)
+    assert registry.get("a").card == Card()
+    registry.roll_back("a")
+    registry.describe("a", tags=["x"])
+    assert [version.card.tags for version in registry.get("a").versions] == [("x",), ()]
 
 
 def test_pages(disk: DiskStore) -> None:

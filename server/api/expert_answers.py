@@ -1,0 +1,147 @@
+"""What `/v1/experts` answers with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from server.api.services import Services
+from store.expert_header import ExpertHeader, SparseEntry
+from store.record import ExpertRecord
+
+
+class Expert(TypedDict):
+    """An expert."""
+
+    id: str
+    object: Literal["expert"]
+    created: int
+    parent: str
+    digest: str
+    bytes: int
+    base_fingerprint: str
+    codec: str
+    density: float
+    bits_per_param: float
+    description: str
+    author: str
+    license: str
+    tags: list[str]
+    parents: list[str]
+    """Digests of the expert files it was made from."""
+    metadata: dict[str, str]
+    exemplar_count: int
+
+
+class Tensors(TypedDict):
+    """What an expert file holds, in numbers."""
+
+    ternary: int
+    dense: int
+    elements: int
+    nonzeros: int
+
+
+class ExpertDetails(Expert):
+    """An expert, and what its file says about how it was made."""
+
+    codec_params: dict[str, Any]
+    tool: str
+    tensors: Tensors
+
+
+class ExpertList(TypedDict):
+    """Experts by name. With `has_more`, the last one's `id` is the `after` of the next page."""
+
+    object: Literal["list"]
+    data: list[Expert]
+    has_more: bool
+
+
+class Version(TypedDict):
+    """What a name points to, or has pointed to."""
+
+    digest: str
+    object: Literal["expert.version"]
+    created: int
+    bytes: int
+    codec: str
+    bits_per_param: float
+    description: str
+    exemplar_count: int
+    current: bool
+
+
+class VersionList(TypedDict):
+    """The versions of one expert: the present one, then the earlier ones, the latest first."""
+
+    object: Literal["list"]
+    data: list[Version]
+
+
+class Deleted(TypedDict):
+    """What is left of an expert."""
+
+    id: str
+    object: Literal["expert"]
+    deleted: Literal[True]
+
+
+def expert_answer(record: ExpertRecord, services: Services) -> Expert:
+    """An expert as lists show it."""
+    return {
+        "id": record.name,
+        "object": "expert",
+        "created": record.created,
+        "parent": services.engine.base.name,
+        "digest": record.digest,
+        "bytes": record.bytes,
+        "base_fingerprint": record.base_fingerprint,
+        "codec": record.codec,
+        "density": record.density,
+        "bits_per_param": record.bits_per_param,
+        "description": record.description,
+        "author": record.card.author,
+        "license": record.card.license,
+        "tags": list(record.card.tags),
+        "parents": list(record.card.parents),
+        "metadata": dict(record.card.metadata),
+        "exemplar_count": record.exemplar_count,
+    }
+
+
+def version_answer(version: ExpertRecord, current: bool) -> Version:
+    """One version of an expert."""
+    return {
+        "digest": version.digest,
+        "object": "expert.version",
+        "created": version.created,
+        "bytes": version.bytes,
+        "codec": version.codec,
+        "bits_per_param": version.bits_per_param,
+        "description": version.description,
+        "exemplar_count": version.exemplar_count,
+        "current": current,
+    }
+
+
+def details_answer(record: ExpertRecord, header: ExpertHeader, services: Services) -> ExpertDetails:
+    """One expert, and how its file was made."""
+    return {
+        **expert_answer(record, services),
+        "codec_params": dict(header.codec_params),
+        "tool": header.tool,
+        "tensors": _tensors(header),
+    }
+
+
+def _tensors(header: ExpertHeader) -> Tensors:
+    entries = list(header.tensors.values())
+    sparse = [entry for entry in entries if isinstance(entry, SparseEntry)]
+    return {
+        "ternary": len(sparse),
+        "dense": len(entries) - len(sparse),
+        "elements": sum(entry.numel for entry in entries),
+        "nonzeros": sum(entry.nnz if isinstance(entry, SparseEntry) else entry.numel for entry in entries),
+    }

@@ -1,0 +1,171 @@
+"""The verbs of `switchyard` that make expert files and look at them; they need no server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.console import Console
+
+from store.card import Card, check_card
+from store.codecs.base import CodecName
+from store.codecs.t_switch import Knob
+from store.errors import InvalidRequestError, SwitchyardError
+from store.expert_file import digest_of
+from store.merge_methods import MergeSettings, Method
+from store.strict_json import FieldError
+
+files = typer.Typer()
+out = Console()
+
+Author = Annotated[str, typer.Option(help="Who made it.")]
+License = Annotated[str, typer.Option(help="Its licence, as an SPDX expression: Apache-2.0.")]
+Tags = Annotated[list[str] | None, typer.Option("--tag", help="What it can be found by; may be repeated.")]
+Parents = Annotated[
+    list[str] | None,
+    typer.Option("--parent", help="An expert it was made from: a file, or its digest; may be repeated."),
+]
+Meta = Annotated[list[str] | None, typer.Option("--meta", help="Anything else: KEY=VALUE; may be repeated.")]
+CacheDir = Annotated[Path | None, typer.Option(envvar="SWITCHYARD_CACHE_DIR", help="Where a converted base is kept.")]
+
+
+@files.command()
+def compress(
+    base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, a GGUF file or a hub id.")],
+    tuned: Annotated[Path, typer.Option(help="The fine-tuned checkpoint folder (safetensors).")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
+    codec: Annotated[CodecName, typer.Option(help="The method.")] = CodecName.T_SWITCH,
+    density: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the weights that t-switch and compeft keep.")
+    ] = 0.05,
+    bits_per_param: Annotated[
+        float | None, typer.Option(help="What flex-switch may spend per parameter of the base; default: 0.04.")
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(help="The same as a file size: 500KB, 1MB.")] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank.")] = 8,
+    strength: Annotated[float, typer.Option(help="Scale of compeft, in standard deviations.")] = 1.0,
+    tensor_density: Annotated[
+        list[str] | None, typer.Option(help="Another density for some tensors: 'GLOB=DENSITY'; may be repeated.")
+    ] = None,
+    knob: Annotated[
+        Knob | None, typer.Option(help="How magnitude is restored; default: calibrated with exemplars, else l1.")
+    ] = None,
+    exemplars: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts the expert is for; calibrates the knob, and routes.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the expert would like to be called.")] = None,
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    author: Author = "",
+    license: License = "",
+    tag: Tags = None,
+    parent: Parents = None,
+    meta: Meta = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Compress a full fine-tune of the base into an expert file, and report what it costs."""
+    from server.compressing import compress_with_progress
+
+    densities = _tensor_densities(tensor_density or [])
+    compress_with_progress(
+        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
+        max_kl=max_kl, bits_per_param=bits_per_param, max_size=_bytes(max_size) if max_size else None, rank=rank,
+        strength=strength, tensor_density=densities, name=name, description=description,
+        card=card_of(author, license, tag, parent, meta),
+    )  # fmt: skip
+
+
+@files.command()
+def merge(
+    experts: Annotated[list[str], typer.Argument(help="Expert files of one base: FILE, or FILE=WEIGHT.")],
+    base: Annotated[str, typer.Option(help="The base they were made for.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
+    method: Annotated[Method, typer.Option(help="How their deltas become one.")] = Method.TIES,
+    strength: Annotated[
+        float | None, typer.Option(help="Multiplier of the result; default: 0.3 for sums, else 1.")
+    ] = None,
+    drop: Annotated[float, typer.Option(help="Share of the entries that dare drops.")] = 0.5,
+    name: Annotated[str | None, typer.Option(help="What the result would like to be called.")] = None,
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    author: Author = "",
+    license: License = "",
+    tag: Tags = None,
+    meta: Meta = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Merge experts into one, offline; a negative weight takes a skill away."""
+    from server.merging import merge_files
+
+    settings = MergeSettings(method=method, strength=strength, drop=drop)
+    card = card_of(author, license, tag, None, meta)
+    merge_files(
+        out, base, experts, output, settings, name=name, description=description, card=card, cache_dir=cache_dir
+    )
+
+
+@files.command()
+def inspect(file: Annotated[Path, typer.Argument(help="An expert file.")]) -> None:
+    """Show what is in an expert file, without loading any model."""
+    from server.inspecting import show_expert
+
+    show_expert(file, out)
+
+
+def card_of(
+    author: str, license: str, tags: list[str] | None, parents: list[str] | None, metadata: list[str] | None
+) -> Card:
+    """What the options say about an expert.
+
+    Raises:
+        InvalidRequestError: an option breaks a rule of the format.
+    """
+    given = parents or []
+    digests = tuple(digest_of(Path(parent)) if Path(parent).is_file() else parent for parent in given)
+    card = Card(author, license, tuple(tags or ()), digests, metadata_of(metadata or []))
+    try:
+        check_card(card)
+    except FieldError as error:
+        raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
+    return card
+
+
+def metadata_of(given: list[str]) -> dict[str, str]:
+    """`KEY=VALUE` each.
+
+    Raises:
+        InvalidRequestError: one has no `=`, or a key is there twice.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise InvalidRequestError(f"--meta must be KEY=VALUE, not {text}", param="meta")
+        if key in found:
+            raise InvalidRequestError(f"--meta gives {key} twice", param="meta")
+        found[key] = value
+    return found
+
+
+def _tensor_densities(given: list[str]) -> dict[str, float]:
+    densities: dict[str, float] = {}
+    for text in given:
+        pattern, separator, value = text.rpartition("=")
+        try:
+            densities[pattern] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or not 0.0 <= densities[pattern] <= 1.0:
+            raise SwitchyardError(f"--tensor-density must be GLOB=DENSITY with a density from 0 to 1, not {text}")
+    return densities
+
+
+def _bytes(text: str) -> int:
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise SwitchyardError(f"--max-size must be a size such as 500KB or 1MiB, not {text}") from None
