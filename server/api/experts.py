@@ -122,8 +122,8 @@ async def roll_back_expert(name: str, body: Rollback, services: ReadyServices) -
 @router.patch("/{name}")
 async def describe_expert(name: str, body: Description, services: ReadyServices) -> Expert:
     """Change what is said about an expert: description, tags, metadata. Its file and its digest stay as they are."""
-    given = {"description": body.description, "tags": body.tags, "metadata": body.metadata}
-    return expert_answer(await services.library.describe(name, **given), services)
+    record = await services.library.describe(name, description=body.description, tags=body.tags, metadata=body.metadata)
+    return expert_answer(record, services)
 
 
 @router.delete("/{name}")
