@@ -52,7 +52,7 @@ def create_app(
         quarantine: the store's folder for bytes that are not trusted yet.
         check: checks an uploaded expert file, where it can do no harm; see `Library`.
     """
-    metrics = Metrics(engine.stats, registry.list)
+    metrics = Metrics(engine.stats, registry.list, registry.tiers)
     limits = {"max_n": settings.max_n, "max_sequences": settings.max_sequences}
     services = Services(
         engine=engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +12,7 @@ from prometheus_client.registry import Collector
 from server.engine.types import EngineStats
 from store.errors import StoreError
 from store.record import ExpertRecord
+from store.tiers import Tier, TierStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,7 +27,16 @@ _DISTANCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 
 class Metrics:
     """The server's counters and histograms, and a view of the engine's, read at each scrape."""
 
-    def __init__(self, engine: Callable[[], EngineStats], experts: Callable[[], Sequence[ExpertRecord]]) -> None:
+    def __init__(
+        self,
+        engine: Callable[[], EngineStats],
+        experts: Callable[[], Sequence[ExpertRecord]],
+        stored: Callable[[], Sequence[TierStats]] = tuple,
+    ) -> None:
+        """Args:
+        experts: all experts.
+        stored: what the tiers of the store have done.
+        """
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "switchyard_requests", "HTTP requests by route and status.", ["route", "status"], registry=self.registry
@@ -58,7 +69,7 @@ class Metrics:
             registry=self.registry,
         )
         self._labelled: set[str] = set()
-        self.registry.register(_Snapshot(engine, experts))
+        self.registry.register(_Snapshot(engine, experts, stored))
 
     def count_expert(self, name: str) -> None:
         """Count one prompt that the expert takes part in answering."""
@@ -82,18 +93,13 @@ class _Snapshot(Collector):
         ("waiting", "switchyard_requests_waiting", "Sequences that wait for room, a turn or an expert."),
         ("kv_bytes_used", "switchyard_kv_used_bytes", "Key/value cache in use."),
         ("kv_bytes_total", "switchyard_kv_limit_bytes", "Key/value cache."),
-        ("resident_experts", "switchyard_experts_resident", "Experts decoded on the device."),
         (
             "mode_is_mixed",
             "switchyard_mode_mixed",
             "1 while mixed mode is chosen for batches with experts, 0 for merged.",
         ),
-        ("resident_bytes_limit", "switchyard_experts_resident_limit_bytes", "Memory allowed for decoded experts."),
     )
     _COUNTERS = (
-        ("expert_loads", "switchyard_expert_loads", "Experts read and decoded."),
-        ("expert_evictions", "switchyard_expert_evictions", "Decoded experts dropped to make room."),
-        ("expert_load_seconds", "switchyard_expert_load_seconds", "Time spent reading and decoding experts."),
         ("mix_switches", "switchyard_mix_switches", "Times the model was pointed at another mix's weights."),
         ("patches", "switchyard_patches", "Times the weights of a mix were built."),
         ("patch_seconds", "switchyard_patch_seconds", "Time spent building the weights of mixes."),
@@ -107,9 +113,15 @@ class _Snapshot(Collector):
         ("steps", "switchyard_engine_steps", "Steps of the engine."),
     )
 
-    def __init__(self, engine: Callable[[], EngineStats], experts: Callable[[], Sequence[ExpertRecord]]) -> None:
+    def __init__(
+        self,
+        engine: Callable[[], EngineStats],
+        experts: Callable[[], Sequence[ExpertRecord]],
+        stored: Callable[[], Sequence[TierStats]],
+    ) -> None:
         self._engine = engine
         self._experts = experts
+        self._stored = stored
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine()
@@ -117,19 +129,49 @@ class _Snapshot(Collector):
             yield GaugeMetricFamily(name, what, value=getattr(stats, field))
         for field, name, what in self._COUNTERS:
             yield CounterMetricFamily(name, what, value=getattr(stats, field))
-        tiers = GaugeMetricFamily(
-            "switchyard_expert_tier_bytes", "Bytes of experts, by where they are.", labels=["tier"]
-        )
-        tiers.add_metric(["device"], stats.resident_bytes)
+        stored: list[TierStats] = []
         try:
             experts = self._experts()
         except StoreError:  # the store's trouble must not hide the engine's figures
-            experts = None
-        if experts is not None:
-            tiers.add_metric(["disk"], sum({record.digest: record.bytes for record in experts}.values()))
+            stored += self._stored()
+        else:
+            size = sum({record.digest: record.bytes for record in experts}.values())
             yield GaugeMetricFamily("switchyard_experts", "Experts in the registry.", value=len(experts))
-        yield tiers
+            for tier in self._stored():
+                known = tier.tier is Tier.STORE
+                stored.append(replace(tier, used_bytes=size, experts=len(experts)) if known else tier)
+        yield from _tier_families([*stats.tiers, *stored])
 
     def describe(self) -> Iterator[Metric]:
         # Without it the registry would collect when this registers, before the engine has started.
         return iter(())
+
+
+_TIER_GAUGES = (
+    ("used_bytes", "bytes", "Bytes of experts, by where they are."),
+    ("limit_bytes", "limit_bytes", "Most bytes of experts, by where they are."),
+    ("experts", "experts", "Experts, by where they are."),
+)
+_TIER_COUNTERS = (
+    ("hits", "hits", "Look-ups that found an expert in a tier."),
+    ("misses", "misses", "Look-ups that did not find an expert in a tier."),
+    ("loads", "loads", "Experts put into a tier; of the store: read from it."),
+    ("evictions", "evictions", "Experts dropped from a tier to make room."),
+    ("load_seconds", "load_seconds", "Time spent on putting experts into a tier."),
+    ("faults", "faults", "Damaged copies found in a tier; none was used."),
+    ("healed", "healed", "Damaged copies in a tier that were made anew from another one."),
+)
+
+
+def _tier_families(tiers: Sequence[TierStats]) -> Iterator[Metric]:
+    for field, name, what in _TIER_GAUGES:
+        gauge = GaugeMetricFamily(f"switchyard_expert_tier_{name}", what, labels=["tier"])
+        for tier in tiers:
+            if (value := getattr(tier, field)) is not None:
+                gauge.add_metric([tier.tier], value)
+        yield gauge
+    for field, name, what in _TIER_COUNTERS:
+        counter = CounterMetricFamily(f"switchyard_expert_tier_{name}", what, labels=["tier"])
+        for tier in tiers:
+            counter.add_metric([tier.tier], getattr(tier, field))
+        yield counter

@@ -73,7 +73,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
                 folder,
                 name=settings.served_base_name,
                 settings=settings.engine(),
-                fetch_expert=registry.expert_path,
+                read_expert=registry.expert_bytes,
                 cache_dir=settings.cache_dir,
             )
         base = engine.base

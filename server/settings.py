@@ -70,7 +70,13 @@ class Settings(BaseSettings):
         ByteSize(EngineSettings.kv_bytes), gt=0, description="Memory for the key/value cache, e.g. 1GiB."
     )
     expert_bytes: ByteSize = Field(
-        ByteSize(EngineSettings.expert_bytes), gt=0, description="Memory for decoded experts, e.g. 2GiB."
+        ByteSize(EngineSettings.expert_bytes), gt=0, description="Device memory for decoded experts, e.g. 2GiB."
+    )
+    host_expert_bytes: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Host memory for decoded experts that leave the device; default: 0 on a CPU, 4 × EXPERT_BYTES on a "
+        "GPU.",
     )
     mode: Mode = Field(
         EngineSettings.mode,

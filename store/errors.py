@@ -97,6 +97,12 @@ class ExpertUnavailableError(SwitchyardError):
     code = "expert_unavailable"
 
 
+class ExpertDamagedError(ExpertUnavailableError):
+    """A registered expert's bytes are not what they were, and no sound copy is at hand (503)."""
+
+    code = "expert_damaged"
+
+
 class StoreError(SwitchyardError):
     """The store failed: no permission, a broken disk, damaged bytes (503)."""
 

@@ -7,6 +7,7 @@ claims is believed beyond what the base's own shapes allow.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -113,13 +114,14 @@ def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTenso
     return header
 
 
-def read_header(path: Path) -> ExpertHeader:
-    """Read the header of an expert file and check all of it that needs neither the base nor the payloads.
+def read_header(source: Path | bytes) -> ExpertHeader:
+    """Read the header of an expert file, or of its bytes, and check all of it that needs neither the base nor the
+    payloads.
 
     Raises:
         ExpertFileError: the file breaks a rule of the format; `param` is the tensor or the field.
     """
-    with _open(path) as file:
+    with _open(source) as file:
         return _read(file)[0]
 
 
@@ -142,13 +144,13 @@ def validate_open(file: BinaryIO, base: BaseManifest) -> ExpertHeader:
     return header
 
 
-def read_deltas(path: Path, base: BaseManifest) -> Iterator[tuple[str, Delta]]:
-    """Decode an expert tensor by tensor, `(name, delta)`, under the checks of `validate`.
+def read_deltas(source: Path | bytes, base: BaseManifest) -> Iterator[tuple[str, Delta]]:
+    """Decode an expert file, or its bytes, tensor by tensor, `(name, delta)`, under the checks of `validate`.
 
     Raises:
         WrongBaseError, ExpertFileError: as `validate`, at the first `next` or at the tensor at fault.
     """
-    with _open(path) as file:
+    with _open(source) as file:
         header, table = _read_for(file, base)
         yield from _decode(file, header, table)
 
@@ -166,11 +168,13 @@ def digest_of(path: Path) -> str:
         raise StoreError(f"cannot read {path.name}: {error.strerror}") from None
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(source: Path | bytes) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
     try:
-        return path.open("rb")
+        return source.open("rb")
     except OSError as error:
-        raise ExpertFileError(f"cannot read {path.name}: {error.strerror}", param="file") from None
+        raise ExpertFileError(f"cannot read {source.name}: {error.strerror}", param="file") from None
 
 
 def _read(file: BinaryIO) -> tuple[ExpertHeader, TensorTable]:

@@ -27,6 +27,7 @@ from store.expert_info import NAME_PATTERN
 from store.manifest import BaseManifest
 from store.record import KEPT_VERSIONS, ExpertRecord, check_record, parse_record, record_to_json
 from store.restoring import restore_lost
+from store.tiers import TierStats
 
 
 class Registry(Catalogue):
@@ -230,6 +231,18 @@ class Registry(Catalogue):
             ExpertUnavailableError: they are gone or damaged.
         """
         return self._store.fetch(digest)
+
+    def expert_bytes(self, digest: str) -> bytes:
+        """Exactly the bytes of an expert's file: what was hashed is what is returned.
+
+        Raises:
+            ExpertUnavailableError: they are gone or damaged.
+        """
+        return self._store.read(digest)
+
+    def tiers(self) -> tuple[TierStats, ...]:
+        """What the store's tiers have done."""
+        return self._store.tiers()
 
     def restore_lost(self) -> None:
         """See `store.restoring`."""

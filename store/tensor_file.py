@@ -75,7 +75,7 @@ def read_tensor_table(file: BinaryIO, *, max_header: int) -> TensorTable:
     Raises:
         FieldError: `field` is the tensor at fault, or "header".
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     prefix = file.read(8)
     if len(prefix) < 8:

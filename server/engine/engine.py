@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from server.engine.grammar import Grammars
+from server.engine.host_tier import HostTier
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel, choose_device, choose_dtype
 from server.engine.outbox import Outbox
@@ -38,7 +40,7 @@ class TransformersEngine:
         *,
         name: str,
         settings: EngineSettings,
-        fetch_expert: Callable[[str], Path],
+        read_expert: Callable[[str], bytes],
         cache_dir: Path | None = None,
     ) -> None:
         """Load the base.
@@ -46,7 +48,8 @@ class TransformersEngine:
         Args:
             folder: safetensors checkpoint (`server.engine.model.resolve_base`).
             name: what clients call the base.
-            fetch_expert: digest → local path of a validated expert file; may block, may raise ExpertUnavailableError.
+            read_expert: digest → exactly the bytes of that digest, of a validated expert file; may block, may raise
+                ExpertUnavailableError.
             cache_dir: where the base's fingerprint is remembered.
 
         Raises:
@@ -65,7 +68,8 @@ class TransformersEngine:
         self._grammars = Grammars(lambda: self._tokenizer.for_grammars(self._model.vocabulary, self._stop_tokens))
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._outbox = Outbox()
-        loader = ExpertLoader(self._model.manifest, device, fetch_expert)
+        host = HostTier(_host_bytes(settings, device), page_locked=device.type == "cuda")
+        loader = ExpertLoader(self._model.manifest, device, read_expert, host)
         self._worker = Worker(self._model, loader, self._outbox, settings, cache_dir)
         self._base = BaseInfo(
             name=name,
@@ -183,3 +187,9 @@ class TransformersEngine:
 
     def _closed(self) -> None:
         self._open -= 1
+
+
+def _host_bytes(settings: EngineSettings, device: torch.device) -> int:
+    if settings.host_expert_bytes is not None:
+        return settings.host_expert_bytes
+    return 0 if device.type == "cpu" else 4 * settings.expert_bytes

@@ -6,15 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.engine.kernels import PackedDelta
+from server.engine.parcel import Parcel
 
 
 @dataclass(frozen=True)
 class DecodedExpert:
-    """All deltas of one expert on the device, by the name of the parameter they move."""
+    """All deltas of one expert on the device, by the name of the parameter they move.
+
+    Attributes:
+        parcel: the one buffer that the tensors are views of, if they are.
+    """
 
     digest: str
     tensors: Mapping[str, PackedDelta]
+    parcel: Parcel | None = None
 
     @property
     def nbytes(self) -> int:
+        if self.parcel is not None:
+            return self.parcel.nbytes
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -1,36 +1,117 @@
-"""Expert file → deltas in packed form on the device."""
+"""Expert file → host memory → device: how a cold expert becomes a resident one, and where it is kept afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import pack, packed_bytes
-from store.expert_file import DenseEntry, read_deltas, read_header
+from server.engine.host_tier import HostTier
+from server.engine.kernels import PackedDelta, pack, packed_fields
+from server.engine.parcel import Parcel, parcel_bytes, wrap
+from store.errors import ExpertUnavailableError
+from store.expert_file import DenseEntry, ExpertHeader, read_deltas, read_header
 from store.manifest import BaseManifest
+from store.tiers import Tier
+
+_CPU = torch.device("cpu")
 
 
 class ExpertLoader:
-    """`ExpertSource` over expert files. The files were validated when they came in and are checked again here: bytes
-    can rot between upload and load."""
+    """`ExpertSource` over expert files and a tier in host memory.
 
-    def __init__(self, manifest: BaseManifest, device: torch.device, fetch: Callable[[str], Path]) -> None:
+    The files were validated when they came in and are checked again here: bytes can rot between upload and load. What
+    comes from host memory is checked after the copy, on the device, by the checksum made when it was decoded.
+
+    For a GPU the host tier holds what was loaded last, that on the device included: dropping an expert from the device
+    costs nothing, and loading it again is one copy over the bus. For a CPU, whose device memory is host memory, a
+    decoded expert is in one of the two tiers, and moving it between them copies nothing.
+
+    Args:
+        read: digest → exactly the bytes of that digest; may block, may raise ExpertUnavailableError.
+    """
+
+    def __init__(
+        self, manifest: BaseManifest, device: torch.device, read: Callable[[str], bytes], host: HostTier
+    ) -> None:
         self._manifest = manifest
         self._device = device
-        self._fetch = fetch
+        self._read = read
+        self.host = host
+        self._in_place = device.type == "cpu"
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def decoded_bytes(self, digest: str) -> int:
-        total = 0
-        for entry in read_header(self._fetch(digest)).tensors.values():
-            if isinstance(entry, DenseEntry):
-                total += packed_bytes(entry.shape, None)
-            else:
-                total += packed_bytes(entry.shape, entry.nnz, entry.params.get("top", 1))
-        return total
+        """See `ExpertSource.decoded_bytes`."""
+        return _decoded_bytes(read_header(self._read(digest)))
 
     def load(self, digest: str) -> DecodedExpert:
-        deltas = read_deltas(self._fetch(digest), self._manifest)
-        return DecodedExpert(digest, {name: pack(delta, self._device) for name, delta in deltas})
+        """See `ExpertSource.load`.
+
+        Raises:
+            ExpertUnavailableError: the expert's bytes are nowhere, or damaged everywhere.
+        """
+        damaged = False
+        with self.host.reading(digest) as kept:
+            if kept is not None:
+                parcel = self._moved(kept)
+                damaged = not parcel.is_intact
+                if damaged:
+                    self.host.meter.damaged(digest)
+                if damaged or self._in_place:
+                    self.host.drop(digest)
+                if not damaged:
+                    return DecodedExpert(digest, parcel.tensors(), parcel)
+        began = time.perf_counter()
+        decoded = self._decode(digest)
+        if not self._in_place:
+            self.host.put(decoded, time.perf_counter() - began)
+        parcel = self._moved(decoded)
+        if not parcel.is_intact:
+            raise ExpertUnavailableError(f"expert {digest[:12]} was damaged on its way to the device; try again")
+        if damaged:
+            self.host.meter.healed(digest, Tier.STORE)
+        return DecodedExpert(digest, parcel.tensors(), parcel)
+
+    def evicted(self, expert: DecodedExpert) -> None:
+        """See `ExpertSource.evicted`."""
+        if not self._in_place:
+            self.host.touch(expert.digest)
+        elif expert.parcel is not None:
+            self.host.put(expert.parcel, 0.0)
+
+    def drop(self, digest: str) -> None:
+        """See `ExpertSource.drop`."""
+        self.host.drop(digest)
+
+    def _decode(self, digest: str) -> Parcel:
+        data = self._read(digest)
+
+        def packed() -> Iterator[tuple[str, PackedDelta]]:
+            for name, delta in read_deltas(data, self._manifest):
+                yield name, pack(delta, _CPU)
+
+        return wrap(digest, _decoded_bytes(read_header(data)), packed())
+
+    def _moved(self, parcel: Parcel) -> Parcel:
+        """On the device. Copied on a stream of its own, so that the engine computes meanwhile, and waited for."""
+        if self._stream is None:
+            return parcel.to(self._device)
+        with torch.cuda.stream(self._stream):
+            moved = parcel.to(self._device)
+        self._stream.synchronize()
+        # The allocator must not give the memory to the next copy while the engine's stream still reads it.
+        moved.buffer.record_stream(torch.cuda.default_stream(self._device))
+        return moved
+
+
+def _decoded_bytes(header: ExpertHeader) -> int:
+    fields: list[int] = []
+    for entry in header.tensors.values():
+        if isinstance(entry, DenseEntry):
+            fields += packed_fields(entry.shape, None)
+        else:
+            fields += packed_fields(entry.shape, entry.nnz, entry.params.get("top", 1))
+    return parcel_bytes(fields)

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from server.engine.expert import DecodedExpert
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import Mix
+from store.tiers import Tier, TierMeter, TierStats
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +25,21 @@ Ready = Callable[[SwitchyardError | None], None]
 
 
 class ExpertSource(Protocol):
-    """Where decoded experts come from. Called on the residency's own thread; both may block."""
+    """Where decoded experts come from. The first two are called on the residency's own thread and may block."""
 
     def decoded_bytes(self, digest: str) -> int:
         """Bytes that `load` will take on the device, known without decoding."""
         ...
 
     def load(self, digest: str) -> DecodedExpert: ...
+
+    def evicted(self, expert: DecodedExpert) -> None:
+        """The device gives an expert up that may be asked for again. Called on the engine's thread; must not block."""
+        ...
+
+    def drop(self, digest: str) -> None:
+        """Nobody is to be given this expert any more. Called on the engine's thread; must not block."""
+        ...
 
 
 @dataclass
@@ -87,22 +96,22 @@ class Residency:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert-loader")
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self.loads = 0
-        self.evictions = 0
-        self.load_seconds = 0.0
+        self.meter = TierMeter(Tier.DEVICE)
 
     @property
     def experts(self) -> Mapping[str, DecodedExpert]:
         """Every resident expert by digest; always the same object."""
         return self._experts
 
-    @property
-    def count(self) -> int:
-        return len(self._experts)
+    def stats(self) -> TierStats:
+        """What is on the device, and what has been going on there."""
+        return self.meter.stats(used_bytes=self.used_bytes, limit_bytes=self.budget_bytes, experts=len(self._experts))
 
     def request(self, mix: Mix, ready: Ready) -> None:
         """Call `ready(None)` once all experts of `mix` are pinned (perhaps before this returns), or
         `ready(error)` if that cannot be."""
+        for digest, _ in mix.parts:
+            self.meter.looked_up(found=digest in self._experts)
         if self._all_resident(mix) and self._draining.isdisjoint(digest for digest, _ in mix.parts):
             self._pin(mix)
             ready(None)
@@ -121,6 +130,7 @@ class Residency:
         """Forget an expert as soon as nothing uses it."""
         slot = self._slots.get(digest)
         if slot is None:
+            self._source.drop(digest)
             return
         slot.doomed = True
         self._evict_if_doomed(digest)
@@ -178,7 +188,8 @@ class Residency:
         for digest in idle:
             if self.used_bytes + needed <= self.budget_bytes:
                 break
-            self._evict(digest)
+            self._source.evicted(self._free(digest))
+            self.meter.evicted()
         if self.used_bytes + needed > self.budget_bytes:
             return False
         for digest in absent:
@@ -193,15 +204,15 @@ class Residency:
             ticket.ready(None)
         return True
 
-    def _evict(self, digest: str) -> None:
+    def _free(self, digest: str) -> DecodedExpert:
         self.used_bytes -= self._slots.pop(digest).nbytes
-        del self._experts[digest]
-        self.evictions += 1
+        return self._experts.pop(digest)
 
     def _evict_if_doomed(self, digest: str) -> None:
         slot = self._slots.get(digest)
         if slot is not None and slot.doomed and slot.pins == 0 and slot.expert is not None:
-            self._evict(digest)
+            self._free(digest)
+            self._source.drop(digest)
 
     def _measure(self, digests: list[str]) -> None:
         for digest in digests:
@@ -235,8 +246,7 @@ class Residency:
         error = done.exception()
         if error is None:
             slot.expert = self._experts[digest] = done.result()
-            self.loads += 1
-            self.load_seconds += time.perf_counter() - started
+            self.meter.loaded(time.perf_counter() - started)
             for ticket in waiters:
                 ticket.missing.discard(digest)
                 if not ticket.missing:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from store.manifest import BaseManifest
 from store.mix import BASE_MIX, Mix
+from store.tiers import Tier, TierStats
 
 Message = dict[str, str]
 """One chat turn: `{"role": ..., "content": ...}`."""
@@ -168,7 +169,10 @@ class EngineSettings:
     kv_bytes: int = 1 << 30
     """Memory for the key/value cache."""
     expert_bytes: int = 2 << 30
-    """Memory for decoded experts."""
+    """Memory for decoded experts on the device."""
+    host_expert_bytes: int | None = None
+    """Host memory for decoded experts that are not on the device. None: none on a CPU, whose own memory it is; on a GPU
+    four times `expert_bytes`."""
     mode: Mode = Mode.AUTO
     """How deltas are applied. Mixes that mixed mode cannot carry run merged all the same."""
     kernels: str = "auto"
@@ -198,12 +202,6 @@ class EngineStats:
     waiting: int
     kv_bytes_used: int
     kv_bytes_total: int
-    resident_experts: int
-    resident_bytes: int
-    resident_bytes_limit: int
-    expert_loads: int
-    expert_evictions: int
-    expert_load_seconds: float
     mix_switches: int
     patches: int
     patch_seconds: float
@@ -217,6 +215,12 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     steps: int
+    tiers: tuple[TierStats, ...] = ()
+    """Experts on the device and in host memory."""
+
+    def tier(self, tier: Tier) -> TierStats:
+        """What one of the engine's tiers has done."""
+        return next((stats for stats in self.tiers if stats.tier is tier), TierStats(tier))
 
 
 class TokenStream(Protocol):

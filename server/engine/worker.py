@@ -54,6 +54,7 @@ class Worker:
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device)
         kernels = backend(settings.kernels, model.device, cache_dir)
         self.executor = Executor(model, self.cache, kernels)
+        self._host = loader.host
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
             self.cache,
@@ -95,6 +96,7 @@ class Worker:
         self.post(halt)
         self._thread.join()
         self.residency.close()
+        self._host.close()
 
     def post(self, command: Command) -> bool:
         """Have a command run between two steps; False if the thread takes no more."""
@@ -230,12 +232,6 @@ class Worker:
             waiting=len(self._held) - running,
             kv_bytes_used=self.cache.used_bytes,
             kv_bytes_total=self.cache.total_bytes,
-            resident_experts=residency.count,
-            resident_bytes=residency.used_bytes,
-            resident_bytes_limit=residency.budget_bytes,
-            expert_loads=residency.loads,
-            expert_evictions=residency.evictions,
-            expert_load_seconds=residency.load_seconds,
             mix_switches=executor.merged.switches,
             patches=executor.merged.patches,
             patch_seconds=executor.merged.seconds,
@@ -248,4 +244,5 @@ class Worker:
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
             steps=self._steps,
+            tiers=(residency.stats(), self._host.stats()),
         )

@@ -8,6 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, Protocol
 
+from store.tiers import TierStats
+
 
 class Expect(Enum):
     """What `BlobStore.put_record` may find under a name, besides exact bytes."""
@@ -59,6 +61,16 @@ class BlobStore(Protocol):
         """
         ...
 
+    def read(self, digest: str) -> bytes:
+        """Exactly the bytes of that digest: what was hashed is what is returned.
+
+        A damaged copy is reported, and made anew from another one where there is one.
+
+        Raises:
+            ExpertUnavailableError: there is no such blob, or its bytes are damaged.
+        """
+        ...
+
     def delete_blob(self, digest: str) -> None:
         """Forget a blob; no error if there is none."""
         ...
@@ -96,6 +108,10 @@ class BlobStore(Protocol):
 
         `records` goes on to hold them until they are put again or deleted.
         """
+        ...
+
+    def tiers(self) -> tuple[TierStats, ...]:
+        """What has been going on in the places where it keeps blobs."""
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:

@@ -6,15 +6,21 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from store.backends import Health
 from store.backends.disk import DiskStore
-from store.errors import ExpertUnavailableError, StoreError
+from store.errors import ExpertDamagedError, ExpertUnavailableError, StoreError
+from store.tiers import Tier, TierMeter, TierStats
 
 _log = logging.getLogger(__name__)
 
 _OPENING_SECONDS = 10.0
 """What was handed out so recently is not evicted: its reader may not have opened it yet."""
+
+Copy = TypeVar("Copy", Path, bytes)
 
 
 class BlobCache:
@@ -31,7 +37,10 @@ class BlobCache:
     """
 
     def __init__(self, root: Path, limit: int) -> None:
-        self._disk = DiskStore(root)
+        self.meter = TierMeter(Tier.CACHE)
+        self._disk = DiskStore(root, self.meter)
+        self._damaged: set[str] = set()
+        """Whose copies were dropped because they were damaged, and have not been made anew yet."""
         self._limit = limit
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, tuple[int, float]] = OrderedDict()
@@ -49,6 +58,10 @@ class BlobCache:
         with self._lock:
             return sum(size for size, _ in self._entries.values())
 
+    def stats(self) -> TierStats:
+        """What is in it, and what has been going on."""
+        return self.meter.stats(used_bytes=self.used, limit_bytes=self._limit, experts=len(self._entries))
+
     def close(self) -> None:
         self._disk.close()
 
@@ -56,28 +69,38 @@ class BlobCache:
         """Where `add` takes files from."""
         return self._disk.quarantine()
 
+    def has(self, digest: str) -> bool:
+        """Whether there is a copy, be it damaged."""
+        return digest in self._entries
+
     def get(self, digest: str) -> Path | None:
         """A verified file, or None; a damaged copy is reported and dropped."""
-        if digest not in self._entries:
-            return None
-        try:
-            path = self._disk.fetch(digest)
-        except ExpertUnavailableError as error:
-            _log.warning("a cached copy is dropped: %s", error.message)
-            self.drop(digest)
-            return None
-        self._touch(digest, path)
-        return path
+        return self._sound(digest, self._disk.fetch)
 
-    def add(self, path: Path, digest: str) -> Path:
+    def read(self, digest: str) -> bytes | None:
+        """Verified bytes, or None; a damaged copy is reported and dropped."""
+        return self._sound(digest, self._disk.verified)
+
+    def check(self, digest: str) -> Health:
+        """Read a copy afresh, and leave it as it is."""
+        return self._disk.verify(digest, repair=False)
+
+    def add(self, path: Path, digest: str, seconds: float = 0.0) -> Path:
         """Take over a verified file of the quarantine, and make room for it. Returns where it is now.
+
+        Args:
+            seconds: what it took to get it, for the metrics.
 
         Raises:
             StoreError: the disk fails, or is full.
         """
         self._disk.put_blob(path, digest)
         kept = self._disk.fetch(digest)
-        self._touch(digest, kept)
+        self._touch(digest, kept.stat().st_size)
+        self.meter.loaded(seconds)
+        if digest in self._damaged:
+            self._damaged.discard(digest)
+            self.meter.healed(digest, Tier.STORE)
         self._evict()
         return kept
 
@@ -87,9 +110,24 @@ class BlobCache:
             self._entries.pop(digest, None)
         self._disk.delete_blob(digest)
 
-    def _touch(self, digest: str, path: Path) -> None:
+    def _sound(self, digest: str, take: Callable[[str], Copy]) -> Copy | None:
+        entry = self._entries.get(digest)
+        copy: Copy | None = None
+        if entry is not None:
+            try:
+                copy = take(digest)
+            except ExpertUnavailableError as error:
+                if isinstance(error, ExpertDamagedError):
+                    self._damaged.add(digest)
+                _log.warning("a cached copy is dropped: %s", error.message)
+                self.drop(digest)
+            else:
+                self._touch(digest, entry[0])
+        return copy
+
+    def _touch(self, digest: str, size: int) -> None:
         with self._lock:
-            self._entries[digest] = (path.stat().st_size, time.monotonic())
+            self._entries[digest] = (size, time.monotonic())
             self._entries.move_to_end(digest)
 
     def _evict(self) -> None:
@@ -107,3 +145,5 @@ class BlobCache:
                 self.drop(digest)
             except StoreError as error:
                 _log.warning("no room can be made in the cache: %s", error.message)
+            else:
+                self.meter.evicted()

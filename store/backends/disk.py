@@ -12,7 +12,6 @@ folder is). The locks are flock: the kernel drops them when their holder dies, w
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -25,17 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
-from store.errors import ExpertUnavailableError, StorageFullError, StoreError
+from store.backends.filesystem import reading, reported, sync_folder
+from store.errors import ExpertDamagedError, StoreError
 from store.expert_info import DIGEST_PATTERN, NAME_PATTERN
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EROFS: "the file system is read-only",
-}
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from store.tiers import Tier, TierMeter, TierStats
 
 _TRUST_SECONDS = 5.0
 """How long a hash counts: the steps of one load share it, and bytes that rot later are noticed by the next load."""
@@ -49,24 +41,26 @@ class DiskStore:
 
     Args:
         root: the folder; all of it must be on one filesystem, which must support rename and flock.
+        meter: who counts; default: one of its own.
 
     Raises:
         StoreError: the folder cannot be created or written.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, meter: TierMeter | None = None) -> None:
         self._root = root
+        self._meter = meter or TierMeter(Tier.STORE)
         self._thread_lock = threading.RLock()
         self._depth = 0
         self._verified: dict[str, tuple[_Stamp, float]] = {}
         self._records: dict[str, tuple[_Stamp, bytes]] = {}
-        with _reported("open the store"):
+        with reported("open the store"):
             for folder in ("blobs", "records", "quarantine"):
                 (root / folder).mkdir(parents=True, exist_ok=True)
             self._lock_file = (root / "lock").open("ab")
             (root / "edition").touch()
             self._edition_file = (root / "edition").open("r+b", buffering=0)
-        with self.exclusive(), _reported("open the store"):
+        with self.exclusive(), reported("open the store"):
             self._bump(odd=False)
             self._clear_quarantine()
             self._quarantine = Path(tempfile.mkdtemp(dir=root / "quarantine"))
@@ -87,52 +81,58 @@ class DiskStore:
     def put_blob(self, path: Path, digest: str) -> None:
         """See `BlobStore.put_blob`."""
         target = self._blob(digest)
-        with self.exclusive(), _reported("store the file"):
+        with self.exclusive(), reported("store the file"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.chmod(0o444)
             target.parent.mkdir(exist_ok=True)
-            _sync_folder(target.parent.parent)
+            sync_folder(target.parent.parent)
             path.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
             self._verified.pop(digest, None)
 
     def fetch(self, digest: str) -> Path:
         """See `BlobStore.fetch`. Hashes a blob unless it did so just now and its file is still the same."""
         path = self._blob(digest)
-        try:
-            with path.open("rb") as file:
-                stamp = _stamp(os.fstat(file.fileno()))
-                seen, when = self._verified.get(digest, (None, 0.0))
-                if seen != stamp or time.monotonic() - when > _TRUST_SECONDS:
-                    self._verified.pop(digest, None)
-                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                        raise ExpertUnavailableError(
-                            f"the stored bytes of {digest[:12]}… are damaged; upload the expert again"
-                        )
-                    self._verified[digest] = stamp, time.monotonic()
-        except FileNotFoundError:
-            raise ExpertUnavailableError(
-                f"the stored bytes of {digest[:12]}… are gone; upload the expert again"
-            ) from None
-        except OSError as error:
-            raise ExpertUnavailableError(
-                f"the stored bytes of {digest[:12]}… cannot be read: {_reason(error)}"
-            ) from None
+        with reading(digest), path.open("rb") as file:
+            stamp = _stamp(os.fstat(file.fileno()))
+            seen, when = self._verified.get(digest, (None, 0.0))
+            if seen != stamp or time.monotonic() - when > _TRUST_SECONDS:
+                self._verified.pop(digest, None)
+                self._check(digest, hashlib.file_digest(file, "sha256").hexdigest())
+                self._verified[digest] = stamp, time.monotonic()
         return path
+
+    def read(self, digest: str) -> bytes:
+        """See `BlobStore.read`."""
+        began = time.perf_counter()
+        data = self.verified(digest)
+        self._meter.loaded(time.perf_counter() - began)
+        return data
+
+    def verified(self, digest: str) -> bytes:
+        """As `read`, and not counted as a load: for whoever counts it himself."""
+        with reading(digest):
+            data = self._blob(digest).read_bytes()
+        self._check(digest, hashlib.sha256(data).hexdigest())
+        return data
+
+    def tiers(self) -> tuple[TierStats, ...]:
+        """See `BlobStore.tiers`."""
+        return (self._meter.stats(),)
 
     def delete_blob(self, digest: str) -> None:
         """See `BlobStore.delete_blob`."""
         target = self._blob(digest)
-        with self.exclusive(), _reported("delete the file"):
+        with self.exclusive(), reported("delete the file"):
             self._verified.pop(digest, None)
             target.unlink(missing_ok=True)
             if target.parent.exists():
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
 
     def blobs(self) -> set[str]:
         """See `BlobStore.blobs`."""
-        with _reported("list the store"):
+        with reported("list the store"):
             names = {path.name for path in (self._root / "blobs").glob("*/*")}
         return {name for name in names if DIGEST_PATTERN.fullmatch(name)}
 
@@ -145,7 +145,9 @@ class DiskStore:
         except FileNotFoundError:
             return Health.GONE
         except OSError:  # a sector that cannot be read
-            return Health.DAMAGED
+            sound = False
+        if not sound:
+            self._meter.damaged(digest)
         return Health.SOUND if sound else Health.DAMAGED
 
     def put_record(self, name: str, data: bytes, *, expected: bytes | Expect) -> bool:
@@ -157,7 +159,7 @@ class DiskStore:
                 return False
             if expected is not ABSENT and expected is not ANYTHING and current != expected:
                 return False
-            with _reported("store the record"):
+            with reported("store the record"):
                 temporary = self._quarantine / f".record-{name}"
                 try:
                     with temporary.open("wb") as file:
@@ -171,12 +173,12 @@ class DiskStore:
                 finally:
                     with suppress(OSError):
                         temporary.unlink(missing_ok=True)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
         return True
 
     def get_record(self, name: str) -> bytes | None:
         """See `BlobStore.get_record`."""
-        with _reported("read the record"):
+        with reported("read the record"):
             try:
                 return self._record(name).read_bytes()
             except FileNotFoundError:
@@ -185,19 +187,19 @@ class DiskStore:
     def delete_record(self, name: str) -> bool:
         """See `BlobStore.delete_record`."""
         target = self._record(name)
-        with self.exclusive(), _reported("delete the record"):
+        with self.exclusive(), reported("delete the record"):
             if not target.exists():
                 return False
             with self._changing_records():
                 target.unlink()
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         return True
 
     def records(self) -> dict[str, bytes]:
         """See `BlobStore.records`. Reads the files that have changed since the last call."""
         found: dict[str, tuple[_Stamp, bytes]] = {}
         known = self._records
-        with _reported("list the store"), os.scandir(self._root / "records") as entries:
+        with reported("list the store"), os.scandir(self._root / "records") as entries:
             for entry in entries:
                 name, _, suffix = entry.name.rpartition(".")
                 if suffix != "json" or not NAME_PATTERN.fullmatch(name):
@@ -228,7 +230,7 @@ class DiskStore:
         """See `BlobStore.exclusive`."""
         with self._thread_lock:
             if self._depth == 0:
-                with _reported("lock the store"):
+                with reported("lock the store"):
                     fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             self._depth += 1
             try:
@@ -254,6 +256,11 @@ class DiskStore:
     def _count(self) -> int:
         return int.from_bytes(os.pread(self._edition_file.fileno(), 8, 0), "little")
 
+    def _check(self, digest: str, found: str) -> None:
+        if found != digest:
+            self._meter.damaged(digest)
+            raise ExpertDamagedError(f"the stored bytes of {digest[:12]}… are damaged; upload the expert again")
+
     def _clear_quarantine(self) -> None:
         """Remove what dead processes left. A folder's lock can be taken only if its owner is gone."""
         for folder in (self._root / "quarantine").iterdir():
@@ -277,27 +284,5 @@ class DiskStore:
         return self._root / "records" / f"{name}.json"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _stamp(stat: os.stat_result) -> _Stamp:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _reason(error: OSError) -> str:
-    return _REASONS.get(error.errno or 0) or error.strerror or "input/output error"
-
-
-@contextmanager
-def _reported(action: str) -> Iterator[None]:
-    """Turn the system's errors into ours; the message names no paths, since clients see it."""
-    try:
-        yield
-    except OSError as error:
-        kind = StorageFullError if error.errno in _FULL else StoreError
-        raise kind(f"cannot {action}: {_reason(error)}") from error

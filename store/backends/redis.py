@@ -7,6 +7,7 @@
     switchyard:lease       token of the one writer, with an end
     switchyard:blobs       hash    digest → state, bytes, chunks
     switchyard:blob:D:I    chunk I of the blob D
+    switchyard:damaged     set     digests of blobs that somebody found damaged
 
 The catalogue is held in memory, so that neither looking up an expert nor listing them asks Redis, and what is known
 goes on being served while Redis is away. A listener keeps it up to date: at once by the channel, and by asking for the
@@ -15,33 +16,30 @@ edition several times a second, whatever happens to messages.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import random
-import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-
-import redis
+from typing import TypeVar
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
 from store.backends.blob_cache import BlobCache
-from store.backends.redis_link import BLOBS, CHANGES, CHANNEL, EDITION, EPOCH, RECORDS, RedisLink, chunk_key
+from store.backends.redis_blobs import RedisBlobs
+from store.backends.redis_link import CHANGES, CHANNEL, EDITION, EPOCH, RECORDS, RedisLink
 from store.errors import ExpertUnavailableError, StoreError, StoreUnavailableError
+from store.tiers import Tier, TierMeter, TierStats
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 8 << 20
-"""Bytes of a chunk: Redis serves one command at a time, and others must get a word in."""
 _POLL_SECONDS = 0.25
 _LONGEST_PAUSE = 5.0
 _NEAR = 1000
 """A reader that is farther behind reads the whole catalogue."""
-_COMPLETE, _PARTIAL = b"complete", b"partial"
+
+Copy = TypeVar("Copy", Path, bytes)
 
 
 class RedisStore:
@@ -65,6 +63,8 @@ class RedisStore:
         self._link = RedisLink(url, timeout=timeout, lease_seconds=lease_seconds)
         self._redis = self._link.client
         self._cache = BlobCache(cache, cache_bytes)
+        self._meter = TierMeter(Tier.STORE)
+        self._blobs = RedisBlobs(self._link, self._cache.quarantine(), self._meter)
         self._refreshing = threading.Lock()
         self._fetching = [threading.Lock() for _ in range(16)]
         self._records: Mapping[str, bytes] = {}
@@ -95,45 +95,48 @@ class RedisStore:
     def put_blob(self, path: Path, digest: str) -> None:
         """See `BlobStore.put_blob`."""
         with self.exclusive(), self._link.reported("store the file"):
-            self._send(path, digest)
+            self._blobs.send(path, digest)
         self._cache.add(path, digest)
 
     def fetch(self, digest: str) -> Path:
         """See `BlobStore.fetch`. A damaged copy in the cache is replaced from Redis."""
-        with self._fetching[int(digest[0], 16)]:
-            cached = self._cache.get(digest)
-            if cached is not None:
-                return cached
-            try:
-                return self._cache.add(self._receive(digest), digest)
-            except StoreUnavailableError as error:
-                raise ExpertUnavailableError(f"{digest[:12]}… is not on this machine: {error.message}") from error
+        return self._local(digest, self._cache.get)
+
+    def read(self, digest: str) -> bytes:
+        """See `BlobStore.read`. A damaged copy in the cache is replaced from Redis."""
+        return self._local(digest, self._cache.read)
 
     def delete_blob(self, digest: str) -> None:
         """See `BlobStore.delete_blob`."""
         with self.exclusive(), self._link.reported("delete the file"):
-            _, _, chunks = self._entry(digest)
-            self._link.forget_blob(digest, chunks)
+            self._blobs.forget(digest)
         self._cache.drop(digest)
 
     def blobs(self) -> set[str]:
         """See `BlobStore.blobs`. Those that were never finished are among them, for the garbage collection."""
         with self._link.reported("list the store"):
-            return {digest.decode() for digest in self._redis.hkeys(BLOBS)}
+            return self._blobs.digests()
 
     def verify(self, digest: str, *, repair: bool) -> Health:
-        """See `BlobStore.verify`. Redis's copy is healed from the cache; the cache heals itself."""
-        cached = self._cache.get(digest)
-        try:
-            self._receive(digest).unlink()
-            return Health.SOUND
-        except ExpertUnavailableError:
-            with self._link.reported("read the file"):
-                found = Health.DAMAGED if self._entry(digest)[0] == _COMPLETE else Health.GONE
-        if cached is None or not repair:
+        """See `BlobStore.verify`. Redis's copy and the cache's heal each other."""
+        cached = self._cache.check(digest)
+        with self._link.reported("read the file"):
+            try:
+                received, seconds = self._blobs.receive(digest)
+            except ExpertUnavailableError:
+                found = Health.DAMAGED if self._blobs.is_complete(digest) else Health.GONE
+            else:
+                found = Health.SOUND
+        if found is Health.SOUND:
+            if cached is not Health.DAMAGED or not repair:
+                received.unlink()
+                return Health.SOUND if cached is not Health.DAMAGED else Health.DAMAGED
+            self._cache.add(received, digest, seconds)
+            self._cache.meter.healed(digest, Tier.STORE)
+            return Health.HEALED
+        if cached is not Health.SOUND or not repair:
             return found
-        with self.exclusive(), self._link.reported("repair the file"):
-            self._send(cached, digest)
+        self._put_back(digest)
         return Health.HEALED
 
     def put_record(self, name: str, data: bytes, *, expected: bytes | Expect) -> bool:
@@ -171,9 +174,49 @@ class RedisStore:
         """See `BlobStore.lost`."""
         return self._lost
 
+    def tiers(self) -> tuple[TierStats, ...]:
+        """See `BlobStore.tiers`."""
+        return self._cache.stats(), self._meter.stats()
+
     def exclusive(self) -> AbstractContextManager[None]:
         """See `BlobStore.exclusive`."""
         return self._link.exclusive()
+
+    def _local(self, digest: str, take: Callable[[str], Copy | None]) -> Copy:
+        """What `take` finds in the cache; if it is not there, it is brought there first."""
+        with self._fetching[int(digest[0], 16)]:
+            cached = take(digest)
+            self._cache.meter.looked_up(found=cached is not None)
+            if cached is not None:
+                return cached
+            try:
+                with self._link.reported("read the file"):
+                    path, seconds = self._blobs.receive(digest)
+                    self._cache.add(path, digest, seconds)
+            except StoreUnavailableError as error:
+                raise ExpertUnavailableError(f"{digest[:12]}… is not on this machine: {error.message}") from error
+            brought = take(digest)
+            if brought is None:
+                raise ExpertUnavailableError(f"the copy of {digest[:12]}… vanished from this machine's disk; try again")
+            return brought
+
+    def _put_back(self, digest: str) -> None:
+        """Write a blob anew that Redis has lost or damaged, from the cache."""
+        sound = self._cache.get(digest)
+        if sound is None:
+            return
+        with self.exclusive(), self._link.reported("repair the file"):
+            self._blobs.send(sound, digest)
+        self._meter.healed(digest, Tier.CACHE)
+
+    def _heal_reported(self) -> None:
+        """Write anew what another server found damaged, if this one has it."""
+        with self._link.reported("repair the file"):
+            for digest in self._blobs.reported():
+                if self._cache.has(digest):
+                    with self.exclusive():
+                        if digest in self._blobs.reported():  # neither deleted nor healed meanwhile
+                            self._put_back(digest)
 
     def _join(self) -> None:
         """Make the store's epoch where there is none, and take note of it."""
@@ -234,6 +277,7 @@ class RedisStore:
                         if away:
                             _log.warning("%s is back", self._link.where)
                         pause, away = 0.1, False
+                        self._heal_reported()
                         channel.get_message(timeout=_POLL_SECONDS)
             except StoreError as error:
                 if not away and not self._closing.is_set():
@@ -241,49 +285,3 @@ class RedisStore:
                 away = True
                 self._closing.wait(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _LONGEST_PAUSE)
-
-    def _send(self, path: Path, digest: str) -> None:
-        """Write a file's chunks; the blob is complete after the last one. The lease is held."""
-        chunks = -(-path.stat().st_size // _CHUNK)
-        size = f"{path.stat().st_size} {chunks}"
-        self._redis.hsetnx(BLOBS, digest, f"{_PARTIAL.decode()} {size}")
-        with path.open("rb") as file:
-            for index in range(chunks):
-                self._redis.set(chunk_key(digest, index), file.read(_CHUNK))
-        self._redis.hset(BLOBS, digest, f"{_COMPLETE.decode()} {size}")
-
-    def _receive(self, digest: str) -> Path:
-        """Read a blob into quarantine, verified.
-
-        Raises:
-            ExpertUnavailableError: there is none, or its bytes are damaged.
-        """
-        with self._link.reported("read the file"):
-            state, _, chunks = self._entry(digest)
-            if state != _COMPLETE:
-                raise ExpertUnavailableError(f"the stored bytes of {digest[:12]}… are gone; upload the expert again")
-            with tempfile.NamedTemporaryFile(dir=self.quarantine(), prefix="fetch-", delete=False) as file:
-                path, found = Path(file.name), hashlib.sha256()
-                try:
-                    for chunk in self._chunks(digest, chunks):
-                        found.update(chunk)
-                        file.write(chunk)
-                    if found.hexdigest() != digest:
-                        raise ExpertUnavailableError(
-                            f"the bytes of {digest[:12]}… in Redis are damaged; upload the expert again"
-                        )
-                except BaseException as error:
-                    path.unlink()
-                    if isinstance(error, OSError) and not isinstance(error, redis.exceptions.RedisError):
-                        raise StoreError(f"cannot cache the file: {os.strerror(error.errno or 0)}") from error
-                    raise
-        return path
-
-    def _chunks(self, digest: str, count: int) -> Iterator[bytes]:
-        for index in range(count):
-            yield self._redis.get(chunk_key(digest, index)) or b""
-
-    def _entry(self, digest: str) -> tuple[bytes, int, int]:
-        """State, bytes and chunks of a blob."""
-        entry = (self._redis.hget(BLOBS, digest) or b"gone 0 0").split()
-        return entry[0], int(entry[1]), int(entry[2])

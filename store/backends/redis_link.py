@@ -28,6 +28,8 @@ CHANGES = "switchyard:changes"
 """Sorted set: name → the edition in which it changed last."""
 BLOBS = "switchyard:blobs"
 """Hash: digest → "complete BYTES CHUNKS", or "partial ..." while the chunks are on their way."""
+DAMAGED = "switchyard:damaged"
+"""Set: digests of blobs whose bytes somebody found damaged."""
 
 _IF_HELD = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LEASE lost') end\n"
 _TELL = """

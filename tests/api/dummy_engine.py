@@ -22,6 +22,7 @@ from server.engine.types import (
 )
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.manifest import BaseManifest
+from store.tiers import Tier, TierStats
 
 MANIFEST = BaseManifest(hashlib.sha256(b"dummy").hexdigest(), {"embed": (16, 4), "layer.weight": (8, 8), "norm": (4,)})
 VOCABULARY = 258
@@ -200,12 +201,6 @@ class DummyEngine:
             waiting=0,
             kv_bytes_used=0,
             kv_bytes_total=1 << 20,
-            resident_experts=2,
-            resident_bytes=2048,
-            resident_bytes_limit=1 << 20,
-            expert_loads=3,
-            expert_evictions=1,
-            expert_load_seconds=0.5,
             mix_switches=4,
             patches=3,
             patch_seconds=0.25,
@@ -218,4 +213,5 @@ class DummyEngine:
             generated_tokens=self.generated,
             preemptions=0,
             steps=self.generated,
+            tiers=(TierStats(Tier.DEVICE, 2048, 1 << 20, 2, loads=3, evictions=1, load_seconds=0.5),),
         )

@@ -34,9 +34,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.fingerprint",
         "store.manifest",
         "store.mix",
+        "store.tiers",
     ),
     "server.settings": ("server.engine.types", "router"),
-    "server.metrics": ("server.engine.types", "store.errors", "store.record"),
+    "server.metrics": ("server.engine.types", "store.errors", "store.record", "store.tiers"),
     "server.prompts": ("server.engine.types", "store.errors"),
     "server.text": (),
     "server.library": (

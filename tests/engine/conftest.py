@@ -38,10 +38,10 @@ class Library:
     models: dict[Mix, torch.nn.Module] = field(default_factory=dict)
     """Merged models made so far."""
 
-    def fetch(self, digest: str) -> Path:
+    def read(self, digest: str) -> bytes:
         if digest not in self.files:
             raise ExpertUnavailableError("its bytes are gone")
-        return self.files[digest]
+        return self.files[digest].read_bytes()
 
     def add(self, seed: int, *, density: float = 0.3, scale: float = 0.08) -> str:
         """Write an expert that moves every tensor of the base: matrices ternary, norms and biases raw."""
@@ -107,7 +107,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 @asynccontextmanager
 async def running(library: Library, settings: EngineSettings = SETTINGS) -> AsyncIterator[TransformersEngine]:
     """A started engine; afterwards the base must be what it was at load."""
-    engine = TransformersEngine(library.base, name="tiny", settings=settings, fetch_expert=library.fetch)
+    engine = TransformersEngine(library.base, name="tiny", settings=settings, read_expert=library.read)
     at_load, _ = engine.check_integrity()
     await engine.start()
     try:

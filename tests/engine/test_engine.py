@@ -22,6 +22,7 @@ from store.errors import (
     QueueFullError,
 )
 from store.mix import BASE_MIX, Mix
+from store.tiers import Tier
 from tests.engine.conftest import SETTINGS, Library, collect, running, until
 
 
@@ -331,11 +332,11 @@ def test_a_dropped_expert_leaves_memory_once_unused(library: Library) -> None:
     async def body() -> None:
         async with running(library) as engine:
             await collect(engine, [1], Mix.of({expert: 1.0}))
-            await until(lambda: engine.stats().resident_experts == 1)
-            assert engine.stats().resident_bytes > 0
+            await until(lambda: engine.stats().tier(Tier.DEVICE).experts == 1)
+            assert engine.stats().tier(Tier.DEVICE).used_bytes
             await engine.drop_expert(expert)
-            await until(lambda: engine.stats().resident_experts == 0)
-            assert engine.stats().resident_bytes == 0
+            await until(lambda: engine.stats().tier(Tier.DEVICE).experts == 0)
+            assert engine.stats().tier(Tier.DEVICE).used_bytes == 0
 
     run(body())
 

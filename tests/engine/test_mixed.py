@@ -10,6 +10,7 @@ from torch import nn
 
 from server.engine.attention import AttentionBatch, Segment
 from server.engine.expert import DecodedExpert
+from server.engine.host_tier import HostTier
 from server.engine.kernels import backend
 from server.engine.layout import Span
 from server.engine.loader import ExpertLoader
@@ -32,7 +33,7 @@ class World:
         self.sites, self.unserved = find_sites(self.model.network, self.model.parameters, self.model.try_out)
         self.mixed = MixedWeights(self.sites, self.unserved, self.model.parameters, backend("reference", CPU))
         self.digests = [self.library.add(seed, density=density) for seed, density in ((1, 0.3), (2, 0.02), (3, 0.3))]
-        loader = ExpertLoader(self.model.manifest, CPU, self.library.fetch)
+        loader = ExpertLoader(self.model.manifest, CPU, self.library.read, HostTier(0))
         self.experts = {digest: loader.load(digest) for digest in self.digests}
         assert all(loader.decoded_bytes(digest) == expert.nbytes for digest, expert in self.experts.items())
 

@@ -26,6 +26,8 @@ class Source:
         self.gates: dict[str, threading.Event] = {}
         self.broken: set[str] = set()
         self.loaded: list[str] = []
+        self.let_go: list[str] = []
+        self.dropped: list[str] = []
 
     def decoded_bytes(self, digest: str) -> int:
         if digest == "unknown1":
@@ -39,6 +41,12 @@ class Source:
             raise RuntimeError("unreadable")
         self.loaded.append(digest)
         return DecodedExpert(digest, {"w": DenseValues(torch.zeros(100 * int(digest[-1])))})
+
+    def evicted(self, expert: DecodedExpert) -> None:
+        self.let_go.append(expert.digest)
+
+    def drop(self, digest: str) -> None:
+        self.dropped.append(digest)
 
 
 class Bench:
@@ -103,7 +111,9 @@ def test_the_least_recently_used_goes_first_and_the_pinned_stays(bench: Bench) -
     bench.request("d2")
     bench.settle(lambda: len(bench.granted) == 5)
     assert set(bench.residency.experts) == {"b1", "c1", "d2"}
-    assert bench.residency.evictions == 1
+    assert bench.source.let_go == ["a2"]
+    stats = bench.residency.stats()
+    assert (stats.evictions, stats.hits, stats.misses, stats.loads) == (1, 1, 4, 4)
 
 
 def test_a_mix_waits_for_room_and_warm_mixes_pass_it(bench: Bench) -> None:
@@ -176,6 +186,8 @@ def test_dropping_waits_for_the_last_user(bench: Bench) -> None:
     bench.residency.release(mix)
     assert "a1" not in bench.residency.experts
     assert bench.residency.used_bytes == 0
+    assert bench.source.dropped == ["a1"], "and nobody keeps a copy"
+    assert bench.source.let_go == []
 
 
 def test_random_traffic_never_exceeds_the_budget_nor_forgets_anyone() -> None:

@@ -63,7 +63,7 @@ def eventually(what: Callable[[], object]) -> None:
 def test_large_blobs_are_cut_into_chunks(
     shared_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("store.backends.redis._CHUNK", 100)
+    monkeypatch.setattr("store.backends.redis_blobs._CHUNK", 100)
     store, other = open_redis(shared_redis), open_redis(shared_redis)
     digest = publish(registry_of(store), store, "a")
     size = store.fetch(digest).stat().st_size

@@ -4,7 +4,7 @@
 """
 
 from server.engine.kernels.choice import available, backend
-from server.engine.kernels.packing import dense, gather_rows, pack, packed_bytes
+from server.engine.kernels.packing import dense, gather_rows, pack, packed_bytes, packed_fields
 from server.engine.kernels.types import Group, Kernels, PackedDelta, Term
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "gather_rows",
     "pack",
     "packed_bytes",
+    "packed_fields",
 ]

@@ -35,7 +35,12 @@ def pack(delta: Delta, device: torch.device) -> PackedDelta:
 
 
 def packed_bytes(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) -> int:
-    """Exactly what `pack` will take of the device's memory.
+    """Exactly what `pack` will take of the device's memory; arguments as for `packed_fields`."""
+    return sum(packed_fields(shape, nnz, top_level))
+
+
+def packed_fields(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) -> tuple[int, ...]:
+    """Bytes of each of the tensors that `pack` will make of one delta, in the order of their fields.
 
     Args:
         shape: of the tensor.
@@ -45,10 +50,10 @@ def packed_bytes(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) ->
     rows, columns = rows_and_columns(shape)
     form = DenseValues if nnz is None else _form(shape, nnz, top_level)
     if nnz is None or form is DenseValues:
-        return 4 * rows * columns
+        return (4 * rows * columns,)
     if form is SparseRows:
-        return 4 * rows + 4 * (rows + 1) + (2 if top_level == 1 else 3) * nnz
-    return 8 * _blocks(rows) * BLOCK * _blocks(columns) * _digits(top_level)
+        return (4 * rows, 4 * (rows + 1), 2 * nnz, *(() if top_level == 1 else (nnz,)))
+    return (8 * _blocks(rows) * BLOCK * _blocks(columns) * _digits(top_level),)
 
 
 def gather_rows(delta: PackedDelta, rows: torch.Tensor) -> torch.Tensor:

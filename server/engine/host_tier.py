@@ -1,0 +1,130 @@
+"""Decoded experts in host memory: bounded in bytes, least recently used first out, never one that is being read."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.engine.parcel import Parcel
+from server.engine.pinning import pin, unpin
+from store.tiers import Tier, TierMeter, TierStats
+
+
+@dataclass(eq=False)
+class _Entry:
+    parcel: Parcel
+    readers: int = 0
+    locked: bool = False
+
+
+class HostTier:
+    """Parcels by digest. Thread-safe; nothing here waits for anything but the lock, which is held for microseconds.
+
+    Args:
+        limit_bytes: most bytes in it, those being read included; 0 keeps nothing.
+        page_locked: whether the device is a GPU, which copies fast from page-locked memory only.
+    """
+
+    def __init__(self, limit_bytes: int, *, page_locked: bool = False) -> None:
+        self.limit_bytes = limit_bytes
+        self.meter = TierMeter(Tier.HOST)
+        self._page_locked = page_locked
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._used = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in it, and of what has been dropped while somebody still reads it."""
+        return self._used
+
+    def stats(self) -> TierStats:
+        """What it holds and has done."""
+        with self._lock:
+            used, count = self._used, len(self._entries)
+        return self.meter.stats(used_bytes=used, limit_bytes=self.limit_bytes, experts=count)
+
+    @contextmanager
+    def reading(self, digest: str) -> Iterator[Parcel | None]:
+        """Look an expert up and hold it, in one step; None if it is not here."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is not None:
+                entry.readers += 1
+                self._entries.move_to_end(digest)
+        if self.limit_bytes:
+            self.meter.looked_up(found=entry is not None)
+        try:
+            yield None if entry is None else entry.parcel
+        finally:
+            if entry is not None:
+                with self._lock:
+                    entry.readers -= 1
+                    gone = entry.readers == 0 and self._entries.get(digest) is not entry
+                    self._used -= entry.parcel.nbytes if gone else 0
+                if gone:
+                    _let_go(entry)
+
+    def put(self, parcel: Parcel, seconds: float) -> bool:
+        """Keep a parcel, in place of what was used least recently; False if there is no room for it.
+
+        Args:
+            seconds: what it took to make, for the metrics.
+        """
+        with self._lock:
+            if parcel.digest in self._entries:
+                self._entries.move_to_end(parcel.digest)
+                return True
+            victims = self._victims(parcel.nbytes)
+            if victims is None:
+                return False
+            gone = [self._entries.pop(digest) for digest in victims]
+            self._used += parcel.nbytes - sum(entry.parcel.nbytes for entry in gone)
+        for entry in gone:  # locking and unlocking pages takes milliseconds: not while others wait
+            _let_go(entry)
+            self.meter.evicted()
+        entry = _Entry(parcel, locked=self._page_locked and pin(parcel.buffer))
+        with self._lock:
+            self._entries[parcel.digest] = entry
+        self.meter.loaded(seconds)
+        return True
+
+    def touch(self, digest: str) -> None:
+        """Take note that an expert was in use until now, on the device."""
+        with self._lock:
+            if digest in self._entries:
+                self._entries.move_to_end(digest)
+
+    def drop(self, digest: str) -> None:
+        """Forget an expert: nobody finds it from now on, and its memory goes with its last reader."""
+        with self._lock:
+            entry = self._entries.pop(digest, None)
+            idle = entry is not None and entry.readers == 0
+            self._used -= entry.parcel.nbytes if entry is not None and idle else 0
+        if entry is not None and idle:
+            _let_go(entry)
+
+    def close(self) -> None:
+        """Forget everything."""
+        for digest in list(self._entries):
+            self.drop(digest)
+
+    def _victims(self, nbytes: int) -> list[str] | None:
+        """Who must go for so many bytes, the least recently used first; None if that would not be enough."""
+        victims = []
+        missing = self._used + nbytes - self.limit_bytes
+        for digest, entry in self._entries.items():
+            if missing <= 0:
+                break
+            if entry.readers == 0:
+                victims.append(digest)
+                missing -= entry.parcel.nbytes
+        return victims if missing <= 0 else None
+
+
+def _let_go(entry: _Entry) -> None:
+    if entry.locked:
+        unpin(entry.parcel.buffer)

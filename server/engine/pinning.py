@@ -1,0 +1,36 @@
+"""Page-locked host memory: what a GPU copies from at the full speed of its bus, and while it computes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+def pin(buffer: torch.Tensor) -> bool:
+    """Lock a buffer's pages; False, and a line in the log, where the system does not allow it.
+
+    Registered rather than allocated by torch, whose allocator rounds up to powers of two and keeps what is freed: a
+    tier that is bounded in bytes must know what it holds.
+
+    Args:
+        buffer: contiguous, on the CPU. It must outlive the lock.
+    """
+    if buffer.nbytes == 0:
+        return False
+    status = _runtime().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    if int(status) != 0:
+        _log.warning("an expert's host memory could not be page-locked (CUDA error %d): its loads are slower", status)
+    return int(status) == 0
+
+
+def unpin(buffer: torch.Tensor) -> None:
+    """Undo `pin`. No copy from the buffer may be under way."""
+    _runtime().cudaHostUnregister(buffer.data_ptr())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -1,0 +1,106 @@
+"""Blobs in Redis: in chunks, complete after the last one, verified on the way out, healed by whoever has a copy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import redis
+
+from store.backends.redis_link import BLOBS, DAMAGED, RedisLink, chunk_key
+from store.errors import ExpertDamagedError, ExpertUnavailableError, StoreError
+from store.tiers import TierMeter
+
+_CHUNK = 8 << 20
+"""Bytes of a chunk: Redis serves one command at a time, and others must get a word in."""
+_COMPLETE, _PARTIAL = b"complete", b"partial"
+
+
+class RedisBlobs:
+    """The blobs of one Redis. Thread-safe. Callers turn Redis's errors into ours (`RedisLink.reported`).
+
+    Args:
+        quarantine: folder that `receive` writes to.
+    """
+
+    def __init__(self, link: RedisLink, quarantine: Path, meter: TierMeter) -> None:
+        self._link = link
+        self._redis = link.client
+        self._quarantine = quarantine
+        self._meter = meter
+
+    def send(self, path: Path, digest: str) -> None:
+        """Write a file's chunks, over damaged ones if need be. The lease is held."""
+        chunks = -(-path.stat().st_size // _CHUNK)
+        size = f"{path.stat().st_size} {chunks}"
+        self._redis.hsetnx(BLOBS, digest, f"{_PARTIAL.decode()} {size}")
+        with path.open("rb") as file:
+            for index in range(chunks):
+                self._redis.set(chunk_key(digest, index), file.read(_CHUNK))
+        self._redis.hset(BLOBS, digest, f"{_COMPLETE.decode()} {size}")
+        self._redis.srem(DAMAGED, digest)
+
+    def receive(self, digest: str) -> tuple[Path, float]:
+        """Read a blob into quarantine, verified, and say how many seconds that took.
+
+        A damaged one is reported to all servers on this Redis: one that has a sound copy writes it anew.
+
+        Raises:
+            ExpertUnavailableError: there is none, or its bytes are damaged.
+        """
+        began = time.perf_counter()
+        state, _, chunks = self._entry(digest)
+        if state != _COMPLETE:
+            raise ExpertUnavailableError(f"the stored bytes of {digest[:12]}… are gone; upload the expert again")
+        with tempfile.NamedTemporaryFile(dir=self._quarantine, prefix="fetch-", delete=False) as file:
+            path, found = Path(file.name), hashlib.sha256()
+            try:
+                for index in range(chunks):
+                    chunk = self._redis.get(chunk_key(digest, index)) or b""
+                    found.update(chunk)
+                    file.write(chunk)
+                if found.hexdigest() != digest:
+                    self._report(digest)
+                    raise ExpertDamagedError(
+                        f"the bytes of {digest[:12]}… in Redis are damaged; a server that has a copy puts it back, "
+                        "otherwise upload the expert again"
+                    )
+            except BaseException as error:
+                path.unlink()
+                if isinstance(error, OSError) and not isinstance(error, redis.exceptions.RedisError):
+                    raise StoreError(f"cannot cache the file: {os.strerror(error.errno or 0)}") from error
+                raise
+        seconds = time.perf_counter() - began
+        self._meter.loaded(seconds)
+        return path, seconds
+
+    def is_complete(self, digest: str) -> bool:
+        """Whether a blob is there, be it damaged."""
+        return self._entry(digest)[0] == _COMPLETE
+
+    def forget(self, digest: str) -> None:
+        """Delete a blob. The lease is held."""
+        self._link.forget_blob(digest, self._entry(digest)[2])
+        self._redis.srem(DAMAGED, digest)
+
+    def digests(self) -> set[str]:
+        """All blobs, those that were never finished among them."""
+        return {digest.decode() for digest in self._redis.hkeys(BLOBS)}
+
+    def reported(self) -> set[str]:
+        """Blobs that somebody found damaged and nobody has healed or deleted since."""
+        return {digest.decode() for digest in self._redis.smembers(DAMAGED)}
+
+    def _report(self, digest: str) -> None:
+        self._meter.damaged(digest)
+        with suppress(redis.exceptions.RedisError):  # a full Redis takes no report; the next reader reports again
+            self._redis.sadd(DAMAGED, digest)
+
+    def _entry(self, digest: str) -> tuple[bytes, int, int]:
+        """State, bytes and chunks of a blob."""
+        entry = (self._redis.hget(BLOBS, digest) or b"gone 0 0").split()
+        return entry[0], int(entry[1]), int(entry[2])

@@ -1,0 +1,231 @@
+"""Store → host memory → device, with real expert files: budgets hold, what is in use stays, damage is noticed."""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.host_tier import HostTier
+from server.engine.kernels import dense
+from server.engine.loader import ExpertLoader
+from server.engine.parcel import Parcel
+from server.engine.residency import Residency
+from store.backends.disk import DiskStore
+from store.errors import ExpertUnavailableError, SwitchyardError
+from store.expert_file import digest_of
+from store.mix import Mix
+from tests.store.builders import base_manifest, write_sample
+
+CPU = torch.device("cpu")
+
+
+class ApartLoader(ExpertLoader):
+    """As on a GPU: the device's memory is another one than the host's, and what is loaded stays in both."""
+
+    def __init__(self, read: Callable[[str], bytes], host: HostTier) -> None:
+        super().__init__(base_manifest(), CPU, read, host)
+        self._in_place = False
+
+    def _moved(self, parcel: Parcel) -> Parcel:
+        moved = super()._moved(parcel)
+        return Parcel(moved.digest, moved.buffer.clone(), moved.checksum, moved.pieces)
+
+
+class Shelf:
+    """A store with some experts, and loaders over it."""
+
+    def __init__(self, folder: Path, experts: int) -> None:
+        self.store = DiskStore(folder)
+        self.digests = []
+        for seed in range(experts):
+            path = write_sample(self.store.quarantine() / "upload", seed)
+            digest = digest_of(path)
+            self.store.put_blob(path, digest)
+            self.digests.append(digest)
+        self.read: list[str] = []
+        self.size = self.loader(0).load(self.digests[0]).nbytes
+
+    def loader(self, host_bytes: int, *, apart: bool = False) -> ExpertLoader:
+        host = HostTier(host_bytes)
+        return ApartLoader(self._read, host) if apart else ExpertLoader(base_manifest(), CPU, self._read, host)
+
+    def _read(self, digest: str) -> bytes:
+        self.read.append(digest)
+        return self.store.read(digest)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+    shelf = Shelf(tmp_path_factory.mktemp("shelf"), 6)
+    yield shelf
+    shelf.store.close()
+
+
+def flip(parcel: Parcel, bit: int) -> None:
+    parcel.buffer[bit // 8 % parcel.nbytes] ^= 1 << bit % 8
+
+
+def kept(loader: ExpertLoader, digest: str) -> Parcel:
+    with loader.host.reading(digest) as parcel:
+        assert parcel is not None
+        return parcel
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_left_the_device_comes_back_without_being_decoded(shelf: Shelf, apart: bool) -> None:
+    loader = shelf.loader(10 * shelf.size, apart=apart)
+    expert = loader.load(shelf.digests[0])
+    values = {name: dense(delta).clone() for name, delta in expert.tensors.items()}
+    loader.evicted(expert)
+    shelf.read.clear()
+    again = loader.load(shelf.digests[0])
+    assert shelf.read == []
+    for name, delta in again.tensors.items():
+        torch.testing.assert_close(dense(delta), values[name], rtol=0, atol=0)
+    if apart:
+        assert loader.host.used_bytes == again.nbytes, "the host keeps what the device has a copy of"
+    else:
+        assert loader.host.used_bytes == 0, "a CPU's own memory is not used twice"
+        assert again.parcel is not None
+        assert expert.parcel is not None
+        assert again.parcel.buffer.data_ptr() == expert.parcel.buffer.data_ptr(), "and nothing was copied"
+    loader.drop(shelf.digests[0])
+    assert loader.host.used_bytes == 0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_bit_flipped_in_host_memory_is_noticed_and_healed(shelf: Shelf, apart: bool) -> None:
+    loader = shelf.loader(10 * shelf.size, apart=apart)
+    digest = shelf.digests[0]
+    loader.evicted(loader.load(digest))
+    sound = kept(loader, digest).checksum
+    flip(kept(loader, digest), 4242)
+    expert = loader.load(digest)
+    assert expert.parcel is not None
+    assert expert.parcel.is_intact
+    assert expert.parcel.checksum == sound
+    loader.evicted(expert)
+    assert kept(loader, digest).is_intact
+    stats = loader.host.stats()
+    assert (stats.faults, stats.healed) == (1, 1)
+
+
+def test_damage_that_nothing_heals_reaches_nobody(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, 1)
+    [digest] = shelf.digests
+    loader = shelf.loader(10 * shelf.size)
+    loader.evicted(loader.load(digest))
+    blob = shelf.store.fetch(digest)
+    blob.chmod(0o644)
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 8
+    blob.write_bytes(data)
+    assert kept(loader, digest).is_intact, "what is in memory is served on"
+    loader.evicted(loader.load(digest))
+    flip(kept(loader, digest), 99)
+    with pytest.raises(ExpertUnavailableError, match="damaged"):
+        loader.load(digest)
+    assert loader.host.used_bytes == 0
+    assert shelf.store.tiers()[0].faults == 1
+    shelf.store.close()
+
+
+def test_bytes_damaged_on_the_way_to_the_device_are_refused(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BadBus(ApartLoader):
+        def _moved(self, parcel: Parcel) -> Parcel:
+            moved = super()._moved(parcel)
+            flip(moved, 7)
+            return moved
+
+    loader = BadBus(shelf.store.read, HostTier(0))
+    with pytest.raises(ExpertUnavailableError, match="on its way"):
+        loader.load(shelf.digests[0])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_traffic_keeps_every_budget_and_every_byte(shelf: Shelf, seed: int, apart: bool) -> None:
+    """Requests, releases, removals and decay in any order."""
+    rng = random.Random(seed)
+    loader = shelf.loader(int((5.2 if apart else 3.2) * shelf.size), apart=apart)
+    posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    residency = Residency(loader, int(3.2 * shelf.size), posted.put)
+    sound = {digest: shelf.loader(0).load(digest).parcel for digest in shelf.digests}
+    in_use: list[Mix] = []
+    open_requests = 0
+
+    def check() -> None:
+        assert residency.used_bytes <= residency.budget_bytes
+        assert loader.host.used_bytes <= loader.host.limit_bytes
+        for mix in in_use:
+            for digest, _ in mix.parts:
+                parcel, expected = residency.experts[digest].parcel, sound[digest]
+                assert parcel is not None
+                assert expected is not None
+                assert torch.equal(parcel.buffer, expected.buffer), "in use, and exactly as it was decoded"
+
+    def ask() -> None:
+        nonlocal open_requests
+        mix = Mix.of(dict.fromkeys(rng.sample(shelf.digests, rng.randint(1, 2)), 1.0))
+        open_requests += 1
+
+        def ready(error: SwitchyardError | None) -> None:
+            nonlocal open_requests
+            assert error is None
+            open_requests -= 1
+            in_use.append(mix)
+
+        residency.request(mix, ready)
+
+    def decay() -> None:
+        with loader.host._lock:  # what is being read has been checked, or is about to be
+            idle = [entry.parcel for entry in loader.host._entries.values() if entry.readers == 0]
+            if idle:
+                flip(rng.choice(idle), rng.randrange(10_000))
+
+    def settle(most_open: int) -> None:
+        """Until so few requests wait, give back what is in use, in any order."""
+        while open_requests > most_open:
+            while in_use and (len(in_use) > 2 or posted.empty()):
+                residency.release(in_use.pop(rng.randrange(len(in_use))))
+                check()
+            if open_requests > most_open:
+                posted.get(timeout=10)()
+            check()
+
+    for _ in range(200):
+        rng.choice([ask, ask, decay, lambda: residency.drop(rng.choice(shelf.digests))])()
+        settle(most_open=rng.randint(1, 4))
+    settle(most_open=0)
+    while in_use:
+        residency.release(in_use.pop())
+    residency.close()
+    device, host = residency.stats(), loader.host.stats()
+    assert device.evictions > 0
+    assert host.hits > 0
+    assert host.faults == host.healed > 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_loads_from_page_locked_memory(shelf: Shelf) -> None:
+    device = torch.device("cuda")
+    host = HostTier(10 * shelf.size, page_locked=True)
+    loader = ExpertLoader(base_manifest(), device, shelf.store.read, host)
+    digest = shelf.digests[0]
+    first = loader.load(digest)
+    assert kept(loader, digest).buffer.is_pinned()
+    again = loader.load(digest)
+    assert host.stats().hits == 2
+    for name, delta in again.tensors.items():
+        assert delta.device.type == "cuda"
+        torch.testing.assert_close(dense(delta), dense(first.tensors[name]), rtol=0, atol=0)
+    flip(kept(loader, digest), 4242)
+    assert loader.load(digest).parcel is not None
+    assert (host.stats().faults, host.stats().healed) == (1, 1)
+    host.close()
+    assert host.used_bytes == 0
