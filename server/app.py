@@ -15,17 +15,19 @@ from starlette.types import Scope
 
 from router.router import Router
 from server import __version__
-from server.api import chat, completions, embeddings, errors, experts, models, ops, route, tokens
+from server.api import chat, completions, embeddings, errors, experts, models, ops, route, tokens, uploads
 from server.api.auth import AuthMiddleware
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.services import Services
 from server.engine.types import Engine
 from server.generation import Generation
+from server.inbox import Inbox
 from server.library import Library
 from server.metrics import Metrics
 from server.settings import Settings
 from store.expert_header import ExpertHeader
 from store.registry import Registry
+from store.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def create_app(
         engine=engine,
         router=router,
         library=Library(registry, router, engine, quarantine, check, max_upload_bytes=settings.max_upload_bytes),
+        inbox=Inbox(_uploads_of(settings), quarantine),
         generation=Generation(engine, registry, router, metrics, **limits),
         metrics=metrics,
         started=int(time.time()),
@@ -74,13 +77,15 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for resource in (chat, completions, embeddings, tokens, models, experts, route, ops):
+    for resource in (chat, completions, embeddings, tokens, models, experts, uploads, route, ops):
         app.include_router(resource.router)
 
     def body_limit(scope: Scope) -> int:
         prefix = experts.router.prefix
         replacement = scope["method"] == "PUT" and scope["path"].startswith(f"{prefix}/")
         upload = replacement or (scope["method"] == "POST" and scope["path"] == prefix)
+        if scope["method"] == "PATCH" and scope["path"].startswith(f"{uploads.router.prefix}/"):
+            return settings.upload_bytes
         return settings.max_upload_bytes if upload else settings.max_body_bytes
 
     # The last one added is the first one a request meets.
@@ -90,17 +95,27 @@ def create_app(
     return app
 
 
+def _uploads_of(settings: Settings) -> Uploads:
+    return Uploads(
+        settings.data_dir / "uploads",
+        max_bytes=settings.upload_bytes,
+        max_open=settings.max_uploads,
+        seconds=3600 * settings.upload_hours,
+    )
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     await services.engine.start()
-    following = asyncio.create_task(_follow(services))
+    working = [asyncio.create_task(work) for work in (_follow(services), services.inbox.tidy())]
     try:
         yield
     finally:
         services.ready = False
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
         await services.engine.stop()
 
 

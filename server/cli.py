@@ -63,13 +63,14 @@ def push(
     server: Server = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
-    """Upload an expert file to a running server; it is live when this returns."""
+    """Upload an expert file to a running server; it is live when this returns. Run it again to resume a large one."""
+    from server.pushing import push_file
+
     if not file.is_file():
         raise SwitchyardError(f"there is no file {file}")
     if replace and not name:
         raise SwitchyardError("--replace needs --name: which expert is to be replaced")
-    with err.status(f"uploading {file.name}"):
-        record, created = Client(server, api_key).push(file, name=name, exemplars=exemplars, replace=replace)
+    record, created = push_file(Client(server, api_key), err, file, name=name, exemplars=exemplars, replace=replace)
     state = "is live" if created or replace else "was there already"
     out.print(f"[bold]{escape(record['id'])}[/] {state} ({record['bytes']:,} bytes, digest {record['digest'][:12]})")
 

@@ -22,6 +22,10 @@ class ServerError(SwitchyardError):
     code = "server_error"
 
 
+class UnreachableError(ServerError):
+    """The server is not there, or the connection broke."""
+
+
 @dataclass
 class ChatTurn:
     """An answer that is being streamed: iterate for its text; `mix` and `usage` are there once it has ended."""
@@ -61,6 +65,37 @@ class Client:
                 response = self._send("PUT", f"/v1/experts/{quote(name or '', safe='')}", files=files)
             else:
                 response = self._send("POST", "/v1/experts", files=files, data={"name": name} if name else {})
+        return response.json(), response.status_code == httpx.codes.CREATED
+
+    def create_upload(self, filename: str, size: int, sha256: str) -> Json:
+        """Declare a file that comes in pieces, or find the one that was begun: `id`, and its `offset`."""
+        upload: Json = self._send(
+            "POST", "/v1/uploads", json={"filename": filename, "bytes": size, "sha256": sha256}
+        ).json()
+        return upload
+
+    def upload_offset(self, upload_id: str) -> int:
+        """How much of an upload has arrived, in bytes."""
+        return int(self._send("HEAD", f"/v1/uploads/{upload_id}").headers["upload-offset"])
+
+    def append(self, upload_id: str, offset: int, length: int, pieces: Iterator[bytes]) -> None:
+        """Send a piece of an upload: `length` bytes, from `offset` on."""
+        headers = {
+            "Upload-Offset": str(offset),
+            "Content-Type": "application/offset+octet-stream",
+            "Content-Length": str(length),
+        }
+        self._send("PATCH", f"/v1/uploads/{upload_id}", content=pieces, headers=headers)
+
+    def publish_upload(
+        self, upload_id: str, *, name: str | None, exemplars: list[str] | None, replace: bool = False
+    ) -> tuple[Json, bool]:
+        """Publish an upload that has arrived; as `push`."""
+        body = {"upload": upload_id, "exemplars": exemplars}
+        if replace:
+            response = self._send("PUT", f"/v1/experts/{quote(name or '', safe='')}", json=body)
+        else:
+            response = self._send("POST", "/v1/experts", json=body | {"name": name})
         return response.json(), response.status_code == httpx.codes.CREATED
 
     def experts(self, *, query: str = "", tags: Sequence[str] = ()) -> list[Json]:
@@ -128,8 +163,8 @@ class Client:
             raise _refusal(response)
         return response
 
-    def _unreachable(self, error: httpx.TransportError) -> ServerError:
-        return ServerError(f"no answer from {self._http.base_url}: {error}; is `switchyard serve` running there?")
+    def _unreachable(self, error: httpx.TransportError) -> UnreachableError:
+        return UnreachableError(f"no answer from {self._http.base_url}: {error}; is `switchyard serve` running there?")
 
 
 def _refusal(response: httpx.Response) -> ServerError:

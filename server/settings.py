@@ -57,6 +57,13 @@ class Settings(BaseSettings):
     max_upload_bytes: ByteSize = Field(
         ByteSize(2 << 30), gt=0, description="Largest upload of an expert, e.g. 500MB or 2GiB."
     )
+    upload_bytes: ByteSize = Field(
+        ByteSize(64 << 30), gt=0, description="What resumable uploads may take on disk together, below DATA_DIR."
+    )
+    max_uploads: int = Field(64, ge=1, description="Most resumable uploads at a time.")
+    upload_hours: float = Field(
+        24.0, gt=0, le=8760, description="How long a resumable upload is kept after its last byte."
+    )
     max_body_bytes: ByteSize = Field(ByteSize(8 << 20), gt=0, description="Largest body of every other request.")
     max_n: int = Field(16, ge=1, description="Largest `n` of one request.")
     max_sequences: int = Field(128, ge=1, description="Most answers one request may ask for: prompts × n.")

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Intake:
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         self._path = Path(name)
         self._finished = False
+        # Whoever is cancelled leaves while a thread still writes: its descriptor must not be another file's by then.
+        self._door = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -65,12 +68,12 @@ class Intake:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):
+        with self._door, suppress(OSError):
             self._file.close()
         if not self._finished:
             self._path.unlink(missing_ok=True)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Append some bytes.
 
         Raises:
@@ -79,10 +82,13 @@ class Intake:
         """
         if self._size + len(data) > self._max_bytes:
             raise TooLargeError(f"the file exceeds the limit of {self._max_bytes} bytes", param="file")
-        with receiving():
-            write_all(self._file.fileno(), data)
-        self._hash.update(data)
-        self._size += len(data)
+        with self._door:
+            if self._file.closed:
+                raise StoreError("the upload has ended")
+            with receiving():
+                write_all(self._file.fileno(), data)
+            self._hash.update(data)
+            self._size += len(data)
 
     def finish(self) -> Received:
         """The whole file; from here on it is the caller's to delete."""
@@ -92,7 +98,7 @@ class Intake:
         return Received(self._path, self._hash.hexdigest(), self._size)
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | bytearray) -> None:
     """Write all of `data`; a write to a disk that fills up may be a short one.
 
     Raises:

@@ -159,7 +159,7 @@ def _validation_body(error: RequestValidationError) -> ErrorAnswer:
 
 def _param(location: Sequence[str | int], body: Any) -> str | None:
     """`("body", "messages", 0, "content")` as `messages[0].content`; steps that name a union's branch left out."""
-    if location[0] == "query":
+    if location[0] in ("query", "header"):
         return str(location[-1])
     path = ""
     for step in location[1:]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -22,23 +18,11 @@ from server.api.expert_answers import (
     expert_answer,
     version_answer,
 )
-from server.api.forms import PartKind, PartRule, read_form
-from server.api.services import AnyServices, ReadyServices, Services
+from server.api.expert_upload import PUBLICATION, REPLACEMENT, read_upload
+from server.api.services import AnyServices, ReadyServices
 from server.api.wire import Text, Wire
-from store.errors import InvalidRequestError
-from store.exemplars import MAX_BYTES, parse_exemplars
-from store.intake import Received
 
 router = APIRouter(prefix="/v1/experts")
-
-_PARTS = {
-    "file": {"type": "string", "format": "binary", "description": "The expert file."},
-    "exemplars": {"type": "string", "description": "JSON lines of prompts, as a file or as text."},
-    "name": {"type": "string", "description": "What to call it; default: the name in the file."},
-}
-_REPLACEMENT = {"type": "object", "required": ["file"], "additionalProperties": False,
-                "properties": {key: part for key, part in _PARTS.items() if key != "name"}}  # fmt: skip
-_FORM = {"type": "object", "required": ["file"], "additionalProperties": False, "properties": _PARTS}
 
 
 class Rollback(Wire):
@@ -61,11 +45,11 @@ class Description(Wire):
     "",
     status_code=201,
     responses={200: {"model": Expert, "description": "It was there already."}, 201: {"model": Expert}},
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+    openapi_extra={"requestBody": PUBLICATION},
 )
 async def upload_expert(request: Request, services: ReadyServices) -> JSONResponse:
     """Publish an expert file. It is live when the answer comes; the same file again changes nothing."""
-    async with _read_upload(request, services) as upload:
+    async with read_upload(request, services) as upload:
         record, created = await services.library.publish(upload.file, name=upload.name, exemplars=upload.exemplars)
     return JSONResponse(expert_answer(record, services), 201 if created else 200)
 
@@ -93,13 +77,11 @@ async def get_expert(name: str, services: AnyServices) -> ExpertDetails:
 @router.put(
     "/{name}",
     responses={200: {"model": Expert}, 201: {"model": Expert, "description": "There was none of that name."}},
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _REPLACEMENT}}}},
+    openapi_extra={"requestBody": REPLACEMENT},
 )
 async def replace_expert(name: str, request: Request, services: ReadyServices) -> JSONResponse:
     """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
-    async with _read_upload(request, services) as upload:
-        if upload.name is not None:
-            raise InvalidRequestError("the name is in the path", param="name", code="unknown_parameter")
+    async with read_upload(request, services, named=True) as upload:
         record, changed = await services.library.publish(
             upload.file, name=name, exemplars=upload.exemplars, replace=True
         )
@@ -131,30 +113,3 @@ async def delete_expert(name: str, services: ReadyServices) -> Deleted:
     """Unpublish an expert. Answers in progress finish."""
     record = await services.library.remove(name)
     return {"id": record.name, "object": "expert", "deleted": True}
-
-
-@dataclass(frozen=True)
-class _Upload:
-    file: Received
-    name: str | None
-    exemplars: list[str] | None
-
-
-@asynccontextmanager
-async def _read_upload(request: Request, services: Services) -> AsyncIterator[_Upload]:
-    """The parts of an upload; the file is gone afterwards, unless it was published."""
-    rules = {
-        "file": PartRule(PartKind.FILE, services.library.max_upload_bytes),
-        "exemplars": PartRule(PartKind.SMALL, MAX_BYTES),
-        "name": PartRule(PartKind.TEXT, 1024),
-    }
-    async with read_form(request, rules, services.library.quarantine) as form:
-        if "file" not in form.files:
-            raise InvalidRequestError(
-                "send the expert file as the part `file` of a multipart/form-data body, with a filename",
-                param="file",
-                code="missing_required_parameter",
-            )
-        given = form.values.get("exemplars")
-        exemplars = None if given is None else await asyncio.to_thread(parse_exemplars, given)
-        yield _Upload(form.files["file"], form.text("name"), exemplars)

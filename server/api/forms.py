@@ -87,16 +87,18 @@ async def read_form(request: Request, rules: Mapping[str, PartRule], folder: Pat
             file.discard()
 
 
-async def pour(pieces: AsyncIterator[bytes], write: Callable[[bytes], object]) -> None:
-    """Give all pieces to `write`, which may block: many at a time, on another thread."""
+async def pour(pieces: AsyncIterator[bytes], write: Callable[[bytearray], object]) -> None:
+    """Give all pieces to `write`, which may block: many at a time, on another thread. What came before an error too."""
     gathered = bytearray()
-    async for piece in pieces:
-        gathered += piece
-        if len(gathered) >= _WRITTEN_AT_ONCE:
-            await asyncio.to_thread(write, bytes(gathered))
-            gathered.clear()
-    if gathered:
-        await asyncio.to_thread(write, bytes(gathered))
+    try:
+        async for piece in pieces:
+            gathered += piece
+            if len(gathered) >= _WRITTEN_AT_ONCE:
+                ready, gathered = gathered, bytearray()
+                await asyncio.to_thread(write, ready)
+    finally:
+        if gathered:
+            await asyncio.to_thread(write, gathered)
 
 
 async def _read(

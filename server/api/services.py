@@ -11,6 +11,7 @@ from router.router import Router
 from server.api.errors import NotReadyError
 from server.engine.types import Engine
 from server.generation import Generation
+from server.inbox import Inbox
 from server.library import Library
 from server.metrics import Metrics
 
@@ -22,6 +23,7 @@ class Services:
     engine: Engine
     router: Router
     library: Library
+    inbox: Inbox
     generation: Generation
     metrics: Metrics
     started: int

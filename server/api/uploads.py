@@ -1,0 +1,176 @@
+"""`/v1/uploads`: files that may be interrupted on their way, by the tus protocol (https://tus.io, 1.0, core)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from email.utils import formatdate
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
+
+from server.api.bodies import read_json
+from server.api.forms import pour
+from server.api.services import AnyServices, Services
+from server.api.wire import Text, Wire
+from store.errors import InvalidRequestError
+from store.upload import Upload
+
+router = APIRouter(prefix="/v1/uploads")
+
+_VERSION = "1.0.0"
+_PIECE = "application/offset+octet-stream"
+_EXTENSIONS = "creation,expiration,termination"
+
+
+class UploadBody(Wire):
+    """The body of `POST /v1/uploads`: a file to come."""
+
+    filename: Text = Field(description="The file's own name, without folders.")
+    bytes: int = Field(ge=1, le=2**53, description="Its size.")
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        None, description="What its bytes must be; an open upload of the same file is then gone on with."
+    )
+
+
+class UploadAnswer(TypedDict):
+    """An upload; `offset` says how much of it is there."""
+
+    id: str
+    object: Literal["upload"]
+    filename: str
+    bytes: int
+    offset: int
+    sha256: str | None
+    status: Literal["pending", "complete"]
+    created_at: int
+    expires_at: int
+
+
+class UploadList(TypedDict):
+    """All open uploads, the oldest first."""
+
+    object: Literal["list"]
+    data: list[UploadAnswer]
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={200: {"model": UploadAnswer, "description": "It was begun before."}, 201: {"model": UploadAnswer}},
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": UploadBody.model_json_schema()}}}},
+)
+async def create_upload(request: Request, services: AnyServices) -> JSONResponse:
+    """Declare a file that will be sent in pieces, by a JSON body or by the headers of the tus protocol."""
+    _check_version(request)
+    if "upload-length" in request.headers:
+        given = _from_headers(request)
+    else:
+        given = await read_json(request, UploadBody)
+    upload, created = await services.inbox.create(given.filename, given.bytes, given.sha256)
+    headers = _headers(upload, services) | {"Location": f"{router.prefix}/{upload.id}"}
+    return JSONResponse(_answer(upload, services), 201 if created else 200, headers)
+
+
+@router.get("")
+async def list_uploads(services: AnyServices) -> UploadList:
+    """Open uploads."""
+    return {"object": "list", "data": [_answer(upload, services) for upload in await services.inbox.list()]}
+
+
+@router.options("", status_code=204)
+async def upload_options(services: AnyServices) -> Response:
+    """What of the tus protocol is spoken here."""
+    limits = {"Tus-Max-Size": str(services.inbox.max_bytes), "Tus-Extension": _EXTENSIONS}
+    return Response(status_code=204, headers={"Tus-Resumable": _VERSION, "Tus-Version": _VERSION, **limits})
+
+
+@router.get("/{upload_id}")
+async def get_upload(upload_id: str, services: AnyServices) -> UploadAnswer:
+    """One upload, and how much of it is there."""
+    return _answer(await services.inbox.get(upload_id), services)
+
+
+@router.head("/{upload_id}")
+async def get_upload_offset(upload_id: str, request: Request, services: AnyServices) -> Response:
+    """How much of an upload is there, in the header `Upload-Offset`."""
+    _check_version(request)
+    upload = await services.inbox.get(upload_id)
+    return Response(headers=_headers(upload, services) | {"Cache-Control": "no-store"})
+
+
+@router.patch(
+    "/{upload_id}",
+    status_code=204,
+    openapi_extra={"requestBody": {"required": True, "content": {_PIECE: {"schema": {"type": "string"}}}}},
+)
+async def append_to_upload(
+    upload_id: str,
+    request: Request,
+    services: AnyServices,
+    upload_offset: Annotated[int, Header(ge=0, le=2**53)],
+) -> Response:
+    """Send the next piece of an upload, which begins at `Upload-Offset`; what has arrived stays, come what may."""
+    _check_version(request)
+    if request.headers.get("content-type") != _PIECE:
+        raise HTTPException(415, f"send the piece as {_PIECE}")
+    upload = await services.inbox.receive(upload_id, upload_offset, request.stream(), pour)
+    return Response(status_code=204, headers=_headers(upload, services))
+
+
+@router.delete("/{upload_id}", status_code=204)
+async def delete_upload(upload_id: str, request: Request, services: AnyServices) -> Response:
+    """Forget an upload and its bytes."""
+    _check_version(request)
+    await services.inbox.delete(upload_id)
+    return Response(status_code=204, headers={"Tus-Resumable": _VERSION})
+
+
+def _check_version(request: Request) -> None:
+    if request.headers.get("tus-resumable", _VERSION) != _VERSION:
+        raise HTTPException(412, f"this server speaks tus {_VERSION}", headers={"Tus-Version": _VERSION})
+
+
+def _from_headers(request: Request) -> UploadBody:
+    """`Upload-Length` and `Upload-Metadata`: pairs of a key and a base64 value, separated by commas."""
+    length = request.headers["upload-length"]
+    if not length.isdecimal() or not 0 < int(length[:17]) <= 2**53:
+        raise InvalidRequestError("Upload-Length must be a number of bytes, at least 1", param="Upload-Length")
+    metadata: dict[str, str] = {}
+    try:
+        for pair in request.headers.get("upload-metadata", "").split(","):
+            key, _, value = pair.strip().partition(" ")
+            metadata[key] = base64.b64decode(value, validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise InvalidRequestError("Upload-Metadata must be base64", param="Upload-Metadata") from None
+    sha256 = metadata.get("sha256")
+    return UploadBody.model_construct(
+        filename=metadata.get("filename") or "upload", bytes=int(length), sha256=sha256 or None
+    )
+
+
+def _headers(upload: Upload, services: Services) -> dict[str, str]:
+    return {
+        "Tus-Resumable": _VERSION,
+        "Upload-Offset": str(upload.offset),
+        "Upload-Length": str(upload.bytes),
+        "Upload-Expires": formatdate(services.inbox.expires(upload), usegmt=True),
+    }
+
+
+def _answer(upload: Upload, services: Services) -> UploadAnswer:
+    return {
+        "id": upload.id,
+        "object": "upload",
+        "filename": upload.filename,
+        "bytes": upload.bytes,
+        "offset": upload.offset,
+        "sha256": upload.digest or upload.sha256,
+        "status": "pending" if upload.digest is None else "complete",
+        "created_at": upload.created,
+        "expires_at": services.inbox.expires(upload),
+    }

@@ -1,0 +1,141 @@
+"""`switchyard push` of large files: pieces, lost connections, and a second attempt."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from rich.console import Console
+
+from server import pushing
+from server.client import Client, ServerError, UnreachableError
+from server.pushing import push_file, upload_file
+from tests.api.house import CRON, make_expert, open_house
+
+DATA = random.Random(1).randbytes(3 << 20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server on a real port, around the dummy engine; a thread's own."""
+    url: list[str] = []
+    ready, end = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        async with open_house(tmp_path_factory.mktemp("server")) as house:
+            listening = uvicorn.Server(uvicorn.Config(house.app, port=0, lifespan="off", log_config=None))
+            serving = asyncio.create_task(listening.serve())
+            while not listening.started:
+                await asyncio.sleep(0.01)
+            url.append(f"http://127.0.0.1:{listening.servers[0].sockets[0].getsockname()[1]}")
+            ready.set()
+            await asyncio.to_thread(end.wait)
+            listening.should_exit = True
+            await serving
+
+    thread = threading.Thread(target=asyncio.run, args=[run()])
+    thread.start()
+    assert ready.wait(30)
+    yield url[0]
+    end.set()
+    thread.join()
+
+
+class Shaky(Client):
+    """A client whose connection breaks after so many bytes, time and again."""
+
+    def __init__(self, server: str, *, breaks_after: int, times: int = 1000) -> None:
+        super().__init__(server)
+        self.breaks_after, self.times, self.sent = breaks_after, times, 0
+
+    def append(self, upload_id: str, offset: int, length: int, pieces: Iterator[bytes]) -> None:
+        def cut() -> Iterator[bytes]:
+            for piece in pieces:
+                if self.sent >= self.breaks_after and self.times:
+                    self.sent, self.times = 0, self.times - 1
+                    raise UnreachableError("the cable was pulled")
+                self.sent += len(piece)
+                yield piece
+
+        super().append(upload_id, offset, length, cut())
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "große datei.safetensors"
+    path.write_bytes(DATA)
+    return path
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def hardly(_: float) -> None:
+    time.sleep(0.05)
+
+
+def test_goes_on_where_the_connection_broke(server: str, file: Path) -> None:
+    client = Shaky(server, breaks_after=1 << 20)
+    upload = upload_file(client, quiet(), file, wait=hardly)
+    assert client.upload_offset(upload) == len(DATA)
+    assert client.times < 1000
+    client._send("DELETE", f"/v1/uploads/{upload}")
+
+
+def test_a_second_attempt_goes_on(server: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    with pytest.raises(UnreachableError):
+        upload_file(Shaky(server, breaks_after=0), quiet(), file, wait=waited.append)
+    assert len(waited) == 8
+    assert waited == sorted(waited)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(monkeypatch, server, file)
+    client = Client(server)
+    begun = client._send("GET", "/v1/uploads").json()["data"]
+    assert [0 < upload["offset"] < len(DATA) for upload in begun] == [True]
+    assert upload_file(client, quiet(), file) == begun[0]["id"]
+    client._send("DELETE", f"/v1/uploads/{begun[0]['id']}")
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, server: str, file: Path) -> None:
+    """Push, and press Ctrl-C in the middle."""
+
+    def pieces(data: io.BufferedReader, tell: Callable[[int], None]) -> Iterator[bytes]:
+        sent = 0
+        while piece := data.read(1 << 18):
+            yield piece
+            sent += len(piece)
+            if calls and sent > 1 << 20:
+                raise KeyboardInterrupt
+        calls.append(1)
+
+    calls: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(pushing, "_pieces", pieces)
+        upload_file(Client(server), quiet(), file)
+
+
+def test_a_large_expert_is_published(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushing, "RESUMABLE_BYTES", 1)
+    expert, client = make_expert(tmp_path / "e", name="cron"), Client(server)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(f'"{text}"' for text in CRON))
+    record, created = push_file(client, quiet(), expert, name=None, exemplars=prompts)
+    assert (record["id"], record["exemplar_count"], created) == ("cron", len(CRON), True)
+    other = make_expert(tmp_path / "f", value=2)
+    with pytest.raises(ServerError, match="belongs to another"):
+        push_file(client, quiet(), other, name="cron", exemplars=None)
+    record, _ = push_file(client, quiet(), other, name="cron", exemplars=None, replace=True)
+    assert client._send("GET", "/v1/uploads").json()["data"] == []
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(ServerError, match="too short"):
+        push_file(client, quiet(), tmp_path / "junk", name=None, exemplars=None)
+    assert client._send("GET", "/v1/uploads").json()["data"] == []
