@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from store.errors import ConflictError, StoreError, TooLargeError
-from store.expert_header import DIGEST_PATTERN
+from store.expert_info import DIGEST_PATTERN
 from store.intake import receiving, write_all
 from store.strict_json import Fields, parse_json
 

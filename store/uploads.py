@@ -29,7 +29,7 @@ from store.errors import (
     StorageFullError,
     TooLargeError,
 )
-from store.expert_header import DIGEST_PATTERN
+from store.expert_info import DIGEST_PATTERN
 from store.intake import Received, receiving
 from store.strict_json import FieldError
 from store.upload import FILENAME_PATTERN, Appending, Upload, parse_upload
