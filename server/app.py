@@ -19,6 +19,7 @@ from server.api import chat, completions, embeddings, errors, experts, models, o
 from server.api.auth import AuthMiddleware
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.services import Services
+from server.chores import Chore, do_all
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
@@ -63,6 +64,7 @@ def create_app(
         inbox=Inbox(_uploads_of(settings), quarantine),
         generation=Generation(engine, registry, router, metrics, **limits),
         metrics=metrics,
+        chores=_chores(settings, registry),
         started=int(time.time()),
     )
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
@@ -126,4 +128,13 @@ async def _follow(services: Services) -> None:
         log.exception("the router could not be restored; the server stays not ready")
         return
     services.ready = True
-    await services.library.follow()
+    await asyncio.gather(services.library.follow(), do_all(services.chores))
+
+
+def _chores(settings: Settings, registry: Registry) -> list[Chore]:
+    async def collect() -> None:
+        due = [idle for idle in await asyncio.to_thread(registry.collect_garbage, settings.gc_grace) if idle.is_due]
+        if due:
+            log.info("%d files that no expert needs are gone: %d bytes", len(due), sum(idle.bytes for idle in due))
+
+    return [Chore("the garbage collection", min(60.0, max(1.0, settings.gc_grace / 4)), collect)]

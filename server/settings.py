@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     store_cache_bytes: ByteSize = Field(
         ByteSize(10 << 30), gt=0, description="Disk for a cache of the experts in Redis, below CACHE_DIR."
     )
+    gc_grace: float = Field(
+        3600.0,
+        ge=0,
+        le=1e9,
+        description="Seconds that the bytes of removed experts and versions are kept; what runs on them can finish.",
+    )
     cache_dir: Path = Field(
         default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache"),
         description="Folder of what can be made again: a converted base, fingerprints, routing features.",

@@ -1,4 +1,4 @@
-"""`switchyard store`: check a store, repair it, copy it into another one."""
+"""`switchyard store`: check a store, repair it, clear it, copy it into another one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from store.backends import BlobStore
 from store.backends.opening import open_store
 from store.errors import SwitchyardError
+from store.garbage import collect, used_in
 from store.upkeep import Verdict, migrate, verify
 
 
@@ -26,18 +27,45 @@ def verify_store(address: str, out: Console, *, repair: bool, cache: Path | None
     Raises:
         SwitchyardError: something is wrong that has not been repaired, or the store failed.
     """
-    faults = experts = 0
+    faults = experts = idle = 0
     with _opened(address, cache) as store, Progress(console=out, transient=True) as progress:
         task = progress.add_task("reading", total=len(store.records()))
         for finding in verify(store, repair=repair):
             progress.advance(task)
-            experts += finding.verdict not in (Verdict.GARBAGE, Verdict.REMOVED)
+            if finding.verdict is Verdict.IDLE:
+                idle += 1
+                continue
+            experts += 1
             faults += finding.verdict.is_fault
             if finding.verdict is not Verdict.SOUND:
                 out.print(f"{escape(finding.subject)}: [bold]{finding.verdict.value}[/]")
+    if idle:
+        out.print(f"{idle} files belong to no expert: `switchyard store gc` removes them when their time has come")
     if faults:
         raise SwitchyardError(f"{experts} experts checked, {faults} faults" + ("" if repair else "; try --repair"))
     out.print(f"{experts} experts checked: all is well")
+
+
+def collect_store(address: str, out: Console, *, grace: float, dry_run: bool) -> None:
+    """Remove what no expert has needed for `grace` seconds, and say what that was and what waits.
+
+    Raises:
+        SwitchyardError: a record is damaged, so that nothing may go; or the store failed.
+    """
+    with _opened(address, None) as store:
+        if used_in(store) is None:
+            raise SwitchyardError(
+                "a record is damaged and may need any of the files: `switchyard store verify` says which"
+            )
+        found = collect(store, lambda: used_in(store), grace, dry_run=dry_run)
+    for idle in found:
+        state = ("would go" if dry_run else "is gone") if idle.is_due else f"waits {grace - idle.seconds:.0f} s more"
+        out.print(f"{idle.digest}  {idle.bytes / 1e6:8.2f} MB  {state}")
+    due = [idle for idle in found if idle.is_due]
+    out.print(
+        f"{len(due)} of {len(found)} files that no expert needs {'would go' if dry_run else 'are gone'}: "
+        f"{sum(idle.bytes for idle in due) / 1e6:.2f} MB"
+    )
 
 
 def migrate_store(source: str, target: str, out: Console) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from store.card import Card, card_from_json, card_to_json
-from store.errors import InvalidRequestError
+from store.errors import ConflictError, InvalidRequestError
 from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES
 from store.strict_json import FieldError, Fields, parse_json
 
@@ -65,6 +65,10 @@ class ExpertRecord:
         said = (self.description, card.author, card.license, *card.tags, *card.metadata.values())
         return text in self.name or any(text in part.casefold() for part in said)
 
+    def differs(self, other: ExpertRecord, *, exemplars_given: bool) -> bool:
+        """Whether the other one's file is not this one's, or its exemplars where it came with any."""
+        return self.digest != other.digest or (exemplars_given and self.exemplars_digest != other.exemplars_digest)
+
     @property
     def versions(self) -> tuple[ExpertRecord, ...]:
         """This version and the earlier ones, each by itself."""
@@ -78,6 +82,26 @@ def parse_record(name: str, data: bytes | None) -> ExpertRecord | None:
     except FieldError as error:
         _log.warning("the record of %s is damaged and ignored: %s %s", name, error.field, error.message)
         return None
+
+
+def check_same(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> None:
+    """Refuse a record whose name belongs to another expert.
+
+    Raises:
+        ConflictError: it does; or to the same one with other exemplars, where the record came with any.
+    """
+    if existing.digest != record.digest:
+        other = "" if existing.base_fingerprint == record.base_fingerprint else " of another base"
+        raise ConflictError(
+            f"the name {record.name} belongs to another expert{other} ({existing.digest[:12]}…); replace it "
+            "(PUT, or push --replace), or choose another name",
+            param="name",
+        )
+    if existing.differs(record, exemplars_given=exemplars_given):
+        raise ConflictError(
+            f"the expert {record.name} is published with other exemplars; replace it (PUT, or push --replace)",
+            param="exemplars",
+        )
 
 
 def check_record(record: ExpertRecord) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from store.backends import ABSENT, BlobStore, Expect
 from store.catalogue import Catalogue
 from store.errors import (
-    ConflictError,
     ExpertFileError,
     ExpertUnavailableError,
     InvalidRequestError,
@@ -24,8 +23,9 @@ from store.exemplars import exemplar_bytes, parse_exemplars
 from store.expert_file import digest_of, read_header, validate
 from store.expert_header import ExpertHeader
 from store.expert_info import NAME_PATTERN
+from store.garbage import Idle, collect, release, used_by
 from store.manifest import BaseManifest
-from store.record import KEPT_VERSIONS, ExpertRecord, check_record, parse_record, record_to_json
+from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, parse_record, record_to_json
 from store.restoring import restore_lost
 from store.tiers import TierStats
 
@@ -45,7 +45,6 @@ class Registry(Catalogue):
     def __init__(self, store: BlobStore, base: BaseManifest, reserved: frozenset[str]) -> None:
         super().__init__(store, base)
         self._reserved = reserved
-        self._collect_garbage()
 
     def publish(
         self,
@@ -98,11 +97,12 @@ class Registry(Catalogue):
             present = self._store.get_record(chosen)
             existing = parse_record(chosen, present)
             before = existing.blobs if existing is not None else set()
-            if existing is not None and replace and _differ(existing, record, exemplars_given=exemplars is not None):
+            fresh = {blob for blob in record.blobs if self._store.blob_bytes(blob) is None}
+            if existing is not None and replace and existing.differs(record, exemplars_given=exemplars is not None):
                 record = dataclasses.replace(record, earlier=existing.versions[:KEPT_VERSIONS])
                 existing = None
             elif existing is not None:
-                _check_same(existing, record, header, exemplars_given=exemplars is not None)
+                check_same(existing, record, exemplars_given=exemplars is not None)
             try:
                 # Blobs first: at no instant does a record lack its bytes.
                 if own is not None and record.exemplars_digest is not None:
@@ -111,19 +111,20 @@ class Registry(Catalogue):
                     self._store.put_blob(beside, record.exemplars_digest)
                 self._store.put_blob(path, digest)
             except StoreError:
-                with suppress(StoreError):
-                    self._drop(record.blobs)
+                for blob in fresh:  # a store that is full needs the room
+                    with suppress(StoreError):
+                        self._store.delete_blob(blob)
                 raise
             if existing is not None:  # its blobs are written all the same: that heals damaged ones
                 return existing, False
             # Where this fails the record may have arrived, or arrive yet: its blobs are left to the next collection.
             self._put(record, ABSENT if present is None else present)
             if record.earlier:  # one of them may be one too many now
-                self._drop(before - record.blobs)
+                self._release(before - record.blobs)
         return record, True
 
     def remove(self, name: str) -> ExpertRecord:
-        """Unpublish an expert; its bytes go when no other name refers to them. Returns what it was.
+        """Unpublish an expert; its bytes go later, if no other name refers to them. Returns what it was.
 
         Raises:
             NotFoundError: there is none.
@@ -134,7 +135,7 @@ class Registry(Catalogue):
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
             # The record first: a blob without a record is garbage, a record without its blob is a broken promise.
             self._store.delete_record(name)
-            self._drop(record.blobs)
+            self._release(record.blobs)
         return record
 
     def roll_back(self, name: str, digest: str | None = None) -> ExpertRecord:
@@ -209,7 +210,7 @@ class Registry(Catalogue):
                 self._put(dataclasses.replace(former, earlier=record.earlier[1:]), present)
             else:
                 self._store.delete_record(record.name)
-            self._drop(record.blobs)
+            self._release(record.blobs)
 
     def exemplars(self, record: ExpertRecord) -> Sequence[str]:
         """The prompts that tell what an expert is for: those uploaded beside it, else those of its header.
@@ -244,6 +245,10 @@ class Registry(Catalogue):
         """What the store's tiers have done."""
         return self._store.tiers()
 
+    def collect_garbage(self, grace: float) -> list[Idle]:
+        """Remove blobs that no record has named for so many seconds; see `store.garbage`."""
+        return collect(self._store, self._used, grace)
+
     def restore_lost(self) -> None:
         """See `store.restoring`."""
         restore_lost(self._store)
@@ -275,37 +280,14 @@ class Registry(Catalogue):
             raise InvalidRequestError(f"the name {name} is reserved; choose another", param="name")
         return name
 
-    def _collect_garbage(self) -> None:
-        """Delete blobs that a process killed between a blob and its record left behind."""
-        with self._store.exclusive():
-            if len(self._all()) == len(self._records):  # a damaged record may refer to any of them
-                self._drop(self._store.blobs())
+    def _release(self, digests: set[str]) -> None:
+        """Blobs that a record does not name any more. Where this fails, the next collection notes it."""
+        with suppress(StoreError):
+            release(self._store, self._used, digests)
 
-    def _drop(self, digests: set[str]) -> None:
-        """Delete those of the blobs that no record refers to. Called with the store held."""
-        used: set[str] = set().union(*(record.blobs for record in self._all().values()))
-        for digest in digests - used:
-            self._store.delete_blob(digest)
-
-
-def _check_same(existing: ExpertRecord, record: ExpertRecord, header: ExpertHeader, *, exemplars_given: bool) -> None:
-    if existing.digest != record.digest:
-        other = "" if existing.base_fingerprint == header.base_fingerprint else " of another base"
-        raise ConflictError(
-            f"the name {record.name} belongs to another expert{other} ({existing.digest[:12]}…); replace it "
-            "(PUT, or push --replace), or choose another name",
-            param="name",
-        )
-    if exemplars_given and existing.exemplars_digest != record.exemplars_digest:
-        raise ConflictError(
-            f"the expert {record.name} is published with other exemplars; replace it (PUT, or push --replace)",
-            param="exemplars",
-        )
-
-
-def _differ(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> bool:
-    other = exemplars_given and existing.exemplars_digest != record.exemplars_digest
-    return existing.digest != record.digest or other
+    def _used(self) -> set[str] | None:
+        records = self._all()
+        return used_by(records.values()) if len(records) == len(self._records) else None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from store.backends import ABSENT, BlobStore, Health
 from store.errors import ConflictError, ExpertUnavailableError, StoreError
-from store.record import ExpertRecord, parse_record
+from store.garbage import collect, used_in
+from store.record import parse_record
 
 
 class Verdict(Enum):
@@ -26,15 +28,13 @@ class Verdict(Enum):
     """Its bytes are not there: upload it again."""
     UNREADABLE = "unreadable"
     """Its record is damaged: upload it again."""
-    GARBAGE = "garbage"
-    """A blob that belongs to no record."""
-    REMOVED = "removed"
-    """A blob that belonged to no record."""
+    IDLE = "idle"
+    """A blob that belongs to no record: garbage, once its grace period is over (`store.garbage`)."""
 
     @property
     def is_fault(self) -> bool:
         """Whether something is left for somebody to do."""
-        return self not in (Verdict.SOUND, Verdict.HEALED, Verdict.REMOVED)
+        return self not in (Verdict.SOUND, Verdict.HEALED, Verdict.IDLE)
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,25 @@ def verify(store: BlobStore, *, repair: bool = False) -> Iterator[Finding]:
     """Read every byte of a store, which may be in use, and say what is wrong, expert by expert.
 
     Args:
-        repair: heal damaged bytes from another copy where there is one, and remove what belongs to nobody.
+        repair: heal damaged bytes from another copy where there is one.
 
     Raises:
         StoreError: the store failed.
     """
-    used: set[str] = set()
     checked: dict[str, Health] = {}
-    unreadable = False
     for name, data in store.records().items():
         record = parse_record(name, data)
         if record is None:
-            unreadable = True
             yield Finding(name, Verdict.UNREADABLE)
             continue
         for digest in sorted(record.blobs - checked.keys()):
             checked[digest] = store.verify(digest, repair=repair)
-        used |= record.blobs
         worst = max((checked[digest] for digest in record.blobs), key=_SEVERITY.index)
         if worst in (Health.DAMAGED, Health.GONE) and store.get_record(name) != data:
             continue  # replaced or removed since it was listed
         yield Finding(name, Verdict(worst.value))
-    if not unreadable:  # such a record may refer to any of the blobs
-        yield from _garbage(store, repair=repair)
+    for idle in collect(store, lambda: used_in(store), math.inf, dry_run=True):
+        yield Finding(idle.digest, Verdict.IDLE)
 
 
 def migrate(source: BlobStore, target: BlobStore) -> Iterator[tuple[str, bool]]:
@@ -108,22 +104,6 @@ def migrate(source: BlobStore, target: BlobStore) -> Iterator[tuple[str, bool]]:
 
 
 _SEVERITY = [Health.SOUND, Health.HEALED, Health.DAMAGED, Health.GONE]
-
-
-def _garbage(store: BlobStore, *, repair: bool) -> Iterator[Finding]:
-    """Blobs of no record. The store is held: an upload under way has its blobs before its record."""
-    with store.exclusive():
-        records: list[ExpertRecord] = []
-        for name, data in store.records().items():
-            record = parse_record(name, data)
-            if record is None:
-                return
-            records.append(record)
-        idle = store.blobs().difference(*(record.blobs for record in records))
-        for digest in idle if repair else ():
-            store.delete_blob(digest)
-    for digest in sorted(idle):
-        yield Finding(digest, Verdict.REMOVED if repair else Verdict.GARBAGE)
 
 
 def _copy(source: BlobStore, target: BlobStore, digest: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from fastapi import Depends, Request
 
 from router.router import Router
 from server.api.errors import NotReadyError
+from server.chores import Chore
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
@@ -26,6 +28,7 @@ class Services:
     inbox: Inbox
     generation: Generation
     metrics: Metrics
+    chores: Sequence[Chore]
     started: int
     """Unix seconds."""
     ready: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
@@ -79,6 +79,22 @@ class BlobStore(Protocol):
         """Digests of all blobs."""
         ...
 
+    def blob_bytes(self, digest: str) -> int | None:
+        """Size of a blob; None if there is none, or it was never finished."""
+        ...
+
+    def idle(self) -> Mapping[str, float]:
+        """Blobs noted as idle, whoever noted them: digest → seconds since then."""
+        ...
+
+    def note_idle(self, digests: Collection[str]) -> None:
+        """Note that blobs are idle from now on. Inside `exclusive`."""
+        ...
+
+    def forget_idle(self, digests: Collection[str]) -> None:
+        """Take notes back. Inside `exclusive`."""
+        ...
+
     def verify(self, digest: str, *, repair: bool) -> Health:
         """Read all copies of a blob afresh. With `repair`, a damaged one is made anew from a sound one."""
         ...
@@ -96,7 +112,10 @@ class BlobStore(Protocol):
         ...
 
     def records(self) -> dict[str, bytes]:
-        """All records by name, in order. Cheap where little has changed since the last call."""
+        """All records by name, in order. Cheap where little has changed since the last call.
+
+        Inside `exclusive` they are the latest; elsewhere another process's change may show a moment later.
+        """
         ...
 
     def edition(self) -> int:

@@ -4,6 +4,7 @@
     records/NAME.json   small, replaced atomically
     quarantine/ID/      bytes on their way in; one folder per process, held by a lock on its file `.lock`
     lock                held while anything is changed
+    idle.json           since when blobs have been without a record
     edition             counts the changes of records: odd while one is under way
 
 Everything enters by rename, after an fsync of the file and before one of the folder (a rename is durable only once the
@@ -15,16 +16,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
 from store.backends.filesystem import reading, reported, sync_folder
+from store.backends.idle_notes import IdleNotes
+from store.backends.quarantine import Quarantine
 from store.errors import ExpertDamagedError, StoreError
 from store.expert_info import DIGEST_PATTERN, NAME_PATTERN
 from store.tiers import Tier, TierMeter, TierStats
@@ -52,6 +53,7 @@ class DiskStore:
         self._meter = meter or TierMeter(Tier.STORE)
         self._thread_lock = threading.RLock()
         self._depth = 0
+        self._notes = IdleNotes(root / "idle.json")
         self._verified: dict[str, tuple[_Stamp, float]] = {}
         self._records: dict[str, tuple[_Stamp, bytes]] = {}
         with reported("open the store"):
@@ -62,21 +64,17 @@ class DiskStore:
             self._edition_file = (root / "edition").open("r+b", buffering=0)
         with self.exclusive(), reported("open the store"):
             self._bump(odd=False)
-            self._clear_quarantine()
-            self._quarantine = Path(tempfile.mkdtemp(dir=root / "quarantine"))
-            self._quarantine_lock = (self._quarantine / ".lock").open("ab")
-            fcntl.flock(self._quarantine_lock, fcntl.LOCK_EX)
+            self._quarantine = Quarantine(root / "quarantine")
 
     def close(self) -> None:
         """See `BlobStore.close`. Empties this process's quarantine."""
-        shutil.rmtree(self._quarantine, ignore_errors=True)
-        self._quarantine_lock.close()
+        self._quarantine.close()
         self._lock_file.close()
         self._edition_file.close()
 
     def quarantine(self) -> Path:
         """See `BlobStore.quarantine`."""
-        return self._quarantine
+        return self._quarantine.path
 
     def put_blob(self, path: Path, digest: str) -> None:
         """See `BlobStore.put_blob`."""
@@ -136,6 +134,29 @@ class DiskStore:
             names = {path.name for path in (self._root / "blobs").glob("*/*")}
         return {name for name in names if DIGEST_PATTERN.fullmatch(name)}
 
+    def blob_bytes(self, digest: str) -> int | None:
+        """See `BlobStore.blob_bytes`."""
+        with reported("look at the file"):
+            try:
+                return self._blob(digest).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def idle(self) -> Mapping[str, float]:
+        """See `BlobStore.idle`."""
+        with reported("read the notes"):
+            return self._notes.seconds()
+
+    def note_idle(self, digests: Collection[str]) -> None:
+        """See `BlobStore.note_idle`."""
+        with self.exclusive(), reported("keep the notes"):
+            self._notes.add(digests)
+
+    def forget_idle(self, digests: Collection[str]) -> None:
+        """See `BlobStore.forget_idle`."""
+        with self.exclusive(), reported("keep the notes"):
+            self._notes.drop(digests)
+
     def verify(self, digest: str, *, repair: bool) -> Health:
         """See `BlobStore.verify`. There is one copy: nothing to repair it from."""
         del repair
@@ -160,7 +181,7 @@ class DiskStore:
             if expected is not ABSENT and expected is not ANYTHING and current != expected:
                 return False
             with reported("store the record"):
-                temporary = self._quarantine / f".record-{name}"
+                temporary = self._quarantine.path / f".record-{name}"
                 try:
                     with temporary.open("wb") as file:
                         file.write(data)
@@ -260,18 +281,6 @@ class DiskStore:
         if found != digest:
             self._meter.damaged(digest)
             raise ExpertDamagedError(f"the stored bytes of {digest[:12]}… are damaged; upload the expert again")
-
-    def _clear_quarantine(self) -> None:
-        """Remove what dead processes left. A folder's lock can be taken only if its owner is gone."""
-        for folder in (self._root / "quarantine").iterdir():
-            try:
-                with (folder / ".lock").open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            except FileNotFoundError:
-                pass  # killed between making the folder and its lock: both happen under the store's lock
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _blob(self, digest: str) -> Path:
         if not DIGEST_PATTERN.fullmatch(digest):

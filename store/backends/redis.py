@@ -5,6 +5,7 @@
     switchyard:edition     counter of changes; each is published on the channel `switchyard:changed`
     switchyard:epoch       a random word, made with the store
     switchyard:lease       token of the one writer, with an end
+    switchyard:idle        hash    digest → since when it has been without a record
     switchyard:blobs       hash    digest → state, bytes, chunks
     switchyard:blob:D:I    chunk I of the blob D
     switchyard:damaged     set     digests of blobs that somebody found damaged
@@ -19,16 +20,16 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
 from store.backends.blob_cache import BlobCache
 from store.backends.redis_blobs import RedisBlobs
-from store.backends.redis_link import CHANGES, CHANNEL, EDITION, EPOCH, RECORDS, RedisLink
+from store.backends.redis_link import CHANNEL, RECORDS, RedisLink
+from store.backends.redis_mirror import RedisMirror
 from store.errors import ExpertUnavailableError, StoreError, StoreUnavailableError
 from store.tiers import Tier, TierMeter, TierStats
 
@@ -36,8 +37,6 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _LONGEST_PAUSE = 5.0
-_NEAR = 1000
-"""A reader that is farther behind reads the whole catalogue."""
 
 Copy = TypeVar("Copy", Path, bytes)
 
@@ -65,15 +64,12 @@ class RedisStore:
         self._cache = BlobCache(cache, cache_bytes)
         self._meter = TierMeter(Tier.STORE)
         self._blobs = RedisBlobs(self._link, self._cache.quarantine(), self._meter)
-        self._refreshing = threading.Lock()
+        self._mirror = RedisMirror(self._link)
         self._fetching = [threading.Lock() for _ in range(16)]
-        self._records: Mapping[str, bytes] = {}
-        self._lost: Mapping[str, bytes] = {}
-        self._epoch, self._seen, self._changes = b"", -1, 0
         self._closing = threading.Event()
         try:
-            self._join()
-            self._refresh()
+            self._mirror.join()
+            self._mirror.refresh()
         except StoreError:
             self.close()
             raise
@@ -117,6 +113,26 @@ class RedisStore:
         with self._link.reported("list the store"):
             return self._blobs.digests()
 
+    def blob_bytes(self, digest: str) -> int | None:
+        """See `BlobStore.blob_bytes`."""
+        with self._link.reported("look at the file"):
+            return self._blobs.size(digest)
+
+    def idle(self) -> Mapping[str, float]:
+        """See `BlobStore.idle`."""
+        with self._link.reported("read the notes"):
+            return self._link.idle()
+
+    def note_idle(self, digests: Collection[str]) -> None:
+        """See `BlobStore.note_idle`."""
+        with self.exclusive(), self._link.reported("keep the notes"):
+            self._link.note_idle(digests, idle=True)
+
+    def forget_idle(self, digests: Collection[str]) -> None:
+        """See `BlobStore.forget_idle`."""
+        with self.exclusive(), self._link.reported("keep the notes"):
+            self._link.note_idle(digests, idle=False)
+
     def verify(self, digest: str, *, repair: bool) -> Health:
         """See `BlobStore.verify`. Redis's copy and the cache's heal each other."""
         cached = self._cache.check(digest)
@@ -144,8 +160,8 @@ class RedisStore:
         mode = {ABSENT: "absent", ANYTHING: "any"}[expected] if isinstance(expected, Expect) else "equal"
         with self.exclusive(), self._link.reported("store the record"):
             done = self._link.put_record(name, data, mode, expected if isinstance(expected, bytes) else b"")
-        self._found_again(name)
-        self._refresh()
+        self._mirror.found_again(name)
+        self._mirror.refresh()
         return done
 
     def get_record(self, name: str) -> bytes | None:
@@ -158,29 +174,33 @@ class RedisStore:
         """See `BlobStore.delete_record`."""
         with self.exclusive(), self._link.reported("delete the record"):
             done = self._link.delete_record(name)
-        self._found_again(name)
-        self._refresh()
+        self._mirror.found_again(name)
+        self._mirror.refresh()
         return done
 
     def records(self) -> dict[str, bytes]:
         """See `BlobStore.records`."""
-        return dict(sorted({**self._lost, **self._records}.items()))
+        return self._mirror.records()
 
     def edition(self) -> int:
         """See `BlobStore.edition`. This process's own count: Redis's may go back when it is restarted from a copy."""
-        return self._changes
+        return self._mirror.edition
 
     def lost(self) -> Mapping[str, bytes]:
         """See `BlobStore.lost`."""
-        return self._lost
+        return self._mirror.lost
 
     def tiers(self) -> tuple[TierStats, ...]:
         """See `BlobStore.tiers`."""
         return self._cache.stats(), self._meter.stats()
 
-    def exclusive(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
         """See `BlobStore.exclusive`."""
-        return self._link.exclusive()
+        with self._link.exclusive() as is_outermost:
+            if is_outermost:  # what other holders changed before is seen from here on
+                self._mirror.refresh()
+            yield
 
     def _local(self, digest: str, take: Callable[[str], Copy | None]) -> Copy:
         """What `take` finds in the cache; if it is not there, it is brought there first."""
@@ -218,53 +238,6 @@ class RedisStore:
                         if digest in self._blobs.reported():  # neither deleted nor healed meanwhile
                             self._put_back(digest)
 
-    def _join(self) -> None:
-        """Make the store's epoch where there is none, and take note of it."""
-        with self._link.reported("open the store"):
-            self._redis.set(EPOCH, uuid.uuid4().hex, nx=True)
-            self._epoch = self._redis.get(EPOCH)
-            newest = int(self._redis.get(EDITION) or 0)
-            self._redis.zremrangebyscore(CHANGES, "-inf", newest - 10 * _NEAR)
-
-    def _refresh(self) -> None:
-        """Bring the catalogue up to date.
-
-        Raises:
-            StoreError: Redis failed; the catalogue is what it was.
-        """
-        with self._refreshing, self._link.reported("read the catalogue"):
-            epoch, edition = self._redis.mget(EPOCH, EDITION)
-            newest = int(edition or 0)
-            if epoch != self._epoch:
-                self._join()
-                self._lost = {**self._lost, **self._records}
-                _log.error("%s has lost the catalogue; %d experts were known here", self._link.where, len(self._lost))
-                self._seen = -1
-            elif newest < self._seen:
-                _log.error("%s has lost its last %d changes", self._link.where, self._seen - newest)
-            if newest == self._seen:
-                return
-            if 0 <= self._seen < newest <= self._seen + _NEAR:
-                records = dict(self._records)
-                names = self._redis.zrangebyscore(CHANGES, f"({self._seen}", "+inf")
-                for name, data in zip(names, self._redis.hmget(RECORDS, names) if names else (), strict=True):
-                    if data is None:
-                        records.pop(name.decode(), None)
-                    else:
-                        records[name.decode()] = data
-            else:
-                records = {name.decode(): data for name, data in self._redis.hgetall(RECORDS).items()}
-            # What changed meanwhile is read again next time: the edition is older than what was read.
-            self._records, self._seen = records, newest
-            self._lost = {name: data for name, data in self._lost.items() if name not in records}
-            self._changes += 1
-
-    def _found_again(self, name: str) -> None:
-        with self._refreshing:
-            if name in self._lost:
-                self._lost = {other: data for other, data in self._lost.items() if other != name}
-                self._changes += 1
-
     def _listen(self) -> None:
         """Follow Redis until the store is closed; after a failure, try again after a pause that grows."""
         pause, away = 0.1, False
@@ -273,7 +246,7 @@ class RedisStore:
                 with self._link.reported("listen"), self._redis.pubsub(ignore_subscribe_messages=True) as channel:
                     channel.subscribe(CHANNEL)
                     while not self._closing.is_set():
-                        self._refresh()
+                        self._mirror.refresh()
                         if away:
                             _log.warning("%s is back", self._link.where)
                         pause, away = 0.1, False

@@ -82,6 +82,11 @@ class RedisBlobs:
         """Whether a blob is there, be it damaged."""
         return self._entry(digest)[0] == _COMPLETE
 
+    def size(self, digest: str) -> int | None:
+        """Bytes of a blob; None if there is none, or it was never finished."""
+        state, size, _ = self._entry(digest)
+        return size if state == _COMPLETE else None
+
     def forget(self, digest: str) -> None:
         """Delete a blob. The lease is held."""
         self._link.forget_blob(digest, self._entry(digest)[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +31,9 @@ BLOBS = "switchyard:blobs"
 DAMAGED = "switchyard:damaged"
 """Set: digests of blobs whose bytes somebody found damaged."""
 
+IDLE = "switchyard:idle"
+"""Hash: digest → since when it has been without a record, by Redis's clock in seconds since 1970."""
+
 _IF_HELD = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LEASE lost') end\n"
 _TELL = """
 local edition = redis.call('INCR', KEYS[4])
@@ -52,6 +55,15 @@ _FORGET = f"""{_IF_HELD}
 redis.call('HDEL', KEYS[2], ARGV[2])
 for i = 0, tonumber(ARGV[3]) - 1 do redis.call('UNLINK', ARGV[4] .. i) end
 return 1
+"""
+_NOTE = f"""{_IF_HELD}
+redis.call('HDEL', KEYS[2], unpack(ARGV, 2)) -- needs no memory: what follows may then go on in a full Redis
+local now = redis.call('TIME')[1]
+for i = 2, #ARGV do redis.call('HSET', KEYS[2], ARGV[i], now) end
+return 1
+"""
+_UNNOTE = f"""{_IF_HELD}
+return redis.call('HDEL', KEYS[2], unpack(ARGV, 2))
 """
 _ACQUIRE = """
 local holder = redis.call('GET', KEYS[1])
@@ -97,6 +109,7 @@ class RedisLink:
         self._depth = 0
         script = self.client.register_script
         self._put, self._delete, self._forget = script(_PUT), script(_DELETE), script(_FORGET)
+        self._note, self._unnote = script(_NOTE), script(_UNNOTE)
         self._take, self._renew, self._release = script(_ACQUIRE), script(_RENEW), script(_RELEASE)
 
     def close(self) -> None:
@@ -122,8 +135,8 @@ class RedisLink:
             raise StoreError(f"cannot {action}: {self.where} says: {error}") from None
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the lease. Reentrant in a thread; renewed in the background.
+    def exclusive(self) -> Iterator[bool]:
+        """Hold the lease. Reentrant in a thread; renewed in the background. Tells whether this took it.
 
         Raises:
             StoreUnavailableError: another writer holds it for too long.
@@ -132,7 +145,7 @@ class RedisLink:
             if self._depth:
                 self._depth += 1
                 try:
-                    yield
+                    yield False
                 finally:
                     self._depth -= 1
                 return
@@ -142,7 +155,7 @@ class RedisLink:
             renewing.start()
             self._depth = 1
             try:
-                yield
+                yield True
             finally:
                 self._depth = 0
                 done.set()
@@ -162,6 +175,20 @@ class RedisLink:
     def forget_blob(self, digest: str, chunks: int) -> None:
         """Delete a blob and its chunks in one step. The lease is held."""
         self._forget(keys=[LEASE, BLOBS], args=[self._token, digest, chunks, chunk_key(digest)])
+
+    def note_idle(self, digests: Collection[str], *, idle: bool) -> None:
+        """Note blobs as idle from now on, or take the notes back. The lease is held."""
+        script = self._note if idle else self._unnote
+        several = sorted(digests)
+        for start in range(0, len(several), 1000):  # Lua's unpack has a limit
+            script(keys=[LEASE, IDLE], args=[self._token, *several[start : start + 1000]])
+
+    def idle(self) -> dict[str, float]:
+        """Digest → seconds since it was noted."""
+        seconds, microseconds = self.client.time()
+        now = seconds + microseconds / 1e6
+        notes: Mapping[bytes, bytes] = self.client.hgetall(IDLE)
+        return {digest.decode(): max(0.0, now - int(since)) for digest, since in notes.items()}
 
     def _acquire(self) -> None:
         # One that hangs may give us the lease long after we have gone: it is handed back first.

@@ -325,6 +325,18 @@ async def test_delete(own: House) -> None:
     assert error(await own.http.delete("/v1/experts/cron"), 404)["code"] == "model_not_found"
 
 
+async def test_what_is_removed_goes_after_its_grace_period(tmp_path: Path) -> None:
+    async with open_house(tmp_path, gc_grace=0) as house:
+        await house.upload(make_expert(tmp_path / "a", value=1, name="a"))
+        await house.upload(make_expert(tmp_path / "b", value=2, name="b"))
+        blobs = tmp_path / "data" / "blobs"
+        assert len(list(blobs.glob("*/*"))) == 2
+        await house.http.delete("/v1/experts/a")
+        while len(left := list(blobs.glob("*/*"))) > 1:
+            await asyncio.sleep(0.01)
+        assert [path.name for path in left] == [house.registry.get("b").digest]
+
+
 async def test_uploads_and_deletes_at_once_leave_no_half_state(own: House) -> None:
     paths = [make_expert(own.folder / f"e{i}", value=i + 1, exemplars=tuple(CRON)) for i in range(3)]
     calls = [own.upload(path, name="cron") for path in paths * 2]

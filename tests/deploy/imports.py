@@ -38,6 +38,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     "server.settings": ("server.engine.types", "router"),
     "server.metrics": ("server.engine.types", "store.errors", "store.record", "store.tiers"),
+    "server.chores": ("store.errors",),
     "server.prompts": ("server.engine.types", "store.errors"),
     "server.text": (),
     "server.library": (
@@ -66,6 +67,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.api": (
         "server.api",
         "server.choices",
+        "server.chores",
         "server.engine.types",
         "server.generation",
         "server.inbox",
@@ -83,6 +85,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     "server.app": (
         "server.api",
+        "server.chores",
         "server.engine.types",
         "server.generation",
         "server.inbox",
@@ -107,7 +110,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # The command line and what its verbs need: they talk to a server over HTTP, or to the store.
     "server.cli": ("server", "store"),
     "server.cli_files": ("server", "store"),
-    "server.cli_store": ("server.storekeeping",),
+    "server.cli_store": ("server.settings", "server.storekeeping"),
     "server.cli_options": ("server.settings", "store.errors"),
     "server.client": ("store.errors",),
     "server.chatting": ("server.client", "store.errors"),

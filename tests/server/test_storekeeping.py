@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.cli import main
+from store.backends import ABSENT
 from store.backends.disk import DiskStore
 from store.registry import Registry
 from tests.store.builders import base_manifest, write_sample
@@ -21,6 +22,23 @@ def test_verify_and_migrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "1 experts copied, 0 were there already" in capsys.readouterr().out
     assert _run("store", "verify", target) == 0
     assert "1 experts checked: all is well" in capsys.readouterr().out
+    registry.publish(write_sample(store.quarantine() / "upload", 1), name="gone")
+    registry.remove("gone")
+    assert _run("store", "verify", source) == 0
+    assert "1 files belong to no expert" in capsys.readouterr().out
+    assert _run("store", "gc", source, "--dry-run", "--grace", "0") == 0
+    assert "1 of 1 files that no expert needs would go" in capsys.readouterr().out
+    assert _run("store", "gc", source) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "s more 0 of 1 files that no expert needs are gone: 0.00 MB" in said
+    assert len(store.blobs()) == 2
+    assert _run("store", "gc", source, "--grace", "0") == 0
+    assert store.blobs() == {record.digest}
+    store.put_record("broken", b"{", expected=ABSENT)
+    assert _run("store", "gc", source, "--grace", "0") == 1
+    assert "a record is damaged" in capsys.readouterr().err
+    store.delete_record("broken")
+    capsys.readouterr()
     store.fetch(record.digest).unlink()
     store.close()
     assert _run("store", "verify", source) == 1

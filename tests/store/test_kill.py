@@ -94,6 +94,7 @@ def _check(
         assert there in allowed, f"{name} is not what was acknowledged"
         # What the killed child had not heard an answer to is decided now.
         acknowledged[name] = next((sample for sample, digest in digests.items() if digest == there), "-")
+    registry.collect_garbage(0)
     for record in records.values():
         assert digest_of(registry.expert_path(record.digest)) == record.digest
         assert registry.exemplars(record)

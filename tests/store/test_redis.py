@@ -164,6 +164,7 @@ def test_a_full_redis_takes_nothing_and_loses_nothing(own_redis: RedisServer, op
         publish(registry, store, "b", seed=1)
     assert [record.name for record in registry.list()] == ["a"]
     registry.remove("a")
+    registry.collect_garbage(0)
     assert store.blobs() == set(), "making room is possible"
     own_redis.client.config_set("maxmemory", 0)
     publish(registry, store, "b", seed=1)
@@ -203,9 +204,9 @@ def test_a_redis_that_went_back_in_time_is_believed(own_redis: RedisServer, open
 def test_readers_far_behind_read_everything(
     shared_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("store.backends.redis._NEAR", 3)
+    monkeypatch.setattr("store.backends.redis_mirror._NEAR", 3)
     store, other = open_redis(shared_redis), open_redis(shared_redis)
-    with other._refreshing:  # it sees nothing meanwhile
+    with other._mirror._refreshing:  # it sees nothing meanwhile
         for i in range(40):
             store.put_record(f"r{i % 8}", b"%d" % i, expected=ANYTHING)
         store.delete_record("r0")
@@ -260,7 +261,7 @@ def test_chunks_of_a_killed_upload_are_collected(shared_redis: RedisServer, open
     shared_redis.client.set(chunk_key("f" * 64, 1), b"x")
     with pytest.raises(ExpertUnavailableError, match="gone"):
         store.fetch("f" * 64)
-    registry_of(store)
+    registry_of(store).collect_garbage(0)
     assert store.blobs() == {digest}
     assert shared_redis.client.keys("switchyard:blob:ffff*") == []
 

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,6 @@ import pytest
 
 from store.backends import ABSENT, ANYTHING, BlobStore
 from store.backends.disk import DiskStore
-from store.backends.redis import RedisStore
 from store.card import Card
 from store.errors import (
     ConflictError,
@@ -31,38 +30,9 @@ from store.expert_file import digest_of
 from store.record import KEPT_VERSIONS
 from store.registry import Registry
 from tests.store.builders import base_manifest, write_sample
-from tests.store.redis_server import RedisServer
+from tests.store.conftest import Opener
 
 RESERVED = frozenset({"auto", "smollm2"})
-
-
-Opener = Callable[[], BlobStore]
-"""Opens the test's store once more, as another process would."""
-
-
-@pytest.fixture(params=["disk", "redis"])
-def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    opened: list[BlobStore] = []
-
-    def disk() -> BlobStore:
-        return DiskStore(tmp_path / "store")
-
-    def redis() -> BlobStore:
-        server: RedisServer = request.getfixturevalue("shared_redis")
-        return RedisStore(server.url, tmp_path / f"cache-{len(opened)}", cache_bytes=1 << 30)
-
-    def open_one() -> BlobStore:
-        opened.append(disk() if request.param == "disk" else redis())
-        return opened[-1]
-
-    yield open_one
-    for store in opened:
-        store.close()
-
-
-@pytest.fixture
-def store(opener: Opener) -> BlobStore:
-    return opener()
 
 
 @pytest.fixture
@@ -96,6 +66,8 @@ def test_publish_find_remove(store: BlobStore, registry: Registry) -> None:
     assert registry.exemplars(record) == ["Was ist das?", 'Say "hé"']
     assert registry.remove("cron") == record
     assert registry.list() == []
+    assert digest_of(registry.expert_path(digest)) == digest, "what runs on it can finish"
+    registry.collect_garbage(0)
     assert store.blobs() == set()
     with pytest.raises(ExpertUnavailableError):
         registry.expert_path(digest)
@@ -140,6 +112,7 @@ def test_uploaded_exemplars_win_and_leave_with_the_expert(store: BlobStore, regi
     assert registry.publish(upload(store), name="a") == (record, False)
     assert store.blobs() == {record.digest, record.exemplars_digest}
     registry.remove("a")
+    registry.collect_garbage(0)
     assert store.blobs() == set()
 
 
@@ -147,6 +120,7 @@ def test_bytes_stay_while_another_name_needs_them(store: BlobStore, registry: Re
     first, _ = registry.publish(upload(store), name="a", exemplars=["x"])
     second, _ = registry.publish(upload(store), name="b")
     registry.remove("a")
+    registry.collect_garbage(0)
     assert store.blobs() == {second.digest}
     assert first.digest == second.digest
     registry.expert_path(second.digest)
@@ -171,6 +145,7 @@ def test_bad_files_stay_out(store: BlobStore, registry: Registry) -> None:
     with pytest.raises(WrongBaseError):
         Registry(store, base_manifest(seed=1), RESERVED).publish(upload(store), name="a")
     assert registry.list() == []
+    registry.collect_garbage(0)
     assert store.blobs() == set()
 
 
@@ -198,6 +173,7 @@ def test_a_damaged_record_hides_no_other(disk: DiskStore, tmp_path: Path) -> Non
     assert registry.list() == [keep]
     with pytest.raises(NotFoundError):
         registry.get("b")
+    registry.collect_garbage(0)
     assert len(disk.blobs()) == 2, "blobs a damaged record may need are kept"
     healed, created = registry.publish(upload(disk, seed=1), name="b")
     assert created
@@ -269,7 +245,7 @@ def test_garbage_of_a_killed_publish_is_collected(store: BlobStore, registry: Re
     orphan = upload(store, seed=1)
     store.put_blob(orphan, digest_of(orphan))
     assert len(store.blobs()) == 2
-    Registry(store, base_manifest(), RESERVED)
+    Registry(store, base_manifest(), RESERVED).collect_garbage(0)
     assert store.blobs() == {record.digest}
 
 
@@ -297,8 +273,9 @@ def test_nothing_half_visible_when_the_disk_fails(
         registry.publish(path, name="a")
     assert str(path.parent) not in caught.value.message
     monkeypatch.undo()
-    registry = Registry(disk, base_manifest(), RESERVED)  # collects what a failure behind the blobs has left
+    registry = Registry(disk, base_manifest(), RESERVED)
     visible = registry.list()
+    registry.collect_garbage(0)
     assert disk.blobs() == set().union(*(record.blobs for record in visible))
     for record in visible:
         registry.expert_path(record.digest)
@@ -364,6 +341,7 @@ def test_replacing_keeps_what_was_and_can_go_back(store: BlobStore, registry: Re
 
     assert Registry(opener(), base_manifest(), RESERVED).list() == registry.list()
     registry.remove("a")
+    registry.collect_garbage(0)
     assert store.blobs() == {fresh.digest}
 
 
@@ -371,6 +349,7 @@ def test_versions_beyond_the_limit_leave_with_their_bytes(store: BlobStore, regi
     digests = [registry.publish(upload(store, i), name="a", replace=True)[0].digest for i in range(KEPT_VERSIONS + 3)]
     versions = registry.get("a").versions
     assert [one.digest for one in versions] == digests[::-1][: KEPT_VERSIONS + 1]
+    registry.collect_garbage(0)
     assert store.blobs() == {one.digest for one in versions}
 
 
@@ -389,11 +368,13 @@ def test_a_publication_can_be_taken_back(store: BlobStore, registry: Registry) -
     second, _ = registry.publish(upload(store, 1), name="a", replace=True)
     registry.undo(second)
     assert registry.list() == [first]
+    registry.collect_garbage(0)
     assert store.blobs() == {first.digest}
     registry.undo(second)
     assert registry.list() == [first], "somebody else has changed it since"
     registry.undo(first)
     assert registry.list() == []
+    registry.collect_garbage(0)
     assert store.blobs() == set()
 
 
