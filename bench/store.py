@@ -94,7 +94,10 @@ async def page_seconds(registry: Registry) -> float:
     settings = Settings.model_validate({"base": "base", "host": "127.0.0.1"})
     engine = Mock()
     engine.base.name = "base"
-    app = create_app(settings, engine=engine, registry=registry, router=Mock(), quarantine=Path(), check=Mock())
+    ledger = Mock(documents=Mock(return_value={}))
+    app = create_app(
+        settings, engine=engine, registry=registry, ledger=ledger, router=Mock(), quarantine=Path(), check=Mock()
+    )
     runs = []
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
         for _ in range(REPEATS + 1):

@@ -19,8 +19,8 @@ from unittest.mock import Mock, patch
 import click
 import typer.main
 
-from server.api.auth import PUBLIC_PATHS
 from server.api.errors import describe
+from server.api.rules import PUBLIC_PATHS
 from server.app import create_app
 from server.cli import app as cli
 from server.engine.types import EngineStats
@@ -126,7 +126,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
 def routes() -> list[tuple[str, str, str]]:
     """Every route of the HTTP API: method, path, meaning."""
     settings = Settings.model_validate({"base": "base", "host": "127.0.0.1"})
-    app = create_app(settings, engine=Mock(), registry=Mock(), router=Mock(), quarantine=Path(), check=Mock())
+    app = create_app(
+        settings, engine=Mock(), registry=Mock(), ledger=Mock(), router=Mock(), quarantine=Path(), check=Mock()
+    )
     paths: dict[str, dict[str, dict[str, str]]] = app.openapi()["paths"]
     return [
         (method.upper(), path, _first_paragraph(route["description"]))

@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from router.router import Router
 from server import __version__
-from server.api import chat, completions, embeddings, errors, experts, models, ops, route, tokens, uploads
+from server.api import chat, completions, embeddings, errors, experts, keys, models, ops, route, tokens, uploads
 from server.api.auth import AuthMiddleware
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.services import Services
@@ -26,7 +26,9 @@ from server.inbox import Inbox
 from server.library import Library
 from server.metrics import Metrics
 from server.settings import Settings
+from store.backends.ledger import Ledger
 from store.expert_header import ExpertHeader
+from store.keys import Keys
 from store.registry import Registry
 from store.uploads import Uploads
 
@@ -42,6 +44,7 @@ def create_app(
     *,
     engine: Engine,
     registry: Registry,
+    ledger: Ledger,
     router: Router,
     quarantine: Path,
     check: Callable[[Path], ExpertHeader],
@@ -52,6 +55,7 @@ def create_app(
     done. It stops the engine at the end.
 
     Args:
+        ledger: where API keys are.
         quarantine: the store's folder for bytes that are not trusted yet.
         check: checks an uploaded expert file, where it can do no harm; see `Library`.
     """
@@ -65,6 +69,7 @@ def create_app(
         generation=Generation(engine, registry, router, metrics, **limits),
         metrics=metrics,
         chores=_chores(settings, registry),
+        keys=Keys(ledger),
         started=int(time.time()),
     )
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
@@ -79,7 +84,7 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for resource in (chat, completions, embeddings, tokens, models, experts, uploads, route, ops):
+    for resource in (chat, completions, embeddings, tokens, models, experts, uploads, keys, route, ops):
         app.include_router(resource.router)
 
     def body_limit(scope: Scope) -> int:
@@ -92,7 +97,7 @@ def create_app(
 
     # The last one added is the first one a request meets.
     app.add_middleware(BodyLimitMiddleware, limit_of=body_limit)
-    app.add_middleware(AuthMiddleware, settings=settings)
+    app.add_middleware(AuthMiddleware, settings=settings, keys=services.keys)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     return app
 

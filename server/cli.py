@@ -13,6 +13,7 @@ from rich.table import Table
 
 from server import __version__
 from server.cli_files import files, metadata_of
+from server.cli_keys import key_verbs
 from server.cli_options import with_settings
 from server.cli_store import store_verbs
 from server.client import Client
@@ -173,6 +174,7 @@ def chat(
 
 
 app.add_typer(store_verbs, name="store")
+app.add_typer(key_verbs, name="keys")
 
 
 def _version(show: bool) -> None:

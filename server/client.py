@@ -123,6 +123,19 @@ class Client:
     def remove(self, name: str) -> None:
         self._send("DELETE", f"/v1/experts/{quote(name, safe='')}")
 
+    def keys(self) -> list[Json]:
+        """All API keys, without their secrets."""
+        listed: list[Json] = self._send("GET", "/v1/admin/keys").json()["data"]
+        return listed
+
+    def create_key(self, **given: Any) -> Json:
+        """Make an API key; see docs/api.md. What it is called is under `key`."""
+        key: Json = self._send("POST", "/v1/admin/keys", json=given).json()
+        return key
+
+    def revoke_key(self, key_id: str) -> None:
+        self._send("DELETE", f"/v1/admin/keys/{quote(key_id, safe='')}")
+
     def route(self, prompt: str) -> Json:
         decision: Json = self._send("POST", "/v1/route", json={"prompt": prompt}).json()
         return decision

@@ -27,11 +27,13 @@ from server.api.services import Services
 from server.app import create_app
 from server.engine.engine import TransformersEngine
 from server.engine.model import resolve_base
+from server.exposure import check_exposure
 from server.generation import AUTO
 from server.settings import Settings
-from store.backends.opening import open_store
+from store.backends.opening import open_ledger, open_store
 from store.errors import SwitchyardError
 from store.fingerprint import manifest_of
+from store.keys import Keys
 from store.record import ExpertRecord
 from store.registry import Registry
 from store.validation import Validator
@@ -53,11 +55,15 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
         logging.getLogger(chatty).setLevel(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
+    address = settings.store or str(settings.data_dir)
+    ledger = open_ledger(address)
+    keys = Keys(ledger)
+    check_exposure(settings, keys, out)
     with out.status(f"preparing the base {escape(settings.base)} (a GGUF file is converted once)"):
         folder = resolve_base(settings.base, settings.cache_dir)
         manifest = manifest_of(folder, settings.cache_dir)
     store = open_store(
-        settings.store or str(settings.data_dir),
+        address,
         cache=settings.cache_dir / "store",
         cache_bytes=settings.store_cache_bytes,
     )
@@ -87,6 +93,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
             settings,
             engine=engine,
             registry=registry,
+            ledger=ledger,
             router=router,
             quarantine=store.quarantine(),
             check=validator.check,
@@ -95,7 +102,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
             f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "
             f"{base.manifest.fingerprint[:12]}, context {base.context_length} tokens"
         )
-        server = _Server(app, settings, registry, out, started)
+        server = _Server(app, settings, registry, out, started, with_key=bool(settings.api_keys or keys))
         # uvicorn passes a signal on to whoever handled it before; a graceful end is no failure.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
@@ -103,6 +110,7 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
     finally:
         validator.close()
         store.close()
+        ledger.close()
 
 
 def publish_folder(folder: Path, registry: Registry, quarantine: Path, out: Console) -> None:
@@ -124,7 +132,9 @@ def publish_folder(folder: Path, registry: Registry, quarantine: Path, out: Cons
 class _Server(uvicorn.Server):
     """uvicorn, with a last word at the end of the start-up."""
 
-    def __init__(self, app: FastAPI, settings: Settings, registry: Registry, out: Console, started: float) -> None:
+    def __init__(
+        self, app: FastAPI, settings: Settings, registry: Registry, out: Console, started: float, *, with_key: bool
+    ) -> None:
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -141,6 +151,7 @@ class _Server(uvicorn.Server):
         self._registry = registry
         self._out = out
         self._began = started
+        self._with_key = with_key
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
@@ -158,9 +169,7 @@ class _Server(uvicorn.Server):
         names = ", ".join(record.name for record in experts) or "none yet: switchyard push FILE adds one"
         self._out.print(f"{len(experts)} experts: {escape(names)}")
         self._out.print(f"[green]ready[/] after {time.monotonic() - self._began:.1f} s at http://{host}:{port}\n")
-        for title, command in curl_lines(
-            f"http://{host}:{port}", experts, self._registry, bool(self._settings.api_keys)
-        ):
+        for title, command in curl_lines(f"http://{host}:{port}", experts, self._registry, self._with_key):
             self._out.print(f"[dim]# {escape(title)}[/]")
             # Whole lines, whatever the width of the window: they are there to be copied.
             self._out.print(command, markup=False, highlight=False, soft_wrap=True)

@@ -56,9 +56,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = Field(
-        frozenset(), description="API keys, separated by commas; every route but /health and /ready asks for one."
+        frozenset(), description="Administrators' API keys, separated by commas, to make others with (switchyard keys)."
     )
-    allow_anonymous: bool = Field(False, description="Listen beyond loopback without API keys: anyone may do anything.")
+    allow_anonymous: bool = Field(
+        False, description="Listen beyond loopback while there is no API key: anyone may do anything."
+    )
 
     max_upload_bytes: ByteSize = Field(
         ByteSize(2 << 30), gt=0, description="Largest upload of an expert, e.g. 500MB or 2GiB."
@@ -151,20 +153,20 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _check_exposure(self) -> Settings:
+    def _check_keys(self) -> Settings:
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("an API key is empty")
-        if not (self.on_loopback or self.api_keys or self.allow_anonymous):
-            raise ValueError(
-                f"refusing to listen on {self.host} without API keys: set api_keys (SWITCHYARD_API_KEYS), "
-                "listen on 127.0.0.1, or set allow_anonymous if everyone who can reach this address is trusted"
-            )
         return self
 
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
+
+    @property
+    def may_run_open(self) -> bool:
+        """Whether everyone who reaches the server may do anything, as long as there is no key."""
+        return not self.api_keys and (self.on_loopback or self.allow_anonymous)
 
     @property
     def served_base_name(self) -> str:

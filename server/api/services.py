@@ -16,6 +16,8 @@ from server.generation import Generation
 from server.inbox import Inbox
 from server.library import Library
 from server.metrics import Metrics
+from store.access import Caller
+from store.keys import Keys
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Services:
     generation: Generation
     metrics: Metrics
     chores: Sequence[Chore]
+    keys: Keys
     started: int
     """Unix seconds."""
     ready: bool = False
@@ -52,8 +55,16 @@ async def _ready_services(request: Request) -> Services:
     return services
 
 
+async def _asker(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
 AnyServices = Annotated[Services, Depends(_services)]
 """The services, whatever state they are in."""
 
 ReadyServices = Annotated[Services, Depends(_ready_services)]
 """The services, once they can answer anything; 503 before."""
+
+Asker = Annotated[Caller, Depends(_asker)]
+"""Who asks, as `server.api.auth` has found out."""

@@ -19,6 +19,7 @@ from router.router import Router
 from server.app import create_app
 from server.settings import Settings
 from store.backends.disk import DiskStore
+from store.backends.disk_ledger import DiskLedger
 from store.expert_file import validate, write_expert
 from store.expert_header import ExpertHeader
 from store.expert_info import ExpertInfo
@@ -96,12 +97,14 @@ async def open_house(
     engine = engine or DummyEngine()
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
     store = DiskStore(given.data_dir)
+    ledger = DiskLedger(given.data_dir / "ledger")
     registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}))
     router = Router(engine.features, FeatureCache(folder / "cache", MANIFEST.fingerprint, 0), given.router())
     app = create_app(
         given,
         engine=engine,
         registry=registry,
+        ledger=ledger,
         router=router,
         quarantine=store.quarantine(),
         check=check or (lambda path: validate(path, MANIFEST)),
@@ -115,6 +118,7 @@ async def open_house(
         if wait:
             await house.until_ready()
         yield house
+    ledger.close()
     store.close()
 
 

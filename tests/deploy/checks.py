@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 
 from deploy.tables import cli_commands, routes
-from server.api.auth import PUBLIC_PATHS
+from server.api.rules import PUBLIC_PATHS
 from server.settings import Settings
 from tests.deploy.project import Instruction, Project, Yaml
 

@@ -1,0 +1,174 @@
+"""The ledger of an embedded store: a folder beside the experts, readable by its owner only.
+
+    ledger/KIND/NAME.json   documents, replaced atomically
+    ledger/sums/KIND.json   sums
+    ledger/lock             held while anything is changed
+    ledger/edition          counts the changes of documents: odd while one is under way
+
+Token buckets belong to the process: servers that share a folder each grant the whole rate. Those that share a Redis
+share its buckets.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from store.backends.ledger import Balance, LocalBuckets, Rate
+from store.errors import StoreError
+from store.expert_info import NAME_PATTERN
+
+_SUMS = "sums"
+
+
+class DiskLedger:
+    """`Ledger` in a folder, which is created if need be.
+
+    Raises:
+        StoreError: the folder cannot be created or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._thread_lock = threading.RLock()
+        self._buckets = LocalBuckets()
+        with _reported("open the ledger"):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file = (root / "lock").open("ab")
+            (root / "edition").touch()
+            self._edition_file = (root / "edition").open("r+b", buffering=0)
+        with self._exclusive(), _reported("open the ledger"):
+            self._bump(odd=False)
+
+    def close(self) -> None:
+        """See `Ledger.close`."""
+        self._lock_file.close()
+        self._edition_file.close()
+
+    def edition(self) -> int:
+        """See `Ledger.edition`."""
+        count = self._count()
+        return count if count % 2 == 0 else -time.monotonic_ns()
+
+    def documents(self, kind: str) -> Mapping[str, bytes]:
+        """See `Ledger.documents`."""
+        found = {}
+        with _reported("read the ledger"):
+            for path in sorted((self._root / kind).glob("*.json")):
+                if NAME_PATTERN.fullmatch(path.stem):
+                    try:
+                        found[path.stem] = path.read_bytes()
+                    except FileNotFoundError:  # deleted since it was listed
+                        continue
+        return found
+
+    def put(self, kind: str, name: str, data: bytes, *, absent: bool = False) -> bool:
+        """See `Ledger.put`."""
+        target = self._path(kind, name)
+        with self._exclusive(), _reported("write to the ledger"):
+            if absent and target.exists():
+                return False
+            target.parent.mkdir(exist_ok=True, mode=0o700)
+            with self._changing():
+                _replace(target, data)
+        return True
+
+    def delete(self, kind: str, name: str) -> bool:
+        """See `Ledger.delete`."""
+        target = self._path(kind, name)
+        with self._exclusive(), _reported("write to the ledger"):
+            if not target.exists():
+                return False
+            with self._changing():
+                target.unlink()
+                _sync_folder(target.parent)
+        return True
+
+    def add(self, kind: str, amounts: Mapping[str, int]) -> None:
+        """See `Ledger.add`."""
+        target = self._path(_SUMS, kind)
+        with self._exclusive(), _reported("write to the ledger"):
+            sums = dict(self.sums(kind))
+            for name, amount in amounts.items():
+                sums[name] = sums.get(name, 0) + amount
+            target.parent.mkdir(exist_ok=True, mode=0o700)
+            _replace(target, json.dumps(sums, sort_keys=True).encode())
+
+    def sums(self, kind: str) -> Mapping[str, int]:
+        """See `Ledger.sums`."""
+        with _reported("read the ledger"):
+            try:
+                sums: dict[str, int] = json.loads(self._path(_SUMS, kind).read_bytes())
+            except FileNotFoundError:
+                return {}
+            except ValueError:
+                raise StoreError(f"the sums of {kind} are damaged") from None
+        return sums
+
+    def take(self, bucket: str, rate: Rate, cost: float, *, least: float) -> Balance:
+        """See `Ledger.take`. Of this process."""
+        with self._thread_lock:
+            return self._buckets.take(bucket, rate, cost, least=least)
+
+    def _path(self, kind: str, name: str) -> Path:
+        if not NAME_PATTERN.fullmatch(name):
+            raise StoreError("not a name of a document")
+        return self._root / kind / f"{name}.json"
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._thread_lock, _reported("lock the ledger"):
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._bump(odd=True)
+        try:
+            yield
+        finally:
+            self._bump(odd=False)
+
+    def _bump(self, *, odd: bool) -> None:
+        count = self._count() + 1
+        os.pwrite(self._edition_file.fileno(), (count + (count % 2 != odd)).to_bytes(8, "little"), 0)
+
+    def _count(self) -> int:
+        return int.from_bytes(os.pread(self._edition_file.fileno(), 8, 0), "little")
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Write a file atomically and durably; the lock is held."""
+    temporary = target.with_suffix(".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _reported(action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot {action}: {error.strerror}") from error
