@@ -15,7 +15,20 @@ from starlette.types import Scope
 
 from router.router import Router
 from server import __version__
-from server.api import chat, completions, embeddings, errors, experts, keys, models, ops, route, tokens, uploads
+from server.api import (
+    aliases,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    experts,
+    keys,
+    models,
+    ops,
+    route,
+    tokens,
+    uploads,
+)
 from server.api.auth import AuthMiddleware
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.services import Services
@@ -84,7 +97,7 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for resource in (chat, completions, embeddings, tokens, models, experts, uploads, keys, route, ops):
+    for resource in (chat, completions, embeddings, tokens, models, experts, aliases, uploads, keys, route, ops):
         app.include_router(resource.router)
 
     def body_limit(scope: Scope) -> int:

@@ -90,7 +90,8 @@ def list_(
         table.columns[column].justify = "right"
     for expert in experts:
         table.add_row(
-            escape(expert["id"]), expert["digest"][:12], f"{expert['bytes'] / 1e6:.2f} MB",
+            escape(" = ".join([expert["id"], *expert["aliases"]])), expert["digest"][:12],
+            f"{expert['bytes'] / 1e6:.2f} MB",
             f"{expert['bits_per_param']:.3f}", expert["codec"], str(expert["exemplar_count"]),
             escape(" ".join(expert["tags"])), escape(expert["description"]),
         )  # fmt: skip
@@ -130,11 +131,35 @@ def rollback(
 
 @app.command()
 def rm(
-    name: Annotated[str, typer.Argument(help="The expert's name.")], server: Server = LOCAL, api_key: ApiKey = None
+    name: Annotated[str, typer.Argument(help="The expert's name.")],
+    force: Annotated[bool, typer.Option("--force", help="Its aliases too.")] = False,
+    server: Server = LOCAL,
+    api_key: ApiKey = None,
 ) -> None:
     """Remove an expert from a running server; running answers finish."""
-    Client(server, api_key).remove(name)
+    Client(server, api_key).remove(name, force=force)
     out.print(f"removed [bold]{escape(name)}[/]")
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The alias.")],
+    target: Annotated[str, typer.Argument(help="The expert's own name.")],
+    server: Server = LOCAL,
+    api_key: ApiKey = None,
+) -> None:
+    """Give an expert another name, which follows it through replacements; an alias there is pointed elsewhere."""
+    Client(server, api_key).put_alias(name, target)
+    out.print(f"[bold]{escape(name)}[/] is {escape(target)}")
+
+
+@app.command()
+def unalias(
+    name: Annotated[str, typer.Argument(help="The alias.")], server: Server = LOCAL, api_key: ApiKey = None
+) -> None:
+    """Take an alias away; its expert stays."""
+    Client(server, api_key).remove_alias(name)
+    out.print(f"removed the alias [bold]{escape(name)}[/]")
 
 
 @app.command()

@@ -120,8 +120,17 @@ class Client:
         record: Json = self._send("PATCH", f"/v1/experts/{quote(name, safe='')}", json=changes).json()
         return record
 
-    def remove(self, name: str) -> None:
-        self._send("DELETE", f"/v1/experts/{quote(name, safe='')}")
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Remove an expert; with `force`, its aliases too."""
+        self._send("DELETE", f"/v1/experts/{quote(name, safe='')}", params={"force": force})
+
+    def put_alias(self, alias: str, target: str) -> None:
+        """Let an alias point to an expert."""
+        self._send("PUT", f"/v1/aliases/{quote(alias, safe='')}", json={"target": target})
+
+    def remove_alias(self, alias: str) -> None:
+        """Take an alias away."""
+        self._send("DELETE", f"/v1/aliases/{quote(alias, safe='')}")
 
     def keys(self) -> list[Json]:
         """All API keys, without their secrets."""

@@ -144,7 +144,7 @@ class Generation:
         weights: dict[str, float] = {}
         for i, (name, weight) in enumerate(experts):
             expert = await self._expert(name, f"experts[{i}].id")
-            parts.append(Part(name, expert.digest, round(weight, WEIGHT_DECIMALS)))
+            parts.append(Part(expert.name, expert.digest, round(weight, WEIGHT_DECIMALS)))
             # Two names may point to the same content.
             weights[expert.digest] = weights.get(expert.digest, 0.0) + weight
         return Route(Mix.of(weights), tuple(part for part in parts if part.weight), "mix_requested")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from router.router import Router
 from server.engine.types import Engine
+from store.alias import Alias
 from store.errors import EngineDeadError, SwitchyardError
 from store.expert_file import ExpertHeader, read_header
 from store.intake import Received
@@ -151,14 +152,42 @@ class Library:
             self._registry.describe, name, description=description, tags=tags, metadata=metadata
         )
 
-    async def remove(self, name: str) -> ExpertRecord:
+    async def put_alias(self, name: str, target: str) -> tuple[Alias, bool]:
+        """Let an alias point to an expert; see `Aliases.put`."""
+        return await asyncio.to_thread(self._registry.alias_changes.put, name, target)
+
+    async def remove_alias(self, name: str) -> Alias:
+        """Take an alias away; see `Aliases.remove`."""
+        return await asyncio.to_thread(self._registry.alias_changes.remove, name)
+
+    async def alias(self, name: str) -> Alias:
+        """The alias of that name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return await asyncio.to_thread(self._registry.alias, name)
+
+    async def aliases(self) -> Sequence[tuple[Alias, ExpertRecord]]:
+        """All aliases by name, each with its expert."""
+        return await asyncio.to_thread(self._registry.aliases)
+
+    def aliases_of(self, name: str) -> Sequence[str]:
+        """Aliases of an expert, as of the last look at the registry."""
+        return self._registry.aliases_of(name)
+
+    async def remove(self, name: str, *, force: bool = False) -> ExpertRecord:
         """Unpublish an expert; answers in progress finish.
+
+        Args:
+            force: its aliases go too.
 
         Raises:
             NotFoundError: there is none of that name.
+            ConflictError: it has aliases, or the name is one.
         """
         async with self._changing:
-            record = await asyncio.to_thread(self._registry.remove, name)
+            record = await asyncio.to_thread(self._registry.remove, name, force=force)
             await self._forget(record)
         return record
 

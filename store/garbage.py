@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from store.alias import parse_entry
 from store.backends import BlobStore
-from store.record import ExpertRecord, parse_record
+from store.record import ExpertRecord
 
 _AT_ONCE = 64
 """Blobs deleted while the store is held once: publications get a word in between."""
@@ -79,9 +80,8 @@ def used_by(records: Iterable[ExpertRecord]) -> set[str]:
 
 def used_in(store: BlobStore) -> set[str] | None:
     """`Used`, by reading all records of a store."""
-    records = [parse_record(name, data) for name, data in store.records().items()]
-    sound = [record for record in records if record is not None]
-    return used_by(sound) if len(sound) == len(records) else None
+    entries = [parse_entry(name, data) for name, data in store.records().items()]
+    return None if None in entries else used_by(entry for entry in entries if isinstance(entry, ExpertRecord))
 
 
 def _look(store: BlobStore, used: Used, grace: float) -> list[Idle]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -12,8 +11,6 @@ from store.card import Card, card_from_json, card_to_json
 from store.errors import ConflictError, InvalidRequestError
 from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES
 from store.strict_json import FieldError, Fields, parse_json
-
-_log = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 8
 """Earlier versions that a name can go back to; what runs on one of them can finish."""
@@ -75,15 +72,6 @@ class ExpertRecord:
         return (dataclasses.replace(self, earlier=()), *self.earlier)
 
 
-def parse_record(name: str, data: bytes | None) -> ExpertRecord | None:
-    """A record as a value; None, and a line in the log, if it is damaged, None too if there is none."""
-    try:
-        return None if data is None else _from_json(name, data)
-    except FieldError as error:
-        _log.warning("the record of %s is damaged and ignored: %s %s", name, error.field, error.message)
-        return None
-
-
 def check_same(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> None:
     """Refuse a record whose name belongs to another expert.
 
@@ -111,7 +99,7 @@ def check_record(record: ExpertRecord) -> None:
         InvalidRequestError: it breaks a rule of the format; `param` says which part.
     """
     try:
-        _from_json(record.name, record_to_json(record))
+        record_from_json(record.name, Fields(parse_json(record_to_json(record), "record"), "record"))
     except FieldError as error:
         raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
 
@@ -128,8 +116,12 @@ def _version_to_json(version: ExpertRecord) -> dict[str, object]:
     return {name: getattr(version, name) for name in plain} | card_to_json(version.card)
 
 
-def _from_json(name: str, data: bytes) -> ExpertRecord:
-    fields = Fields(parse_json(data, "record"), "record")
+def record_from_json(name: str, fields: Fields) -> ExpertRecord:
+    """Read what a store keeps under a name.
+
+    Raises:
+        FieldError: it is damaged.
+    """
     earlier = fields.items("earlier", max_items=KEPT_VERSIONS) if fields.has("earlier") else []
     versions = (_version(name, Fields(item, "earlier", prefix="earlier.")) for item in earlier)
     return dataclasses.replace(_version(name, fields), earlier=tuple(versions))

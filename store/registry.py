@@ -9,25 +9,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from store.alias import Alias, parse_entry
+from store.aliases import Aliases
 from store.backends import ABSENT, BlobStore, Expect
 from store.catalogue import Catalogue
 from store.errors import (
-    ExpertFileError,
-    ExpertUnavailableError,
-    InvalidRequestError,
+    ConflictError,
     NotFoundError,
     StoreError,
     StoreUnavailableError,
 )
-from store.exemplars import exemplar_bytes, parse_exemplars
-from store.expert_file import digest_of, read_header, validate
+from store.exemplars import exemplar_bytes
+from store.expert_file import digest_of, validate
 from store.expert_header import ExpertHeader
 from store.expert_info import NAME_PATTERN
 from store.garbage import Idle, collect, release, used_by
 from store.manifest import BaseManifest
-from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, parse_record, record_to_json
+from store.names import Names
+from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, record_to_json
 from store.restoring import restore_lost
-from store.tiers import TierStats
 
 
 class Registry(Catalogue):
@@ -44,7 +44,8 @@ class Registry(Catalogue):
 
     def __init__(self, store: BlobStore, base: BaseManifest, reserved: frozenset[str]) -> None:
         super().__init__(store, base)
-        self._reserved = reserved
+        self._names = Names(reserved)
+        self.alias_changes = Aliases(store, self, self._names)
 
     def publish(
         self,
@@ -77,7 +78,7 @@ class Registry(Catalogue):
         header = validate(path, self._base) if header is None else header
         exemplars = None if exemplars is None else list(dict.fromkeys(exemplars))
         digest = digest_of(path) if digest is None else digest
-        chosen = self._checked_name(name or header.name or f"expert-{digest[:12]}")
+        chosen = self._names.check(name or header.name or f"expert-{digest[:12]}")
         own = None if exemplars is None or tuple(exemplars) == header.exemplars else exemplar_bytes(exemplars)
         record = ExpertRecord(
             name=chosen,
@@ -95,7 +96,7 @@ class Registry(Catalogue):
         )
         with self._store.exclusive():
             present = self._store.get_record(chosen)
-            existing = parse_record(chosen, present)
+            existing = _expert(parse_entry(chosen, present))
             before = existing.blobs if existing is not None else set()
             fresh = {blob for blob in record.blobs if self._store.blob_bytes(blob) is None}
             if existing is not None and replace and existing.differs(record, exemplars_given=exemplars is not None):
@@ -123,16 +124,29 @@ class Registry(Catalogue):
                 self._release(before - record.blobs)
         return record, True
 
-    def remove(self, name: str) -> ExpertRecord:
+    def remove(self, name: str, *, force: bool = False) -> ExpertRecord:
         """Unpublish an expert; its bytes go later, if no other name refers to them. Returns what it was.
+
+        Args:
+            force: its aliases go too; else an expert that has any stays.
 
         Raises:
             NotFoundError: there is none.
+            ConflictError: it has aliases, or the name is one.
         """
         with self._store.exclusive():
             record = self._all().get(name) if name in self._store.lost() else self._held(name)[0]
             if record is None:
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+            self._all()
+            if (aliases := self.aliases_of(name)) and not force:
+                raise ConflictError(
+                    f"the expert {name} is also called {', '.join(aliases)}: remove these aliases first, or all of it "
+                    "(?force=true, or rm --force)",
+                    param="name",
+                    code="has_aliases",
+                )
+            self._drop_aliases(name)
             # The record first: a blob without a record is garbage, a record without its blob is a broken promise.
             self._store.delete_record(name)
             self._release(record.blobs)
@@ -203,47 +217,15 @@ class Registry(Catalogue):
         """
         with self._store.exclusive():
             present = self._store.get_record(record.name)
-            if present is None or parse_record(record.name, present) != record:
+            if present is None or parse_entry(record.name, present) != record:
                 return
             if record.earlier:
                 former = record.earlier[0]
                 self._put(dataclasses.replace(former, earlier=record.earlier[1:]), present)
             else:
+                self._drop_aliases(record.name)
                 self._store.delete_record(record.name)
             self._release(record.blobs)
-
-    def exemplars(self, record: ExpertRecord) -> Sequence[str]:
-        """The prompts that tell what an expert is for: those uploaded beside it, else those of its header.
-
-        Raises:
-            ExpertUnavailableError: its bytes are gone or damaged.
-        """
-        try:
-            if record.exemplars_digest is None:
-                return list(read_header(self.expert_path(record.digest)).exemplars)
-            return parse_exemplars(self._store.fetch(record.exemplars_digest).read_bytes())
-        except (OSError, ExpertFileError):  # it was verified: it can only have been removed since
-            raise ExpertUnavailableError(f"the expert {record.name} was removed") from None
-
-    def expert_path(self, digest: str) -> Path:
-        """A local file with the verified bytes of an expert.
-
-        Raises:
-            ExpertUnavailableError: they are gone or damaged.
-        """
-        return self._store.fetch(digest)
-
-    def expert_bytes(self, digest: str) -> bytes:
-        """Exactly the bytes of an expert's file: what was hashed is what is returned.
-
-        Raises:
-            ExpertUnavailableError: they are gone or damaged.
-        """
-        return self._store.read(digest)
-
-    def tiers(self) -> tuple[TierStats, ...]:
-        """What the store's tiers have done."""
-        return self._store.tiers()
 
     def collect_garbage(self, grace: float) -> list[Idle]:
         """Remove blobs that no record has named for so many seconds; see `store.garbage`."""
@@ -256,7 +238,7 @@ class Registry(Catalogue):
     def _held(self, name: str) -> tuple[ExpertRecord, bytes]:
         """The record of that name as the store has it now, as a value and as bytes."""
         data = self._store.get_record(name) if NAME_PATTERN.fullmatch(name) else None
-        record = parse_record(name, data)
+        record = _expert(parse_entry(name, data))
         if record is None or data is None:
             if name in self._store.lost():
                 raise StoreUnavailableError(
@@ -269,16 +251,11 @@ class Registry(Catalogue):
         if not self._store.put_record(record.name, record_to_json(record), expected=expected):
             raise StoreError("the store let another writer in")
 
-    def _checked_name(self, name: str) -> str:
-        if not NAME_PATTERN.fullmatch(name):
-            raise InvalidRequestError(
-                "a name has 1 to 64 characters: lower-case letters, digits, '.', '_' and '-', the first one a letter "
-                "or a digit",
-                param="name",
-            )
-        if name in self._reserved:
-            raise InvalidRequestError(f"the name {name} is reserved; choose another", param="name")
-        return name
+    def _drop_aliases(self, name: str) -> None:
+        """Before their expert goes: at no instant does an alias point to nothing. The store is held."""
+        self._all()
+        for alias in self.aliases_of(name):
+            self._store.delete_record(alias)
 
     def _release(self, digests: set[str]) -> None:
         """Blobs that a record does not name any more. Where this fails, the next collection notes it."""
@@ -287,7 +264,18 @@ class Registry(Catalogue):
 
     def _used(self) -> set[str] | None:
         records = self._all()
-        return used_by(records.values()) if len(records) == len(self._records) else None
+        return used_by(records.values()) if len(records) + len(self._aliases) == len(self._records) else None
+
+
+def _expert(entry: ExpertRecord | Alias | None) -> ExpertRecord | None:
+    """The entry, unless it is an alias: what is done to an expert is done by its own name."""
+    if isinstance(entry, Alias):
+        raise ConflictError(
+            f"{entry.name} is an alias of {entry.target}: use that name, or remove the alias",
+            param="name",
+            code="is_alias",
+        )
+    return entry
 
 
 def _write(path: Path, data: bytes) -> None:

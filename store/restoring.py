@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from store.alias import Alias, parse_entry
 from store.backends import ABSENT, BlobStore
 from store.errors import ExpertUnavailableError, StoreError
-from store.record import parse_record
+from store.record import ExpertRecord
 
 _log = logging.getLogger(__name__)
 
@@ -20,18 +21,20 @@ def restore_lost(store: BlobStore) -> None:
     Raises:
         StoreError: the store failed; what is left is tried again by the next call.
     """
-    for name, data in store.lost().items():
-        record = parse_record(name, data)
+    lost = [(parse_entry(name, data), name, data) for name, data in store.lost().items()]
+    for entry, name, data in sorted(lost, key=lambda item: isinstance(item[0], Alias)):  # experts first
         with store.exclusive():
             try:
-                for digest in record.blobs if record is not None else ():
+                if isinstance(entry, Alias) and store.get_record(entry.target) is None:
+                    raise ExpertUnavailableError("its expert is lost")
+                for digest in entry.blobs if isinstance(entry, ExpertRecord) else ():
                     _put_again(store, digest)
             except ExpertUnavailableError:
-                _log.error("the expert %s is lost: its bytes are nowhere; upload it again", name)
+                _log.error("%s is lost: its bytes are nowhere; upload it again", name)
                 store.delete_record(name)
                 continue
             if store.put_record(name, data, expected=ABSENT):
-                _log.warning("the expert %s was lost by the store and has been put back", name)
+                _log.warning("%s was lost by the store and has been put back", name)
 
 
 def _put_again(store: BlobStore, digest: str) -> None:

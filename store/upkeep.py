@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from store.alias import Alias, parse_entry
 from store.backends import ABSENT, BlobStore, Health
 from store.errors import ConflictError, ExpertUnavailableError, StoreError
 from store.garbage import collect, used_in
-from store.record import parse_record
+from store.record import ExpertRecord
 
 
 class Verdict(Enum):
@@ -28,6 +29,8 @@ class Verdict(Enum):
     """Its bytes are not there: upload it again."""
     UNREADABLE = "unreadable"
     """Its record is damaged: upload it again."""
+    DANGLING = "points to nothing"
+    """An alias whose expert is not there: remove it, or upload the expert."""
     IDLE = "idle"
     """A blob that belongs to no record: garbage, once its grace period is over (`store.garbage`)."""
 
@@ -55,10 +58,14 @@ def verify(store: BlobStore, *, repair: bool = False) -> Iterator[Finding]:
         StoreError: the store failed.
     """
     checked: dict[str, Health] = {}
-    for name, data in store.records().items():
-        record = parse_record(name, data)
+    records = store.records()
+    for name, data in records.items():
+        record = parse_entry(name, data)
         if record is None:
             yield Finding(name, Verdict.UNREADABLE)
+            continue
+        if isinstance(record, Alias):
+            yield Finding(name, Verdict.SOUND if record.target in records else Verdict.DANGLING)
             continue
         for digest in sorted(record.blobs - checked.keys()):
             checked[digest] = store.verify(digest, repair=repair)
@@ -83,9 +90,9 @@ def migrate(source: BlobStore, target: BlobStore) -> Iterator[tuple[str, bool]]:
         ExpertUnavailableError: an expert's record or bytes are damaged; `verify` says which others are.
         StoreError: a store failed.
     """
-    for name, data in source.records().items():
-        record = parse_record(name, data)
-        if record is None:
+    entries = [(parse_entry(name, data), name, data) for name, data in source.records().items()]
+    for entry, name, data in sorted(entries, key=lambda item: isinstance(item[0], Alias)):  # experts first
+        if entry is None:
             raise ExpertUnavailableError(f"the record of {name} is damaged: remove the expert or upload it again")
         with target.exclusive():
             present = target.get_record(name)
@@ -95,7 +102,7 @@ def migrate(source: BlobStore, target: BlobStore) -> Iterator[tuple[str, bool]]:
             if present is not None:
                 raise ConflictError(f"the target has another expert named {name}: remove one of the two", param="name")
             there = target.blobs()
-            for digest in sorted(record.blobs):
+            for digest in sorted(entry.blobs) if isinstance(entry, ExpertRecord) else ():
                 if digest not in there or target.verify(digest, repair=False) is not Health.SOUND:
                     _copy(source, target, digest)
             if not target.put_record(name, data, expected=ABSENT):

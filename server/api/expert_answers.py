@@ -31,6 +31,8 @@ class Expert(TypedDict):
     parents: list[str]
     """Digests of the expert files it was made from."""
     metadata: dict[str, str]
+    aliases: list[str]
+    """Other names that point to this one."""
     exemplar_count: int
 
 
@@ -107,6 +109,7 @@ def expert_answer(record: ExpertRecord, services: Services) -> Expert:
         "tags": list(record.card.tags),
         "parents": list(record.card.parents),
         "metadata": dict(record.card.metadata),
+        "aliases": list(services.library.aliases_of(record.name)),
         "exemplar_count": record.exemplar_count,
     }
 

@@ -109,7 +109,7 @@ async def describe_expert(name: str, body: Description, services: ReadyServices)
 
 
 @router.delete("/{name}")
-async def delete_expert(name: str, services: ReadyServices) -> Deleted:
-    """Unpublish an expert. Answers in progress finish."""
-    record = await services.library.remove(name)
+async def delete_expert(name: str, services: ReadyServices, force: bool = False) -> Deleted:
+    """Unpublish an expert; with `force`, also one that has aliases, and them too. Answers in progress finish."""
+    record = await services.library.remove(name, force=force)
     return {"id": record.name, "object": "expert", "deleted": True}

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 from server.api.services import AnyServices, Services
 from server.generation import AUTO
+from store.alias import Alias
 from store.record import ExpertRecord
 
 router = APIRouter(prefix="/v1/models")
@@ -26,6 +27,8 @@ class Model(TypedDict):
     parent: str | None
     digest: NotRequired[str]
     bytes: NotRequired[int]
+    alias_of: NotRequired[str]
+    """Of an alias, the expert's own name."""
 
 
 class ModelList(TypedDict):
@@ -37,9 +40,10 @@ class ModelList(TypedDict):
 
 @router.get("")
 async def list_models(services: AnyServices) -> ModelList:
-    """The base, `auto`, and every expert."""
+    """The base, `auto`, every expert, and every alias."""
     experts = [_expert(record, services) for record in await services.library.list()]
-    return {"object": "list", "data": [*_own(services), *experts]}
+    aliases = [_alias(alias, record, services) for alias, record in await services.library.aliases()]
+    return {"object": "list", "data": [*_own(services), *experts, *aliases]}
 
 
 @router.get("/{model:path}")
@@ -48,7 +52,10 @@ async def get_model(model: str, services: AnyServices) -> Model:
     for own in _own(services):
         if own["id"] == model:
             return own
-    return _expert(await services.library.get(model), services)
+    record = await services.library.get(model)
+    if record.name != model:
+        return _alias(await services.library.alias(model), record, services)
+    return _expert(record, services)
 
 
 def _own(services: Services) -> list[Model]:
@@ -59,6 +66,10 @@ def _own(services: Services) -> list[Model]:
 def _expert(record: ExpertRecord, services: Services) -> Model:
     model = _model(record.name, record.created, record.digest, services.engine.base.name)
     return {**model, "digest": record.digest, "bytes": record.bytes}
+
+
+def _alias(alias: Alias, record: ExpertRecord, services: Services) -> Model:
+    return {**_expert(record, services), "id": alias.name, "created": alias.created, "alias_of": alias.target}
 
 
 def _model(name: str, created: int, root: str, parent: str | None) -> Model:

@@ -44,6 +44,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.text": (),
     "server.library": (
         "server.engine.types",
+        "store.alias",
         "router.router",
         "store.errors",
         "store.expert_file",
@@ -78,6 +79,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.settings",
         "router.router",
         "store.access",
+        "store.alias",
         "store.errors",
         "store.exemplars",
         "store.expert_header",
