@@ -6,9 +6,7 @@ import asyncio
 import json
 import logging
 import shlex
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +16,13 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from transformers.utils.logging import disable_progress_bar
 
-from router.features import FeatureCache
-from router.router import Router
-from router.state import StateFile
 from server.api.services import Services
-from server.app import create_app
-from server.engine.engine import TransformersEngine
-from server.engine.model import resolve_base
-from server.exposure import check_exposure
+from server.assembly import assembled
 from server.generation import AUTO
 from server.settings import Settings
-from store.backends.opening import open_ledger, open_store
-from store.errors import SwitchyardError
-from store.fingerprint import manifest_of
-from store.keys import Keys
 from store.record import ExpertRecord
 from store.registry import Registry
-from store.validation import Validator
 
 _UNRELATED_PROMPT = "What is the tallest mountain in Africa?"
 
@@ -53,80 +39,13 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=out, show_path=False)])
     for chatty in ("httpx", "uvicorn", "uvicorn.access", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
-    address = settings.store or str(settings.data_dir)
-    ledger = open_ledger(address)
-    keys = Keys(ledger)
-    check_exposure(settings, keys, out)
-    with out.status(f"preparing the base {escape(settings.base)} (a GGUF file is converted once)"):
-        folder = resolve_base(settings.base, settings.cache_dir)
-        manifest = manifest_of(folder, settings.cache_dir)
-    store = open_store(
-        address,
-        cache=settings.cache_dir / "store",
-        cache_bytes=settings.store_cache_bytes,
-    )
-    validator = Validator(manifest)
-    try:
-        validator.start()
-        registry = Registry(store, manifest, reserved=frozenset({AUTO, settings.served_base_name}))
-        if preload is not None:
-            with out.status(f"publishing the expert files of {escape(str(preload))}"):
-                publish_folder(preload, registry, store.quarantine(), out)
-        with out.status("loading the base"):
-            engine = TransformersEngine(
-                folder,
-                name=settings.served_base_name,
-                settings=settings.engine(),
-                read_expert=registry.expert_bytes,
-                cache_dir=settings.cache_dir,
-            )
-        base = engine.base
-        variant = f"{base.dtype}, {settings.feature_tokens} tokens"
-        fingerprint, layer = base.manifest.fingerprint, base.feature_layer
-        features = FeatureCache(settings.cache_dir / "features", fingerprint, layer, variant=variant)
-        given = settings.router()
-        state = StateFile(settings.data_dir / "router" / "metric", f"{fingerprint} {layer} {variant} {given.metric}")
-        router = Router(engine.features, features, given, state)
-        app = create_app(
-            settings,
-            engine=engine,
-            registry=registry,
-            ledger=ledger,
-            router=router,
-            quarantine=store.quarantine(),
-            check=validator.check,
-        )
-        out.print(
-            f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "
-            f"{base.manifest.fingerprint[:12]}, context {base.context_length} tokens"
-        )
-        server = _Server(app, settings, registry, out, started, with_key=bool(settings.api_keys or keys))
+    with assembled(settings, out, preload=preload) as house:
+        server = _Server(house.app, settings, house.registry, out, started, with_key=house.has_keys)
         # uvicorn passes a signal on to whoever handled it before; a graceful end is no failure.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         server.run()
-    finally:
-        validator.close()
-        store.close()
-        ledger.close()
-
-
-def publish_folder(folder: Path, registry: Registry, quarantine: Path, out: Console) -> None:
-    """Publish every `*.safetensors` of a folder; a file that is refused is reported and left out."""
-    if not folder.is_dir():
-        raise SwitchyardError(f"there is no folder {folder} to take expert files from")
-    for file in sorted(folder.glob("*.safetensors")):
-        with tempfile.NamedTemporaryFile(dir=quarantine, delete=False) as copy:
-            path = Path(copy.name)
-        try:
-            shutil.copyfile(file, path)
-            registry.publish(path)
-        except SwitchyardError as error:
-            out.print(f"[yellow]{escape(file.name)} is not served:[/] {escape(error.message)}")
-        finally:
-            path.unlink(missing_ok=True)
 
 
 class _Server(uvicorn.Server):

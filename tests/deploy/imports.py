@@ -105,8 +105,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.uploads",
     ),
     # Puts everything together.
-    "server.serving": (
-        "server.api",
+    "server.assembly": (
         "server.app",
         "server.engine",
         "server.exposure",
@@ -115,6 +114,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "router",
         "store",
     ),
+    "server.serving": ("server.api", "server.assembly", "server.generation", "server.settings", "store"),
     # The command line and what its verbs need: they talk to a server over HTTP, or to the store.
     "server.cli": ("server", "store"),
     "server.cli_files": ("server", "store"),
