@@ -34,7 +34,7 @@ CacheDir = Annotated[Path | None, typer.Option(envvar="SWITCHYARD_CACHE_DIR", he
 @files.command()
 def compress(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, a GGUF file or a hub id.")],
-    tuned: Annotated[Path, typer.Option(help="The fine-tuned checkpoint folder (safetensors).")],
+    tuned: Annotated[Path, typer.Option(help="The fine-tune: a checkpoint folder (safetensors), or a PEFT adapter's.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
     codec: Annotated[CodecName, typer.Option(help="The method.")] = CodecName.T_SWITCH,
     density: Annotated[
@@ -48,7 +48,9 @@ def compress(
         float | None,
         typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of low-rank.")] = 8,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of low-rank; default: 8, of an adapter its own factors as they are.")
+    ] = None,
     strength: Annotated[float, typer.Option(help="Scale of compeft, in standard deviations.")] = 1.0,
     tensor_density: Annotated[
         list[str] | None, typer.Option(help="Another density for some tensors: 'GLOB=DENSITY'; may be repeated.")
@@ -68,7 +70,7 @@ def compress(
     meta: Meta = None,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Compress a full fine-tune of the base into an expert file, and report what it costs."""
+    """Compress a fine-tune of the base, full or an adapter, into an expert file, and report what it costs."""
     from server.compressing import compress_with_progress
 
     densities = _tensor_densities(tensor_density or [])

@@ -94,33 +94,45 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     tensors: dict[str, CheckpointTensor] = {}
     for path in weight_files(folder):
-        try:
-            with path.open("rb") as file:
-                table = read_tensor_table(file, max_header=MAX_HEADER_BYTES)
-        except FieldError as error:
-            raise CheckpointError(f"{path.name}: {error.field} {error.message}", param=error.field) from None
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path.name}: {error.strerror}") from None
-        for name, span in table.tensors.items():
-            if span.dtype in _BUFFERS or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if span.dtype not in _FLOATS:
-                raise CheckpointError(
-                    f"tensor {name} is stored as {span.dtype}: quantised checkpoints have no task vector; "
-                    "use the float16, bfloat16 or float32 weights",
-                    param=name,
-                )
+        for name, tensor in read_tensors(path).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is in two files of {folder.name}", param=name)
-            tensors[name] = CheckpointTensor(path, span)
+            tensors[name] = tensor
     if _head_is_tied(folder, tensors):
         del tensors[_HEAD]
     return Checkpoint(folder, dict(sorted(tensors.items())))
 
 
+def read_tensors(path: Path) -> dict[str, CheckpointTensor]:
+    """The parameters in one safetensors file; buffers are left out.
+
+    Raises:
+        CheckpointError: it is no readable safetensors file of unquantised weights.
+    """
+    try:
+        with path.open("rb") as file:
+            table = read_tensor_table(file, max_header=MAX_HEADER_BYTES)
+    except FieldError as error:
+        raise CheckpointError(f"{path.name}: {error.field} {error.message}", param=error.field) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.name}: {error.strerror}") from None
+    tensors = {}
+    for name, span in table.tensors.items():
+        if span.dtype in _BUFFERS or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if span.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"tensor {name} is stored as {span.dtype}: quantised checkpoints have no task vector; "
+                "use the float16, bfloat16 or float32 weights",
+                param=name,
+            )
+        tensors[name] = CheckpointTensor(path, span)
+    return tensors
+
+
 def _sharded(folder: Path) -> list[Path]:
     try:
-        weight_map = Fields(_read_json(folder / _INDEX), _INDEX).child("weight_map")
+        weight_map = Fields(read_json(folder / _INDEX), _INDEX).child("weight_map")
         names = {weight_map.text(key, max_bytes=255) for key in weight_map.names()}
     except FieldError as error:
         raise CheckpointError(f"{_INDEX}: {error.field} {error.message}") from None
@@ -155,7 +167,7 @@ def _declared_tie(folder: Path) -> bool | None:
     if not (folder / "config.json").is_file():
         return None
     try:
-        fields = Fields(_read_json(folder / "config.json"), "config.json")
+        fields = Fields(read_json(folder / "config.json"), "config.json")
         for config in (fields, fields.child("text_config") if fields.has("text_config") else fields):
             if config.has("tie_word_embeddings"):
                 return config.get("tie_word_embeddings") is True
@@ -174,7 +186,13 @@ def _equal(left: CheckpointTensor, right: CheckpointTensor) -> bool:
     )
 
 
-def _read_json(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """A JSON file of a checkpoint, bounded and parsed strictly.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        FieldError: it is too large, or no JSON.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise FieldError("is too large", path.name)

@@ -1,4 +1,4 @@
-"""From two checkpoint folders to an expert file and a report."""
+"""From a base and a fine-tune of it, a checkpoint or an adapter, to an expert file and a report."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
+from store.adapter import Adapter
 from store.calibrate import Calibration, calibrate
 from store.card import Card, card_to_json
-from store.checkpoint import open_checkpoint
-from store.codecs.base import CodecName
+from store.checkpoint import Checkpoint, open_checkpoint
+from store.codecs.base import Codec, CodecName
 from store.codecs.choice import CALIBRATED, Recipe
+from store.codecs.low_rank import keep_factors
+from store.codecs.raw import Raw
 from store.codecs.t_switch import Knob
 from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import validate, write_expert
 from store.expert_header import check_info
 from store.expert_info import ExpertInfo
+from store.fine_tune import FineTune
 from store.fingerprint import manifest_of
 from store.learning import Learned, learn
 from store.packed import PackedDense, PackedTensor, PackedTernary
 from store.report import Overlap, Report, kind_rows, overlap_of, relative_error
 from store.strict_json import FieldError
-from store.task_vector import deltas_between
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "fingerprint", "learn", "compress", "calibrate" and "write"."""
@@ -47,7 +51,7 @@ def compress(
     codec: CodecName | str = CodecName.T_SWITCH,
     density: float = 0.05,
     knob: Knob | Literal["calibrated", "l1", "rms"] | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     strength: float = 1.0,
     bits_per_param: float | None = None,
     max_size: int | None = None,
@@ -61,15 +65,16 @@ def compress(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compress a full fine-tune into an expert file; norms, biases and tiny tensors stay raw, or nearly so.
+    """Compress a fine-tune into an expert file; norms, biases and tiny tensors stay raw, or nearly so.
 
     Args:
-        base_folder, tuned_folder: safetensors checkpoint folders of the same architecture.
+        base_folder: a safetensors checkpoint folder.
+        tuned_folder: one of the same architecture, or the folder of a PEFT adapter.
         out: the expert file to write, replaced if it exists.
         codec: the method.
         density: fraction of each matrix's nonzeros to keep (t-switch), or of all (compeft).
         knob: how to choose scales; None takes `calibrated` where there are exemplars, else `l1`.
-        rank: of low-rank.
+        rank: of low-rank; None is 8, and of an adapter its own factors, kept as they are.
         strength: scale of compeft, in standard deviations; calibrated on top where there are exemplars.
         bits_per_param: what flex-switch may spend on the whole, per parameter of the base; None is 0.04.
         max_size: the same as bytes of the file.
@@ -92,7 +97,7 @@ def compress(
         codec=_codec_name(codec),
         density=density,
         knob=_knob(knob, exemplars),
-        rank=rank,
+        rank=Recipe.rank if rank is None else rank,
         strength=strength,
         tensor_density=dict(tensor_density or {}),
     )
@@ -110,7 +115,7 @@ def compress(
         check_info(info)
     except FieldError as error:
         raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
-    base, tuned = open_checkpoint(base_folder), open_checkpoint(tuned_folder)
+    base = open_checkpoint(base_folder)
     sizes = {name: tensor.span.numel for name, tensor in base.tensors.items()}
     learns = recipe.codec is CodecName.FLEX_SWITCH
     if not learns and (bits_per_param is not None or max_size is not None):
@@ -119,38 +124,23 @@ def compress(
             param="max_size" if bits_per_param is None else "bits_per_param",
         )
     budget = _budget(bits_per_param, max_size, sizes, info) if learns else 0
-    codec_for = recipe.chooser(sizes, lambda: deltas_between(base, tuned))
     if learns and not exemplars:
         raise InvalidRequestError(f"{CodecName.FLEX_SWITCH} learns from exemplars; give some", param="exemplars")
     tell("fingerprint", 0, 1)
-    manifest = manifest_of(base_folder, cache_dir)
-
-    packed: dict[str, PackedTensor] = {}
-    learned: Learned | None = None
-    if learns and exemplars:
-        left_out = recipe.left_out(sizes)
-        learned = learn(base, tuned, exemplars, budget, left_out=left_out, progress=progress)
-        packed = learned.tensors
+    with FineTune(base, tuned_folder) as fine_tune:
+        if recipe.codec is CodecName.LOW_RANK and rank is None and fine_tune.adapter is not None:
+            fine_tune.check_low_rank()
+            info = replace(info, codec_params={"method": fine_tune.adapter.config.kind.lower()})
+            kept = fine_tune.adapter
+        else:
+            kept = None
+        manifest = manifest_of(base_folder, cache_dir)
+        done = _pack(recipe, base, fine_tune, list(exemplars or ()), budget, kept, tell)
+    packed, found, learned = done.tensors, done.calibration, done.learned
+    if learned is not None:
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
         info = replace(info, codec_params={"budget": 8 * budget / max(1, sum(sizes.values())), **figures})
-    overlaps: dict[str, Overlap] = {}
-    changed = 0
-    for done, (tensor, delta) in enumerate(deltas_between(base, tuned)):
-        tell("compress", done, len(base.tensors))
-        changed += int(delta.count_nonzero())
-        chosen = None if learns else codec_for(tensor, tuple(delta.shape))
-        if chosen is not None and (item := chosen.compress(tensor, delta)) is not None:
-            packed[tensor] = item
-        overlaps[tensor] = overlap_of(tensor, delta, packed.get(tensor))
-
-    found: Calibration | None = None
-    ternary = any(isinstance(item, PackedTernary) for item in packed.values())
-    if recipe.codec in CALIBRATED and recipe.knob is Knob.CALIBRATED and exemplars and ternary:
-        found = calibrate(base, tuned_folder, packed, exemplars, progress=progress)
-        if recipe.codec is CodecName.COMPEFT:  # one scale for the whole task vector is what the method is
-            shared = dict.fromkeys(found.multipliers, found.multiplier)
-            found = replace(found, multipliers=shared, kl=found.kl_at_multiplier)
-        packed = {tensor: _scaled(tensor, item, found.multipliers.get(tensor, 1.0)) for tensor, item in packed.items()}
+    if found is not None:
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
     if max_kl is not None:
         _check_floor(max_kl, found, learned)
@@ -163,8 +153,8 @@ def compress(
         bits_per_param=header.bits_per_param,
         times_smaller=2 * sum(sizes.values()) / size,
         density=header.density,
-        changed=changed / max(1, sum(sizes.values())),
-        relative_error=relative_error(overlaps, packed),
+        changed=done.changed / max(1, sum(sizes.values())),
+        relative_error=relative_error(done.overlaps, packed),
         codec=recipe.codec,
         knob=recipe.knob if recipe.codec in CALIBRATED else None,
         calibration=found,
@@ -172,6 +162,61 @@ def compress(
         rows=kind_rows(sizes, packed),
         seconds=time.monotonic() - started,
     )
+
+
+@dataclass(frozen=True)
+class _Packed:
+    tensors: dict[str, PackedTensor]
+    overlaps: dict[str, Overlap]
+    changed: int
+    calibration: Calibration | None
+    learned: Learned | None
+
+
+def _pack(
+    recipe: Recipe,
+    base: Checkpoint,
+    fine_tune: FineTune,
+    exemplars: list[str],
+    budget: int,
+    kept: Adapter | None,
+    tell: Progress,
+) -> _Packed:
+    """Compress all tensors; with `kept`, an adapter's factors stay what they are, and the rest is raw."""
+    sizes = {name: tensor.span.numel for name, tensor in base.tensors.items()}
+    codec_for = recipe.chooser(sizes, fine_tune.deltas)
+    learned: Learned | None = None
+    packed: dict[str, PackedTensor] = {}
+    if recipe.codec is CodecName.FLEX_SWITCH:
+        left_out = recipe.left_out(sizes)
+        learned = learn(base, fine_tune.checkpoint(), exemplars, budget, left_out=left_out, progress=tell)
+        packed = learned.tensors
+    overlaps: dict[str, Overlap] = {}
+    changed = 0
+    for done, (tensor, delta) in enumerate(fine_tune.deltas()):
+        tell("compress", done, len(base.tensors))
+        changed += int(delta.count_nonzero())
+        chosen = None if learned is not None else codec_for(tensor, tuple(delta.shape))
+        if chosen is not None and (item := _item(chosen, tensor, delta, kept)) is not None:
+            packed[tensor] = item
+        overlaps[tensor] = overlap_of(tensor, delta, packed.get(tensor))
+    found: Calibration | None = None
+    ternary = any(isinstance(item, PackedTernary) for item in packed.values())
+    if recipe.codec in CALIBRATED and recipe.knob is Knob.CALIBRATED and exemplars and ternary:
+        found = calibrate(base, fine_tune.checkpoint().folder, packed, exemplars, progress=tell)
+        if recipe.codec is CodecName.COMPEFT:  # one scale for the whole task vector is what the method is
+            shared = dict.fromkeys(found.multipliers, found.multiplier)
+            found = replace(found, multipliers=shared, kl=found.kl_at_multiplier)
+        packed = {tensor: _scaled(tensor, item, found.multipliers.get(tensor, 1.0)) for tensor, item in packed.items()}
+    return _Packed(packed, overlaps, changed, found, learned)
+
+
+def _item(codec: Codec, tensor: str, delta: torch.Tensor, kept: Adapter | None) -> PackedTensor | None:
+    if kept is None:
+        return codec.compress(tensor, delta)
+    if (factors := kept.factors(tensor)) is not None:
+        return keep_factors(tensor, *factors)
+    return Raw().compress(tensor, delta)
 
 
 def _codec_name(codec: str) -> CodecName:

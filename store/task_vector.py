@@ -55,7 +55,7 @@ def check_same_parameters(base: Checkpoint, tuned: Checkpoint) -> None:
         faults = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
         raise CheckpointError(
             f"the fine-tune {' and '.join(faults)}: it is no full fine-tune of this base "
-            "(adapters must be merged into the model first, and both folders must come from the same architecture)",
+            "(both folders must come from the same architecture; an adapter's has an adapter_config.json)",
             param=(missing or extra)[0],
         )
     for name, tensor in base.tensors.items():

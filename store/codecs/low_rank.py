@@ -41,10 +41,33 @@ class LowRank:
         if not tau.any():
             return None
         left, right = factors(torch.from_numpy(tau).view(shape), self._rank)
-        bits = to_bfloat16(np.concatenate([left.numpy().ravel(), right.numpy().ravel()]))
-        if not np.isfinite(from_bfloat16(bits)).all():
-            raise CheckpointError(f"tensor {tensor} has a delta too large for bfloat16", param=tensor)
-        return PackedLowRank(shape, bits.astype("<u2").tobytes(), self._rank)
+        return _packed(tensor, left, right)
+
+
+def keep_factors(tensor: str, left: torch.Tensor, right: torch.Tensor) -> PackedDense | None:
+    """A product as it is, `[rows, rank] @ [rank, columns]` in float32; None where it is zero.
+
+    Factors that bfloat16 holds are kept exactly. Others are the sum of two bfloat16 numbers each, at three times the
+    rank: (l + l′)(r + r′) without l′r′, which is 2⁻¹⁶ of the product. Where that is no smaller than the matrix, the
+    matrix is kept, in bfloat16.
+    """
+    if not left.any() or not right.any():
+        return None
+    parts = [(rounded := factor.bfloat16().float(), factor - rounded) for factor in (left, right)]
+    (high, low), (upper, lower) = parts
+    if low.any() or lower.any():
+        left, right = torch.cat([high, low, high], dim=1), torch.cat([upper, upper, lower], dim=0)
+    shape = (left.shape[0], right.shape[1])
+    if left.shape[1] > min(shape) or left.numel() + right.numel() >= left.shape[0] * right.shape[1]:
+        return Raw().compress(tensor, left @ right)
+    return _packed(tensor, left, right)
+
+
+def _packed(tensor: str, left: torch.Tensor, right: torch.Tensor) -> PackedLowRank:
+    bits = to_bfloat16(np.concatenate([left.numpy().ravel(), right.numpy().ravel()]))
+    if not np.isfinite(from_bfloat16(bits)).all():
+        raise CheckpointError(f"tensor {tensor} has a delta too large for bfloat16", param=tensor)
+    return PackedLowRank((left.shape[0], right.shape[1]), bits.astype("<u2").tobytes(), left.shape[1])
 
 
 def factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
