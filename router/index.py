@@ -96,6 +96,7 @@ class Snapshot:
         previous: Snapshot | None = None,
     ) -> None:
         self._entries = distinct(entries)
+        self._names = names_of(entries)
         self.metric = metric
         self._measured: dict[Profile, _Measured] = {}
         if not self._entries or metric is None:
@@ -142,20 +143,22 @@ class Snapshot:
         )
 
     def _search_among(self, query: Features, count: int, visible: Callable[[str], bool]) -> tuple[Neighbour, ...]:
-        shown = np.array([visible(entry.name) for entry in self._entries])
+        # An expert is called by a name that may be found, or may not be found at all: others' names are not told.
+        called = [next(filter(visible, self._names[entry.digest, entry.key]), None) for entry in self._entries]
+        shown = np.array([name is not None for name in called])
         if not shown.any():
             return ()
         shown = np.append(shown, True)[: len(self._owners)]
         rows = np.flatnonzero(shown[self._owner])
         distances = np.linalg.norm(self._points[rows] - query, axis=1)
         nearest = np.argsort(distances, kind="stable")[:count]
-        return tuple(self._neighbour(int(rows[i]), distances[i]) for i in nearest)
+        return tuple(self._neighbour(int(rows[i]), distances[i], called) for i in nearest)
 
-    def _neighbour(self, row: int, distance: float) -> Neighbour:
+    def _neighbour(self, row: int, distance: float, called: Sequence[str | None] = ()) -> Neighbour:
         owner = int(self._owner[row])
         entry, first = self._owners[owner], self._first[owner]
         return Neighbour(
-            entry.name,
+            (called[owner] if owner < len(called) else None) or entry.name,
             entry.digest,
             float(distance),
             self._reach[owner],
@@ -168,6 +171,14 @@ def distinct(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     """The entries by name, without aliases."""
     found = {(entry.digest, entry.key): entry for entry in sorted(entries, key=lambda e: e.name, reverse=True)}
     return tuple(sorted(found.values(), key=lambda entry: entry.name))
+
+
+def names_of(entries: Sequence[Entry]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """All names of what `distinct` keeps one entry of, by digest and key, in alphabetical order."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        found[entry.digest, entry.key] = (*found.get((entry.digest, entry.key), ()), entry.name)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.mix import MixMode
 
@@ -28,6 +28,10 @@ class RouteOptions:
     def sees(self, name: str) -> bool:
         """Whether an expert of that name may be found."""
         return name not in self.deny and (self.allow is None or name in self.allow)
+
+    def within(self, names: frozenset[str]) -> RouteOptions:
+        """The same among these experts only: for whom no others exist."""
+        return replace(self, allow=names if self.allow is None else self.allow & names)
 
     @property
     def sees_all(self) -> bool:

@@ -26,6 +26,7 @@ from server.api import (
     models,
     ops,
     route,
+    sharing,
     tokens,
     uploads,
 )
@@ -97,7 +98,20 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for resource in (chat, completions, embeddings, tokens, models, experts, aliases, uploads, keys, route, ops):
+    for resource in (
+        chat,
+        completions,
+        embeddings,
+        tokens,
+        models,
+        experts,
+        sharing,
+        aliases,
+        uploads,
+        keys,
+        route,
+        ops,
+    ):
         app.include_router(resource.router)
 
     def body_limit(scope: Scope) -> int:

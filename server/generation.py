@@ -8,12 +8,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from router.decision import NO_EXPERTS, Decision
+from router.options import ANY
 from router.router import Router
 from server.choices import Answer, ChoiceText, Part, Route
 from server.engine.types import Engine, EngineRequest, SamplingParams, TokenStream
 from server.metrics import Metrics
 from server.prompts import Prompt
 from server.text import IncrementalDecoder, StopMatcher
+from store.access import Caller
 from store.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from store.mix import BASE_MIX, WEIGHT_DECIMALS, Mix
 from store.record import ExpertRecord
@@ -55,8 +58,11 @@ class Generation:
         self._max_n = max_n
         self._max_sequences = max_sequences
 
-    async def start(self, request: GenerationRequest) -> Answer:
+    async def start(self, request: GenerationRequest, by: Caller) -> Answer:
         """Route the request and queue it in the engine; the answer must be closed.
+
+        Args:
+            by: who asks: only experts that exist for them answer.
 
         Raises:
             InvalidRequestError: a limit is exceeded, a prompt is empty or too long, or fields contradict each other.
@@ -65,7 +71,7 @@ class Generation:
         """
         began = time.monotonic()
         self._check_limits(request)
-        routes = await self._routes(request)
+        routes = await self._routes(request, by)
         prompts = [await self._encode(prompt) for prompt in request.prompts]
         if request.sampling.grammar is not None:
             await self._engine.check_grammar(request.sampling.grammar)
@@ -92,14 +98,22 @@ class Generation:
         ]
         return Answer(routes, sum(map(len, prompts)), list(zip(streams, texts, strict=True)), self._metrics, began)
 
-    async def check_model(self, model: str) -> None:
+    async def check_model(self, model: str, by: Caller) -> None:
         """Whether a request may name the model.
 
         Raises:
             NotFoundError: there is no such model.
         """
         if model not in (AUTO, self._engine.base.name):
-            await self._expert(model, "model")
+            await self._expert(model, "model", by)
+
+    async def decide(self, prompt: Prompt, by: Caller) -> Decision:
+        """Which experts that exist for the caller should answer a prompt, and why."""
+        question = prompt.question(self._engine.tokenizer)
+        visible = await asyncio.to_thread(self._registry.names, by)
+        if not visible:  # not "none allowed": the others do not exist
+            return NO_EXPERTS
+        return await self._router.route(question, ANY if by.is_admin else ANY.within(visible))
 
     def _check_limits(self, request: GenerationRequest) -> None:
         if request.n > self._max_n:
@@ -110,14 +124,14 @@ class Generation:
                 param=request.prompts[0].param,
             )
 
-    async def _routes(self, request: GenerationRequest) -> tuple[Route, ...]:
+    async def _routes(self, request: GenerationRequest, by: Caller) -> tuple[Route, ...]:
         """The route of each prompt."""
         if request.model == AUTO and not request.experts:
-            return tuple(await asyncio.gather(*(self._routed(prompt) for prompt in request.prompts)))
-        return (await self._called(request),) * len(request.prompts)
+            return tuple(await asyncio.gather(*(self._routed(prompt, by) for prompt in request.prompts)))
+        return (await self._called(request, by),) * len(request.prompts)
 
-    async def _routed(self, prompt: Prompt) -> Route:
-        decision = await self._router.route(prompt.question(self._engine.tokenizer))
+    async def _routed(self, prompt: Prompt, by: Caller) -> Route:
+        decision = await self.decide(prompt, by)
         if decision.distance is not None:
             self._metrics.router_distance.observe(decision.distance)
         if decision.mix.is_base:
@@ -125,33 +139,33 @@ class Generation:
         parts = tuple(Part(name, digest, weight) for name, digest, weight in decision.parts)
         return Route(decision.mix, parts, decision.code, decision.distance)
 
-    async def _called(self, request: GenerationRequest) -> Route:
+    async def _called(self, request: GenerationRequest, by: Caller) -> Route:
         """The route of a request that says itself who answers."""
         if request.experts:
             if request.model not in (AUTO, self._engine.base.name):
-                await self._expert(request.model, "model")
+                await self._expert(request.model, "model", by)
                 raise InvalidRequestError(
                     f"experts is an explicit mix: set model to {AUTO!r} or the base, not to an expert", param="experts"
                 )
-            return await self._explicit(request.experts)
+            return await self._explicit(request.experts, by)
         if request.model == self._engine.base.name:
             return Route(BASE_MIX, (), "base_requested")
-        expert = await self._expert(request.model, "model")
+        expert = await self._expert(request.model, "model", by)
         return Route(Mix.of({expert.digest: 1.0}), (Part(expert.name, expert.digest, 1.0),), "expert_requested")
 
-    async def _explicit(self, experts: Sequence[tuple[str, float]]) -> Route:
+    async def _explicit(self, experts: Sequence[tuple[str, float]], by: Caller) -> Route:
         parts: list[Part] = []
         weights: dict[str, float] = {}
         for i, (name, weight) in enumerate(experts):
-            expert = await self._expert(name, f"experts[{i}].id")
+            expert = await self._expert(name, f"experts[{i}].id", by)
             parts.append(Part(expert.name, expert.digest, round(weight, WEIGHT_DECIMALS)))
             # Two names may point to the same content.
             weights[expert.digest] = weights.get(expert.digest, 0.0) + weight
         return Route(Mix.of(weights), tuple(part for part in parts if part.weight), "mix_requested")
 
-    async def _expert(self, name: str, param: str) -> ExpertRecord:
+    async def _expert(self, name: str, param: str, by: Caller) -> ExpertRecord:
         try:
-            return await asyncio.to_thread(self._registry.get, name)
+            return await asyncio.to_thread(self._registry.get, name, by)
         except NotFoundError as error:
             raise NotFoundError(error.message, param=param) from error
 

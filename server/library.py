@@ -11,10 +11,12 @@ from pathlib import Path
 
 from router.router import Router
 from server.engine.types import Engine
+from store.access import OPERATOR, AccessChange, Caller
 from store.alias import Alias
 from store.errors import EngineDeadError, SwitchyardError
 from store.expert_file import ExpertHeader, read_header
 from store.intake import Received
+from store.ownership import NO_QUOTA, Quota
 from store.record import ExpertRecord
 from store.registry import Registry
 
@@ -34,6 +36,7 @@ class Library:
         quarantine: where bytes wait until they are known to be sound.
         check: tells a sound expert file's header, or raises what is wrong with it; may block.
         max_upload_bytes: size of the largest expert file.
+        quota_of: what a caller's tenant may keep.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Library:
         check: Callable[[Path], ExpertHeader],
         *,
         max_upload_bytes: int,
+        quota_of: Callable[[Caller], Quota] = lambda _: NO_QUOTA,
     ) -> None:
         self._registry = registry
         self._router = router
@@ -52,6 +56,7 @@ class Library:
         self.quarantine = quarantine
         self.max_upload_bytes = max_upload_bytes
         self._check = check
+        self._quota_of = quota_of
         # Threads of their own: checks of hostile files may take long, and everything else needs threads too.
         self._checking = ThreadPoolExecutor(_CHECKED_AT_ONCE, thread_name_prefix="check")
         # A publication and a removal of one name, interleaved, would leave registry and router of two minds.
@@ -72,7 +77,7 @@ class Library:
         if edition == self._aligned and not again:
             return
         async with self._changing:
-            present = {record.name: record for record in await self.list()}
+            present = {record.name: record for record in await self.list(OPERATOR)}
             for name in self._known.keys() - present.keys():
                 await self._forget(self._known[name])
             for name, record in present.items():
@@ -94,18 +99,25 @@ class Library:
                 log.warning("the registry cannot be followed just now: %s", error.message)
 
     async def publish(
-        self, file: Received, *, name: str | None, exemplars: Sequence[str] | None, replace: bool = False
+        self,
+        file: Received,
+        *,
+        name: str | None,
+        exemplars: Sequence[str] | None,
+        by: Caller,
+        replace: bool = False,
     ) -> tuple[ExpertRecord, bool]:
         """Check a file of the quarantine and publish it: live when this returns. The caller discards the file.
 
         Args:
+            by: who publishes it; a new name is its tenant's.
             replace: what the name points to now becomes an earlier version; answers in progress finish on it.
 
         Returns:
             The record, and whether anything is new.
 
         Raises:
-            InvalidRequestError, ConflictError, StoreError: as `Registry.publish`.
+            InvalidRequestError, ConflictError, NotPermittedError, StoreError: as `Registry.publish`.
             SwitchyardError: the router could not learn its exemplars; it is not published.
         """
         header = await asyncio.get_running_loop().run_in_executor(self._checking, self._check, file.path)
@@ -118,6 +130,8 @@ class Library:
                 replace=replace,
                 header=header,
                 digest=file.digest,
+                by=by,
+                quota=self._quota_of(by),
             )
             try:
                 await self._teach(record)
@@ -128,14 +142,14 @@ class Library:
                 raise
             return record, created
 
-    async def roll_back(self, name: str, digest: str | None) -> ExpertRecord:
+    async def roll_back(self, name: str, digest: str | None, by: Caller) -> ExpertRecord:
         """Let a name point to an earlier version again; answers in progress finish.
 
         Raises:
             NotFoundError: there is no such expert or version.
         """
         async with self._changing:
-            record = await asyncio.to_thread(self._registry.roll_back, name, digest)
+            record = await asyncio.to_thread(self._registry.roll_back, name, digest, by)
             await self._learn(record)
         return record
 
@@ -146,37 +160,42 @@ class Library:
         description: str | None,
         tags: Sequence[str] | None,
         metadata: Mapping[str, str | None] | None,
+        by: Caller,
     ) -> ExpertRecord:
         """Change what is said about an expert; see `Registry.describe`."""
         return await asyncio.to_thread(
-            self._registry.describe, name, description=description, tags=tags, metadata=metadata
+            self._registry.describe, name, description=description, tags=tags, metadata=metadata, by=by
         )
 
-    async def put_alias(self, name: str, target: str) -> tuple[Alias, bool]:
+    async def put_alias(self, name: str, target: str, by: Caller) -> tuple[Alias, bool]:
         """Let an alias point to an expert; see `Aliases.put`."""
-        return await asyncio.to_thread(self._registry.alias_changes.put, name, target)
+        return await asyncio.to_thread(self._registry.alias_changes.put, name, target, by)
 
-    async def remove_alias(self, name: str) -> Alias:
+    async def remove_alias(self, name: str, by: Caller) -> Alias:
         """Take an alias away; see `Aliases.remove`."""
-        return await asyncio.to_thread(self._registry.alias_changes.remove, name)
+        return await asyncio.to_thread(self._registry.alias_changes.remove, name, by)
 
-    async def alias(self, name: str) -> Alias:
+    async def alias(self, name: str, by: Caller) -> Alias:
         """The alias of that name.
 
         Raises:
             NotFoundError: there is none.
         """
-        return await asyncio.to_thread(self._registry.alias, name)
+        return await asyncio.to_thread(self._registry.alias, name, by)
 
-    async def aliases(self) -> Sequence[tuple[Alias, ExpertRecord]]:
-        """All aliases by name, each with its expert."""
-        return await asyncio.to_thread(self._registry.aliases)
+    async def aliases(self, by: Caller) -> Sequence[tuple[Alias, ExpertRecord]]:
+        """The aliases that exist for the caller by name, each with its expert."""
+        return await asyncio.to_thread(self._registry.aliases, by)
 
     def aliases_of(self, name: str) -> Sequence[str]:
         """Aliases of an expert, as of the last look at the registry."""
         return self._registry.aliases_of(name)
 
-    async def remove(self, name: str, *, force: bool = False) -> ExpertRecord:
+    async def set_access(self, name: str, change: AccessChange, by: Caller) -> ExpertRecord:
+        """Let an expert be seen by others, or be somebody else's; see `Registry.set_access`."""
+        return await asyncio.to_thread(self._registry.set_access, name, change, by)
+
+    async def remove(self, name: str, by: Caller, *, force: bool = False) -> ExpertRecord:
         """Unpublish an expert; answers in progress finish.
 
         Args:
@@ -187,27 +206,29 @@ class Library:
             ConflictError: it has aliases, or the name is one.
         """
         async with self._changing:
-            record = await asyncio.to_thread(self._registry.remove, name, force=force)
+            record = await asyncio.to_thread(self._registry.remove, name, by, force=force)
             await self._forget(record)
         return record
 
-    async def list(self) -> list[ExpertRecord]:
-        """All experts, by name."""
-        return await asyncio.to_thread(self._registry.list)
+    async def list(self, by: Caller) -> list[ExpertRecord]:
+        """The experts that exist for the caller, by name."""
+        return await asyncio.to_thread(self._registry.list, by)
 
     async def page(
-        self, *, after: str, limit: int, matching: str, tags: Collection[str] = ()
+        self, *, after: str, limit: int, matching: str, tags: Collection[str] = (), by: Caller
     ) -> tuple[Sequence[ExpertRecord], bool]:
         """Some experts by name, and whether there are more; see `Registry.page`."""
-        return await asyncio.to_thread(self._registry.page, after=after, limit=limit, matching=matching, tags=tags)
+        return await asyncio.to_thread(
+            self._registry.page, after=after, limit=limit, matching=matching, tags=tags, by=by
+        )
 
-    async def get(self, name: str) -> ExpertRecord:
+    async def get(self, name: str, by: Caller) -> ExpertRecord:
         """The expert of that name.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: there is none for this caller.
         """
-        return await asyncio.to_thread(self._registry.get, name)
+        return await asyncio.to_thread(self._registry.get, name, by)
 
     async def header(self, record: ExpertRecord) -> ExpertHeader:
         """What the expert's file says about itself.
@@ -234,7 +255,7 @@ class Library:
         self._known.pop(record.name, None)
         self._unlearned.discard(record.name)
         self._router.remove_expert(record.name)
-        if all(other.digest != record.digest for other in await self.list()):
+        if all(other.digest != record.digest for other in await self.list(OPERATOR)):
             await self._engine.drop_expert(record.digest)
 
     async def _teach(self, record: ExpertRecord) -> None:

@@ -47,6 +47,20 @@ class Access:
 
 
 @dataclass(frozen=True)
+class AccessChange:
+    """What somebody wants to be so of an expert's access.
+
+    Attributes:
+        gives_away: whether `owner` counts; else it stays.
+    """
+
+    visibility: Visibility
+    shared_with: tuple[str, ...] = ()
+    owner: str | None = None
+    gives_away: bool = False
+
+
+@dataclass(frozen=True)
 class Caller:
     """Who asks.
 

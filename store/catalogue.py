@@ -8,6 +8,7 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from store.access import OPERATOR, Caller
 from store.alias import Alias, parse_entry
 from store.backends import BlobStore
 from store.errors import ExpertFileError, ExpertUnavailableError, NotFoundError
@@ -44,35 +45,45 @@ class Catalogue:
         self._catalogue: Mapping[str, ExpertRecord] = {}
         self._aliases: Mapping[str, Alias] = {}
         self._also: Mapping[str, tuple[str, ...]] = {}
-        self._served: tuple[ExpertRecord, ...] = ()
+        self._served = _Served(())
 
-    def get(self, name: str) -> ExpertRecord:
+    def get(self, name: str, by: Caller = OPERATOR) -> ExpertRecord:
         """The expert of that name, or of that alias.
 
         Raises:
-            NotFoundError: there is none; the message lists close matches.
+            NotFoundError: there is none for this caller; the message lists close matches.
             ExpertUnavailableError: it was made for another base.
         """
         catalogue = self._all()
         alias = self._aliases.get(name)
         record = catalogue.get(name if alias is None else alias.target)
-        if record is None:
-            close = difflib.get_close_matches(name[:64], [*(known.name for known in self._served), *self._aliases], n=3)
+        if record is None or not by.sees(record.access):
+            also = (alias.name for alias, _ in self.aliases(by))
+            close = difflib.get_close_matches(name[:64], [*self.names(by), *also], n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise NotFoundError(f"there is no model or expert named {name[:64]!r}{hint}", param="model")
         if record.base_fingerprint != self._base.fingerprint:
             raise ExpertUnavailableError(f"the expert {name} was made for another base than the one served")
         return record
 
-    def list(self) -> list[ExpertRecord]:
-        """All experts of this base, by name."""
-        self._all()
-        return list(self._served)
+    def list(self, by: Caller = OPERATOR) -> list[ExpertRecord]:
+        """The experts of this base that exist for the caller, by name."""
+        return list(self._seen(by)[0])
+
+    def names(self, by: Caller) -> frozenset[str]:
+        """Their names. Takes microseconds, and gives the same object until experts change."""
+        return self._seen(by)[1]
 
     def page(
-        self, *, after: str = "", limit: int, matching: str = "", tags: Collection[str] = ()
+        self,
+        *,
+        after: str = "",
+        limit: int,
+        matching: str = "",
+        tags: Collection[str] = (),
+        by: Caller = OPERATOR,
     ) -> tuple[Sequence[ExpertRecord], bool]:
-        """Some experts of this base, by name, and whether there are more behind them.
+        """Some experts of this base that exist for the caller, by name, and whether there are more behind them.
 
         Args:
             after: only names behind this one, which need not exist.
@@ -81,8 +92,7 @@ class Catalogue:
                 author, licence, tags, metadata.
             tags: only those with all of these.
         """
-        self._all()
-        served, wanted = self._served, matching.casefold()
+        served, wanted = self._seen(by)[0], matching.casefold()
         start = bisect.bisect_right(served, after, key=lambda record: record.name)
         found: list[ExpertRecord] = []
         for record in served[start:]:
@@ -93,22 +103,22 @@ class Catalogue:
             found.append(record)
         return found, False
 
-    def alias(self, name: str) -> Alias:
+    def alias(self, name: str, by: Caller = OPERATOR) -> Alias:
         """The alias of that name.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: there is none, or none of an expert that exists for the caller.
         """
-        self._all()
+        catalogue = self._all()
         found = self._aliases.get(name)
-        if found is None:
+        target = None if found is None else catalogue.get(found.target)
+        if found is None or not (by.is_admin or (target is not None and by.sees(target.access))):
             raise NotFoundError(f"there is no alias named {name[:64]!r}", param="alias", code="alias_not_found")
         return found
 
-    def aliases(self) -> Sequence[tuple[Alias, ExpertRecord]]:
-        """All aliases of experts of this base, by name, each with its expert."""
-        self._all()
-        served = {record.name: record for record in self._served}
+    def aliases(self, by: Caller = OPERATOR) -> Sequence[tuple[Alias, ExpertRecord]]:
+        """All aliases of experts of this base that exist for the caller, by name, each with its expert."""
+        served = {record.name: record for record in self._seen(by)[0]}
         return [(one, served[one.target]) for one in self._aliases.values() if one.target in served]
 
     def aliases_of(self, name: str) -> Sequence[str]:
@@ -153,6 +163,10 @@ class Catalogue:
         """Another number once experts have come or gone. Takes microseconds."""
         return self._store.edition()
 
+    def _seen(self, by: Caller) -> tuple[tuple[ExpertRecord, ...], frozenset[str]]:
+        self._all()
+        return self._served.to(by)
+
     def _all(self) -> Mapping[str, ExpertRecord]:
         """Every sound record by name, of whatever base."""
         edition = self._store.edition()
@@ -172,7 +186,24 @@ class Catalogue:
                 elif entry is not None:
                     catalogue[name] = entry
             served = [r for r in catalogue.values() if r.base_fingerprint == self._base.fingerprint]
-            self._records, self._catalogue, self._served = records, catalogue, tuple(served)
+            self._records, self._catalogue, self._served = records, catalogue, _Served(tuple(served))
             self._aliases, self._also = aliases, also
             self._edition = edition  # last: whoever sees it sees the rest; what changed since is read next time
         return catalogue
+
+
+class _Served:
+    """The experts of one edition, and what of them exists for whom: worked out once for every tenant."""
+
+    def __init__(self, records: tuple[ExpertRecord, ...]) -> None:
+        self._records = records
+        self._seen: dict[tuple[bool, str | None], tuple[tuple[ExpertRecord, ...], frozenset[str]]] = {}
+
+    def to(self, by: Caller) -> tuple[tuple[ExpertRecord, ...], frozenset[str]]:
+        """The records and their names."""
+        kind = by.is_admin, by.tenant
+        found = self._seen.get(kind)
+        if found is None:
+            records = tuple(record for record in self._records if by.sees(record.access))
+            found = self._seen[kind] = records, frozenset(record.name for record in records)
+        return found

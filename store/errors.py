@@ -63,6 +63,18 @@ class AuthenticationError(SwitchyardError):
     code = "invalid_api_key"
 
 
+class NotPermittedError(SwitchyardError):
+    """The caller may not do this (403)."""
+
+    code = "not_permitted"
+
+
+class QuotaExceededError(NotPermittedError):
+    """The tenant keeps as much as it may (403)."""
+
+    code = "quota_exceeded"
+
+
 class NotFoundError(SwitchyardError):
     """No such model or expert (404)."""
 

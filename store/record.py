@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from store.access import MAX_SHARED, Access, Visibility
 from store.card import Card, card_from_json, card_to_json
 from store.errors import ConflictError, InvalidRequestError
-from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES
+from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN
 from store.strict_json import FieldError, Fields, parse_json
 
 KEPT_VERSIONS = 8
@@ -31,6 +32,7 @@ class ExpertRecord:
         exemplar_count: how many exemplars routing may learn from.
         card: author, licence, tags and the like: from its header, and edited since.
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
+        access: whose it is: of the name, whatever version it points to.
         earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
     """
 
@@ -46,6 +48,7 @@ class ExpertRecord:
     exemplar_count: int
     exemplars_digest: str | None
     card: Card = field(default_factory=Card)
+    access: Access = field(default_factory=Access)
     earlier: tuple[ExpertRecord, ...] = ()
 
     @property
@@ -69,7 +72,32 @@ class ExpertRecord:
     @property
     def versions(self) -> tuple[ExpertRecord, ...]:
         """This version and the earlier ones, each by itself."""
-        return (dataclasses.replace(self, earlier=()), *self.earlier)
+        return (dataclasses.replace(self, access=Access(), earlier=()), *self.earlier)
+
+    def pointing_to(self, version: ExpertRecord, earlier: tuple[ExpertRecord, ...]) -> ExpertRecord:
+        """The name with another version of it: whose it is stays as it is."""
+        return dataclasses.replace(version, access=self.access, earlier=earlier)
+
+    def described(
+        self, description: str | None, tags: Sequence[str] | None, metadata: Mapping[str, str | None] | None
+    ) -> ExpertRecord:
+        """With other words about its present version.
+
+        Args:
+            description, tags: in place of the present ones; None leaves them.
+            metadata: entries to set, and with None to take away; others stay.
+        """
+        card = self.card
+        merged = {**card.metadata, **(metadata or {})}
+        return dataclasses.replace(
+            self,
+            description=self.description if description is None else description,
+            card=dataclasses.replace(
+                card,
+                tags=card.tags if tags is None else tuple(tags),
+                metadata={key: value for key, value in merged.items() if value is not None},
+            ),
+        )
 
 
 def check_same(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> None:
@@ -106,14 +134,35 @@ def check_record(record: ExpertRecord) -> None:
 
 def record_to_json(record: ExpertRecord) -> bytes:
     """What a store keeps: equal records give equal bytes."""
-    fields = _version_to_json(record)
+    fields = _version_to_json(record) | _access_to_json(record.access)
     fields["earlier"] = [_version_to_json(version) for version in record.earlier]
     return json.dumps(fields, indent=1, sort_keys=True).encode("ascii") + b"\n"
 
 
 def _version_to_json(version: ExpertRecord) -> dict[str, object]:
-    plain = (item.name for item in dataclasses.fields(version) if item.name not in ("card", "earlier"))
+    plain = (item.name for item in dataclasses.fields(version) if item.name not in ("access", "card", "earlier"))
     return {name: getattr(version, name) for name in plain} | card_to_json(version.card)
+
+
+def _access_to_json(access: Access) -> dict[str, object]:
+    """Nothing where it is the default: records from before tenants stay as they are, byte for byte."""
+    if access == Access():
+        return {}
+    return {"owner": access.owner, "visibility": access.visibility, "shared_with": sorted(access.shared_with)}
+
+
+def _access(fields: Fields) -> Access:
+    if not fields.has("visibility"):
+        return Access()
+    try:
+        visibility = Visibility(fields.text("visibility", max_bytes=16))
+    except ValueError:
+        fields.fail("visibility", "is none")
+    shared = fields.strings("shared_with", max_items=MAX_SHARED, max_bytes=64)
+    if not all(NAME_PATTERN.fullmatch(tenant) for tenant in shared):
+        fields.fail("shared_with", "holds what is no tenant's name")
+    owner = fields.text("owner", max_bytes=64, pattern=NAME_PATTERN) if fields.has("owner") else None
+    return Access(owner, visibility, shared)
 
 
 def record_from_json(name: str, fields: Fields) -> ExpertRecord:
@@ -124,7 +173,7 @@ def record_from_json(name: str, fields: Fields) -> ExpertRecord:
     """
     earlier = fields.items("earlier", max_items=KEPT_VERSIONS) if fields.has("earlier") else []
     versions = (_version(name, Fields(item, "earlier", prefix="earlier.")) for item in earlier)
-    return dataclasses.replace(_version(name, fields), earlier=tuple(versions))
+    return dataclasses.replace(_version(name, fields), access=_access(fields), earlier=tuple(versions))
 
 
 def _version(name: str, fields: Fields) -> ExpertRecord:

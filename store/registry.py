@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from store.access import OPERATOR, AccessChange, Caller
 from store.alias import Alias, parse_entry
 from store.aliases import Aliases
 from store.backends import ABSENT, BlobStore, Expect
@@ -19,13 +20,14 @@ from store.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from store.exemplars import exemplar_bytes
+from store.exemplars import exemplar_bytes, write_exemplars
 from store.expert_file import digest_of, validate
 from store.expert_header import ExpertHeader
 from store.expert_info import NAME_PATTERN
 from store.garbage import Idle, collect, release, used_by
 from store.manifest import BaseManifest
 from store.names import Names
+from store.ownership import NO_QUOTA, Quota, access_for, changed_access, check_name_free, check_owned, check_quota
 from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, record_to_json
 from store.restoring import restore_lost
 
@@ -56,6 +58,8 @@ class Registry(Catalogue):
         replace: bool = False,
         header: ExpertHeader | None = None,
         digest: str | None = None,
+        by: Caller = OPERATOR,
+        quota: Quota = NO_QUOTA,
     ) -> tuple[ExpertRecord, bool]:
         """Validate a quarantined file and publish it; live at once, durable on return.
 
@@ -65,6 +69,8 @@ class Registry(Catalogue):
             exemplars: prompts that win over those in its header; None leaves them as they are.
             replace: let the name point to this file, whatever it points to; that becomes its latest earlier version.
             header, digest: of a file that was validated and hashed since it came; None for doing so now.
+            by: who publishes it; a new name is its tenant's.
+            quota: what that tenant may keep.
 
         Returns:
             The record, and whether anything is new. Publishing what is already there is no error.
@@ -73,6 +79,7 @@ class Registry(Catalogue):
             ExpertFileError, WrongBaseError: the file is not a sound expert of this base.
             InvalidRequestError: the name is malformed or reserved (`param` is "name").
             ConflictError: the name belongs to another expert, or to this one with other exemplars.
+            NotPermittedError, QuotaExceededError: the expert is not the caller's, or its tenant keeps enough.
             StoreError: the store failed; nothing half published is left, but an unacknowledged record may be.
         """
         header = validate(path, self._base) if header is None else header
@@ -93,22 +100,26 @@ class Registry(Catalogue):
             exemplar_count=len(header.exemplars if exemplars is None else exemplars),
             exemplars_digest=hashlib.sha256(own).hexdigest() if own is not None else None,
             card=header.card,
+            access=access_for(by),
         )
         with self._store.exclusive():
             present = self._store.get_record(chosen)
-            existing = _expert(parse_entry(chosen, present))
+            existing = self._expert(chosen, present, by)
+            check_name_free(chosen, existing, by, is_taken=present is not None, replace=replace)
             before = existing.blobs if existing is not None else set()
             fresh = {blob for blob in record.blobs if self._store.blob_bytes(blob) is None}
             if existing is not None and replace and existing.differs(record, exemplars_given=exemplars is not None):
-                record = dataclasses.replace(record, earlier=existing.versions[:KEPT_VERSIONS])
+                record = existing.pointing_to(record, existing.versions[:KEPT_VERSIONS])
                 existing = None
             elif existing is not None:
                 check_same(existing, record, exemplars_given=exemplars is not None)
+            if existing is None:
+                check_quota(self._all().values(), record, by, quota)
             try:
                 # Blobs first: at no instant does a record lack its bytes.
                 if own is not None and record.exemplars_digest is not None:
                     beside = path.with_name(f"{path.name}.exemplars")
-                    _write(beside, own)
+                    write_exemplars(beside, own)
                     self._store.put_blob(beside, record.exemplars_digest)
                 self._store.put_blob(path, digest)
             except StoreError:
@@ -124,7 +135,7 @@ class Registry(Catalogue):
                 self._release(before - record.blobs)
         return record, True
 
-    def remove(self, name: str, *, force: bool = False) -> ExpertRecord:
+    def remove(self, name: str, by: Caller = OPERATOR, *, force: bool = False) -> ExpertRecord:
         """Unpublish an expert; its bytes go later, if no other name refers to them. Returns what it was.
 
         Args:
@@ -133,11 +144,13 @@ class Registry(Catalogue):
         Raises:
             NotFoundError: there is none.
             ConflictError: it has aliases, or the name is one.
+            NotPermittedError: it is not the caller's.
         """
         with self._store.exclusive():
-            record = self._all().get(name) if name in self._store.lost() else self._held(name)[0]
+            record = self._all().get(name) if name in self._store.lost() else self._held(name, by)[0]
             if record is None:
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+            check_owned(record, by)
             self._all()
             if (aliases := self.aliases_of(name)) and not force:
                 raise ConflictError(
@@ -152,7 +165,7 @@ class Registry(Catalogue):
             self._release(record.blobs)
         return record
 
-    def roll_back(self, name: str, digest: str | None = None) -> ExpertRecord:
+    def roll_back(self, name: str, digest: str | None = None, by: Caller = OPERATOR) -> ExpertRecord:
         """Let a name point to one of its earlier versions again; the present one becomes the latest earlier one.
 
         Args:
@@ -160,16 +173,17 @@ class Registry(Catalogue):
 
         Raises:
             NotFoundError: there is no such expert, or it has no such version.
+            NotPermittedError: it is not the caller's.
         """
         with self._store.exclusive():
-            record, present = self._held(name)
+            record, present = self._held(name, by)
             wanted = next((one for one in record.earlier if digest in (None, one.digest)), None)
             if wanted is None:
                 which = "earlier version" if digest is None else f"earlier version {digest[:12]}"
                 raise NotFoundError(f"the expert {name} has no {which}", param="digest", code="version_not_found")
             self.expert_path(wanted.digest)  # raises where its bytes are gone or damaged
             rest = tuple(one for one in record.versions if one != wanted)
-            changed = dataclasses.replace(wanted, earlier=rest)
+            changed = record.pointing_to(wanted, rest)
             self._put(changed, present)
         return changed
 
@@ -180,31 +194,26 @@ class Registry(Catalogue):
         description: str | None = None,
         tags: Sequence[str] | None = None,
         metadata: Mapping[str, str | None] | None = None,
+        by: Caller = OPERATOR,
     ) -> ExpertRecord:
-        """Change what is said about the present version of an expert; its file stays as it is.
+        """Change what is said about an expert, see `ExpertRecord.described`; its file stays. Raises as `_change`."""
+        return self._change(name, by, lambda record: record.described(description, tags, metadata))
 
-        Args:
-            description: in place of the present one; None leaves it.
-            tags: in place of the present ones; None leaves them.
-            metadata: entries to set, and with None to take away; others stay.
+    def set_access(self, name: str, change: AccessChange, by: Caller = OPERATOR) -> ExpertRecord:
+        """Let an expert be seen by others, or be somebody else's. Raises as `_change`."""
+        return self._change(name, by, lambda record: replace(record, access=changed_access(record.access, change, by)))
+
+    def _change(self, name: str, by: Caller, change: Callable[[ExpertRecord], ExpertRecord]) -> ExpertRecord:
+        """Change what is kept beside an expert's file.
 
         Raises:
             NotFoundError: there is none.
+            NotPermittedError: it is not the caller's.
             InvalidRequestError: something breaks a rule of the format; `param` says what.
         """
         with self._store.exclusive():
-            record, present = self._held(name)
-            card = record.card
-            merged = {**card.metadata, **(metadata or {})}
-            changed = dataclasses.replace(
-                record,
-                description=record.description if description is None else description,
-                card=dataclasses.replace(
-                    card,
-                    tags=card.tags if tags is None else tuple(tags),
-                    metadata={key: value for key, value in merged.items() if value is not None},
-                ),
-            )
+            record, present = self._held(name, by)
+            changed = change(record)
             check_record(changed)
             if changed != record:
                 self._put(changed, present)
@@ -221,7 +230,7 @@ class Registry(Catalogue):
                 return
             if record.earlier:
                 former = record.earlier[0]
-                self._put(dataclasses.replace(former, earlier=record.earlier[1:]), present)
+                self._put(record.pointing_to(former, record.earlier[1:]), present)
             else:
                 self._drop_aliases(record.name)
                 self._store.delete_record(record.name)
@@ -235,16 +244,31 @@ class Registry(Catalogue):
         """See `store.restoring`."""
         restore_lost(self._store)
 
-    def _held(self, name: str) -> tuple[ExpertRecord, bytes]:
-        """The record of that name as the store has it now, as a value and as bytes."""
+    def _expert(self, name: str, data: bytes | None, by: Caller) -> ExpertRecord | None:
+        """The expert that the store keeps under its own name; None if there is none, or none for the caller to know."""
+        entry = parse_entry(name, data)
+        if not isinstance(entry, Alias):
+            return entry
+        target = self._all().get(entry.target)
+        if by.is_admin or (target is not None and by.sees(target.access)):
+            raise ConflictError(
+                f"{name} is an alias of {entry.target}: use that name, or remove the alias",
+                param="name",
+                code="is_alias",
+            )
+        return None
+
+    def _held(self, name: str, by: Caller) -> tuple[ExpertRecord, bytes]:
+        """The caller's record of that name as the store has it now, as a value and as bytes."""
         data = self._store.get_record(name) if NAME_PATTERN.fullmatch(name) else None
-        record = _expert(parse_entry(name, data))
+        record = self._expert(name, data, by)
         if record is None or data is None:
             if name in self._store.lost():
                 raise StoreUnavailableError(
                     f"the store has lost the expert {name}, which may come back; try again soon"
                 )
             raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
+        check_owned(record, by)
         return record, data
 
     def _put(self, record: ExpertRecord, expected: bytes | Expect) -> None:
@@ -265,21 +289,3 @@ class Registry(Catalogue):
     def _used(self) -> set[str] | None:
         records = self._all()
         return used_by(records.values()) if len(records) + len(self._aliases) == len(self._records) else None
-
-
-def _expert(entry: ExpertRecord | Alias | None) -> ExpertRecord | None:
-    """The entry, unless it is an alias: what is done to an expert is done by its own name."""
-    if isinstance(entry, Alias):
-        raise ConflictError(
-            f"{entry.name} is an alias of {entry.target}: use that name, or remove the alias",
-            param="name",
-            code="is_alias",
-        )
-    return entry
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"cannot store the exemplars: {error.strerror}") from None

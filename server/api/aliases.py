@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from server.api.services import AnyServices, ReadyServices
+from server.api.services import AnyServices, Asker, ReadyServices
 from server.api.wire import Text, Wire
 from store.alias import Alias
 
@@ -47,31 +47,31 @@ class DeletedAlias(TypedDict):
 
 
 @router.get("")
-async def list_aliases(services: AnyServices) -> AliasList:
+async def list_aliases(services: AnyServices, asker: Asker) -> AliasList:
     """All aliases, by name."""
-    return {"object": "list", "data": [_answer(alias) for alias, _ in await services.library.aliases()]}
+    return {"object": "list", "data": [_answer(alias) for alias, _ in await services.library.aliases(asker)]}
 
 
 @router.get("/{alias}")
-async def get_alias(alias: str, services: AnyServices) -> AliasAnswer:
+async def get_alias(alias: str, services: AnyServices, asker: Asker) -> AliasAnswer:
     """One alias, and what it points to."""
-    return _answer(await services.library.alias(alias))
+    return _answer(await services.library.alias(alias, asker))
 
 
 @router.put(
     "/{alias}",
     responses={200: {"model": AliasAnswer}, 201: {"model": AliasAnswer, "description": "There was none."}},
 )
-async def put_alias(alias: str, body: Target, services: ReadyServices) -> JSONResponse:
+async def put_alias(alias: str, body: Target, services: ReadyServices, asker: Asker) -> JSONResponse:
     """Let an alias point to an expert, whatever it pointed to before."""
-    found, created = await services.library.put_alias(alias, body.target)
+    found, created = await services.library.put_alias(alias, body.target, asker)
     return JSONResponse(_answer(found), 201 if created else 200)
 
 
 @router.delete("/{alias}")
-async def delete_alias(alias: str, services: ReadyServices) -> DeletedAlias:
+async def delete_alias(alias: str, services: ReadyServices, asker: Asker) -> DeletedAlias:
     """Take an alias away. Its expert stays."""
-    found = await services.library.remove_alias(alias)
+    found = await services.library.remove_alias(alias, asker)
     return {"id": found.name, "object": "alias", "deleted": True}
 
 

@@ -128,7 +128,7 @@ class Chunks:
 async def respond(request: Request, services: Services, body: GenerateBody, form: type[Format]) -> Response:
     """Generate what the body asks for and write it in the form; a client that goes away stops it."""
     style = form(body.model, services.fingerprint, services.engine.tokenizer)
-    answer = await services.generation.start(body.to_request())
+    answer = await services.generation.start(body.to_request(), request.state.caller)
     headers = {MIX_HEADER: mix_header(answer.routes)}
     try:
         if body.stream:

@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
 from server.api.schema import Prompts, prompts_of
-from server.api.services import ReadyServices, Services
+from server.api.services import Asker, ReadyServices, Services
 from server.api.wire import OnlyNeutral, Text, Wire, fault
+from store.access import Caller
 from store.errors import InvalidRequestError
 
 MAX_INPUTS = 256
@@ -63,9 +64,9 @@ class EmbeddingList(TypedDict):
 
 
 @router.post("/v1/embeddings")
-async def create_embeddings(body: EmbeddingBody, services: ReadyServices) -> EmbeddingList:
+async def create_embeddings(body: EmbeddingBody, services: ReadyServices, asker: Asker) -> EmbeddingList:
     """Vectors of texts: the mean of the base's hidden states after the layers that routing looks at."""
-    await _check_model(body.model, services)
+    await _check_model(body.model, services, asker)
     prompts, tokenizer = prompts_of(body.input, "input"), services.engine.tokenizer
     tokens = await asyncio.to_thread(lambda: [prompt.encode(tokenizer) for prompt in prompts])
     if not all(tokens):
@@ -84,7 +85,7 @@ async def create_embeddings(body: EmbeddingBody, services: ReadyServices) -> Emb
     }
 
 
-async def _check_model(model: str, services: Services) -> None:
+async def _check_model(model: str, services: Services, by: Caller) -> None:
     """Embeddings must not change with the experts that come and go.
 
     Raises:
@@ -94,7 +95,7 @@ async def _check_model(model: str, services: Services) -> None:
     base = services.engine.base.name
     if model == base:
         return
-    await services.generation.check_model(model)
+    await services.generation.check_model(model, by)
     raise InvalidRequestError(f"embeddings come from the base alone: set model to {base!r}", param="model")
 
 

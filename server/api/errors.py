@@ -57,6 +57,7 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.InvalidRequestError: 400,
     errors.AuthenticationError: 401,
     ForbiddenError: 403,
+    errors.NotPermittedError: 403,
     errors.NotFoundError: 404,
     errors.ConflictError: 409,
     errors.TooLargeError: 413,

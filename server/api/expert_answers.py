@@ -7,6 +7,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from server.api.services import Services
+from store.access import Caller
 from store.expert_header import ExpertHeader, SparseEntry
 from store.record import ExpertRecord
 
@@ -34,6 +35,10 @@ class Expert(TypedDict):
     aliases: list[str]
     """Other names that point to this one."""
     exemplar_count: int
+    visibility: Literal["private", "shared", "public"]
+    owner: str | None
+    """A tenant; null is the server's operator, or somebody else."""
+    shared_with: list[str]
 
 
 class Tensors(TypedDict):
@@ -90,8 +95,9 @@ class Deleted(TypedDict):
     deleted: Literal[True]
 
 
-def expert_answer(record: ExpertRecord, services: Services) -> Expert:
-    """An expert as lists show it."""
+def expert_answer(record: ExpertRecord, services: Services, by: Caller) -> Expert:
+    """An expert as lists show it. Whose it is and who else has it is told to its owner."""
+    is_own = by.owns(record.access)
     return {
         "id": record.name,
         "object": "expert",
@@ -111,6 +117,9 @@ def expert_answer(record: ExpertRecord, services: Services) -> Expert:
         "metadata": dict(record.card.metadata),
         "aliases": list(services.library.aliases_of(record.name)),
         "exemplar_count": record.exemplar_count,
+        "visibility": record.access.visibility.value,
+        "owner": record.access.owner if is_own else None,
+        "shared_with": list(record.access.shared_with) if is_own else [],
     }
 
 
@@ -129,10 +138,10 @@ def version_answer(version: ExpertRecord, current: bool) -> Version:
     }
 
 
-def details_answer(record: ExpertRecord, header: ExpertHeader, services: Services) -> ExpertDetails:
+def details_answer(record: ExpertRecord, header: ExpertHeader, services: Services, by: Caller) -> ExpertDetails:
     """One expert, and how its file was made."""
     return {
-        **expert_answer(record, services),
+        **expert_answer(record, services, by),
         "codec_params": dict(header.codec_params),
         "tool": header.tool,
         "tensors": _tensors(header),

@@ -19,7 +19,7 @@ from server.api.expert_answers import (
     version_answer,
 )
 from server.api.expert_upload import PUBLICATION, REPLACEMENT, read_upload
-from server.api.services import AnyServices, ReadyServices
+from server.api.services import AnyServices, Asker, ReadyServices
 from server.api.wire import Text, Wire
 
 router = APIRouter(prefix="/v1/experts")
@@ -47,31 +47,34 @@ class Description(Wire):
     responses={200: {"model": Expert, "description": "It was there already."}, 201: {"model": Expert}},
     openapi_extra={"requestBody": PUBLICATION},
 )
-async def upload_expert(request: Request, services: ReadyServices) -> JSONResponse:
+async def upload_expert(request: Request, services: ReadyServices, asker: Asker) -> JSONResponse:
     """Publish an expert file. It is live when the answer comes; the same file again changes nothing."""
     async with read_upload(request, services) as upload:
-        record, created = await services.library.publish(upload.file, name=upload.name, exemplars=upload.exemplars)
-    return JSONResponse(expert_answer(record, services), 201 if created else 200)
+        record, created = await services.library.publish(
+            upload.file, name=upload.name, exemplars=upload.exemplars, by=asker
+        )
+    return JSONResponse(expert_answer(record, services, asker), 201 if created else 200)
 
 
 @router.get("")
 async def list_experts(
     services: AnyServices,
+    asker: Asker,
     q: Annotated[str, Query(max_length=200)] = "",
     tag: Annotated[list[str] | None, Query(max_length=16)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
     after: Annotated[str, Query(max_length=64)] = "",
 ) -> ExpertList:
     """Experts by name, page by page; `tag` asks for a tag, `q` looks for letters in what is said about them."""
-    records, more = await services.library.page(after=after, limit=limit, matching=q, tags=tag or ())
-    return {"object": "list", "data": [expert_answer(record, services) for record in records], "has_more": more}
+    records, more = await services.library.page(after=after, limit=limit, matching=q, tags=tag or (), by=asker)
+    return {"object": "list", "data": [expert_answer(record, services, asker) for record in records], "has_more": more}
 
 
 @router.get("/{name}")
-async def get_expert(name: str, services: AnyServices) -> ExpertDetails:
+async def get_expert(name: str, services: AnyServices, asker: Asker) -> ExpertDetails:
     """One expert, and how its file was made."""
-    record = await services.library.get(name)
-    return details_answer(record, await services.library.header(record), services)
+    record = await services.library.get(name, asker)
+    return details_answer(record, await services.library.header(record), services, asker)
 
 
 @router.put(
@@ -79,37 +82,39 @@ async def get_expert(name: str, services: AnyServices) -> ExpertDetails:
     responses={200: {"model": Expert}, 201: {"model": Expert, "description": "There was none of that name."}},
     openapi_extra={"requestBody": REPLACEMENT},
 )
-async def replace_expert(name: str, request: Request, services: ReadyServices) -> JSONResponse:
+async def replace_expert(name: str, request: Request, services: ReadyServices, asker: Asker) -> JSONResponse:
     """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
     async with read_upload(request, services, named=True) as upload:
         record, changed = await services.library.publish(
-            upload.file, name=name, exemplars=upload.exemplars, replace=True
+            upload.file, name=name, exemplars=upload.exemplars, by=asker, replace=True
         )
-    return JSONResponse(expert_answer(record, services), 201 if changed and not record.earlier else 200)
+    return JSONResponse(expert_answer(record, services, asker), 201 if changed and not record.earlier else 200)
 
 
 @router.get("/{name}/versions")
-async def list_versions(name: str, services: AnyServices) -> VersionList:
+async def list_versions(name: str, services: AnyServices, asker: Asker) -> VersionList:
     """What a name points to, and what it can go back to."""
-    record = await services.library.get(name)
+    record = await services.library.get(name, asker)
     return {"object": "list", "data": [version_answer(one, i == 0) for i, one in enumerate(record.versions)]}
 
 
 @router.post("/{name}/rollback")
-async def roll_back_expert(name: str, body: Rollback, services: ReadyServices) -> Expert:
+async def roll_back_expert(name: str, body: Rollback, services: ReadyServices, asker: Asker) -> Expert:
     """Let a name point to an earlier version again. Answers in progress finish."""
-    return expert_answer(await services.library.roll_back(name, body.digest), services)
+    return expert_answer(await services.library.roll_back(name, body.digest, asker), services, asker)
 
 
 @router.patch("/{name}")
-async def describe_expert(name: str, body: Description, services: ReadyServices) -> Expert:
+async def describe_expert(name: str, body: Description, services: ReadyServices, asker: Asker) -> Expert:
     """Change what is said about an expert: description, tags, metadata. Its file and its digest stay as they are."""
-    record = await services.library.describe(name, description=body.description, tags=body.tags, metadata=body.metadata)
-    return expert_answer(record, services)
+    record = await services.library.describe(
+        name, description=body.description, tags=body.tags, metadata=body.metadata, by=asker
+    )
+    return expert_answer(record, services, asker)
 
 
 @router.delete("/{name}")
-async def delete_expert(name: str, services: ReadyServices, force: bool = False) -> Deleted:
+async def delete_expert(name: str, services: ReadyServices, asker: Asker, force: bool = False) -> Deleted:
     """Unpublish an expert; with `force`, also one that has aliases, and them too. Answers in progress finish."""
-    record = await services.library.remove(name, force=force)
+    record = await services.library.remove(name, asker, force=force)
     return {"id": record.name, "object": "expert", "deleted": True}

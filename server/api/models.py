@@ -7,7 +7,7 @@ from typing import Literal, NotRequired
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.api.services import AnyServices, Services
+from server.api.services import AnyServices, Asker, Services
 from server.generation import AUTO
 from store.alias import Alias
 from store.record import ExpertRecord
@@ -39,22 +39,22 @@ class ModelList(TypedDict):
 
 
 @router.get("")
-async def list_models(services: AnyServices) -> ModelList:
+async def list_models(services: AnyServices, asker: Asker) -> ModelList:
     """The base, `auto`, every expert, and every alias."""
-    experts = [_expert(record, services) for record in await services.library.list()]
-    aliases = [_alias(alias, record, services) for alias, record in await services.library.aliases()]
+    experts = [_expert(record, services) for record in await services.library.list(asker)]
+    aliases = [_alias(alias, record, services) for alias, record in await services.library.aliases(asker)]
     return {"object": "list", "data": [*_own(services), *experts, *aliases]}
 
 
 @router.get("/{model:path}")
-async def get_model(model: str, services: AnyServices) -> Model:
+async def get_model(model: str, services: AnyServices, asker: Asker) -> Model:
     """One model. The base's name may hold slashes."""
     for own in _own(services):
         if own["id"] == model:
             return own
-    record = await services.library.get(model)
+    record = await services.library.get(model, asker)
     if record.name != model:
-        return _alias(await services.library.alias(model), record, services)
+        return _alias(await services.library.alias(model, asker), record, services)
     return _expert(record, services)
 
 

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from server.api.answer import MixPart
 from server.api.schema import RouteBody
-from server.api.services import ReadyServices
+from server.api.services import Asker, ReadyServices
 
 router = APIRouter()
 
@@ -39,9 +39,9 @@ class RouteDecision(TypedDict):
 
 
 @router.post("/v1/route")
-async def route(body: RouteBody, services: ReadyServices) -> RouteDecision:
+async def route(body: RouteBody, services: ReadyServices, asker: Asker) -> RouteDecision:
     """Route a prompt, or the last user message of a conversation."""
-    decision = await services.router.route(body.to_prompt().question(services.engine.tokenizer))
+    decision = await services.generation.decide(body.to_prompt(), asker)
     return {
         "object": "route",
         "mix": [{"id": name, "digest": digest, "weight": weight} for name, digest, weight in decision.parts],

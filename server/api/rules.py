@@ -65,6 +65,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/aliases/{alias}"): _READ,
     ("PUT", "/v1/aliases/{alias}"): _upload("alias.put"),
     ("DELETE", "/v1/aliases/{alias}"): _upload("alias.delete"),
+    ("PUT", "/v1/experts/{name}/access"): _upload("expert.share"),
     ("POST", "/v1/uploads"): _upload("upload.begin"),
     ("GET", "/v1/uploads"): Rule(Role.UPLOAD),
     ("OPTIONS", "/v1/uploads"): Rule(Role.UPLOAD),

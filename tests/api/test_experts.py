@@ -68,6 +68,9 @@ async def test_upload(own: House) -> None:
         "metadata": {"k": "v"},
         "aliases": [],
         "exemplar_count": len(CRON),
+        "visibility": "public",
+        "owner": None,
+        "shared_with": [],
     }
 
 

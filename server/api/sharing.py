@@ -1,0 +1,32 @@
+"""`/v1/experts/{name}/access`: who may use an expert."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from server.api.expert_answers import Expert, expert_answer
+from server.api.services import Asker, ReadyServices
+from server.api.wire import Text, Wire
+from store.access import MAX_SHARED, AccessChange, Visibility
+
+router = APIRouter(prefix="/v1/experts")
+
+
+class AccessBody(Wire):
+    """The body of `PUT /v1/experts/{name}/access`."""
+
+    visibility: Annotated[Visibility, Field(strict=False)] = Field(
+        description="private: its tenant's; shared: and that of the tenants named; public: everyone's."
+    )
+    shared_with: list[Text] = Field([], max_length=MAX_SHARED, description="Tenants; for `shared` alone.")
+    owner: Text | None = Field(None, description="Another tenant, or null: the operator. Left out: as it was.")
+
+
+@router.put("/{name}/access")
+async def set_access(name: str, body: AccessBody, services: ReadyServices, asker: Asker) -> Expert:
+    """Say who may use an expert. Its owner may make it private; to let others have it takes an administrator."""
+    change = AccessChange(body.visibility, tuple(body.shared_with), body.owner, "owner" in body.model_fields_set)
+    return expert_answer(await services.library.set_access(name, change, asker), services, asker)
