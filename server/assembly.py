@@ -28,6 +28,8 @@ from store.errors import SwitchyardError
 from store.fingerprint import manifest_of
 from store.keys import Keys
 from store.registry import Registry
+from store.signature import read_beside
+from store.trust import Trust, trusted_keys
 from store.validation import Validator
 
 
@@ -60,6 +62,7 @@ def assembled(settings: Settings, out: Console, *, preload: Path | None = None) 
         opened.callback(ledger.close)
         keys = Keys(ledger)
         check_exposure(settings, keys, out)
+        trust = Trust(trusted_keys(settings.trusted_keys), required=settings.require_signature)
         with out.status(f"preparing the base {escape(settings.base)} (a GGUF file is converted once)"):
             folder = resolve_base(settings.base, settings.cache_dir)
             manifest = manifest_of(folder, settings.cache_dir)
@@ -68,7 +71,7 @@ def assembled(settings: Settings, out: Console, *, preload: Path | None = None) 
         validator = Validator(manifest)
         opened.callback(validator.close)
         validator.start()
-        registry = Registry(store, manifest, reserved=frozenset({AUTO, settings.served_base_name}))
+        registry = Registry(store, manifest, reserved=frozenset({AUTO, settings.served_base_name}), trust=trust)
         if preload is not None:
             with out.status(f"publishing the expert files of {escape(str(preload))}"):
                 publish_folder(preload, registry, store.quarantine(), out)
@@ -116,7 +119,7 @@ def publish_folder(folder: Path, registry: Registry, quarantine: Path, out: Cons
             path = Path(copy.name)
         try:
             shutil.copyfile(file, path)
-            registry.publish(path)
+            registry.publish(path, signature=read_beside(file))
         except SwitchyardError as error:
             out.print(f"[yellow]{escape(file.name)} is not served:[/] {escape(error.message)}")
         finally:

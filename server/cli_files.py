@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from store.card import Card, check_card
 from store.codecs.base import CodecName
@@ -15,6 +16,7 @@ from store.codecs.t_switch import Knob
 from store.errors import InvalidRequestError, SwitchyardError
 from store.expert_file import digest_of
 from store.merge_methods import MergeSettings, Method
+from store.signature import fingerprint
 from store.strict_json import FieldError
 
 files = typer.Typer()
@@ -111,11 +113,41 @@ def merge(
 
 
 @files.command()
-def inspect(file: Annotated[Path, typer.Argument(help="An expert file.")]) -> None:
-    """Show what is in an expert file, without loading any model."""
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An expert file.")],
+    trusted_keys: Annotated[
+        str, typer.Option(envvar="SWITCHYARD_TRUSTED_KEYS", help="Whose signatures count, as the server has them.")
+    ] = "",
+) -> None:
+    """Show what is in an expert file and who signed it, without loading any model."""
     from server.inspecting import show_expert
 
-    show_expert(file, out)
+    show_expert(file, out, trusted_keys)
+
+
+@files.command()
+def keygen(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes; the public one goes to FILE.pub.")],
+    name: Annotated[str, typer.Option(help="Whose it is: servers that trust it show this.")] = "",
+) -> None:
+    """Make an ed25519 key to sign experts with. One that ssh-keygen has made will do as well."""
+    from server.signing import make_key
+
+    line = make_key(file, name)
+    out.print(f"[bold]{escape(str(file))}[/] signs; servers trust it by SWITCHYARD_TRUSTED_KEYS=")
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@files.command()
+def sign(
+    file: Annotated[Path, typer.Argument(help="An expert file.")],
+    key: Annotated[Path, typer.Option(help="A private ed25519 key, of keygen or ssh-keygen.")],
+) -> None:
+    """Sign an expert file: writes FILE.sig, which push sends along."""
+    from server.signing import sign_file
+
+    beside, signature = sign_file(file, key, lambda: str(typer.prompt("passphrase of the key", hide_input=True)))
+    out.print(f"[bold]{escape(str(beside))}[/]: signed with {fingerprint(signature.key)}")
 
 
 def card_of(

@@ -51,7 +51,15 @@ class Client:
         timeout = httpx.Timeout(10.0, read=600.0, write=600.0)
         self._http = httpx.Client(base_url=server, headers=headers, timeout=timeout)
 
-    def push(self, file: Path, *, name: str | None, exemplars: Path | None, replace: bool = False) -> tuple[Json, bool]:
+    def push(
+        self,
+        file: Path,
+        *,
+        name: str | None,
+        exemplars: Path | None,
+        replace: bool = False,
+        signature: str | None = None,
+    ) -> tuple[Json, bool]:
         """Upload an expert file. Returns its record, and whether there was none of that name.
 
         Args:
@@ -59,6 +67,8 @@ class Client:
         """
         with file.open("rb") as body:
             files: dict[str, Any] = {"file": (file.name, body, "application/octet-stream")}
+            if signature is not None:
+                files["signature"] = (None, signature)
             if exemplars is not None:
                 files["exemplars"] = (exemplars.name, exemplars.read_bytes(), "application/jsonl")
             if replace:
@@ -88,10 +98,16 @@ class Client:
         self._send("PATCH", f"/v1/uploads/{upload_id}", content=pieces, headers=headers)
 
     def publish_upload(
-        self, upload_id: str, *, name: str | None, exemplars: list[str] | None, replace: bool = False
+        self,
+        upload_id: str,
+        *,
+        name: str | None,
+        exemplars: list[str] | None,
+        replace: bool = False,
+        signature: str | None = None,
     ) -> tuple[Json, bool]:
         """Publish an upload that has arrived; as `push`."""
-        body = {"upload": upload_id, "exemplars": exemplars}
+        body = {"upload": upload_id, "exemplars": exemplars, "signature": signature}
         if replace:
             response = self._send("PUT", f"/v1/experts/{quote(name or '', safe='')}", json=body)
         else:

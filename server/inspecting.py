@@ -13,19 +13,24 @@ from rich.table import Table
 from store.card import Card
 from store.expert_file import SparseEntry, digest_of, read_header
 from store.expert_header import ExpertHeader, LevelsEntry, LowRankEntry, TensorEntry
+from store.signature import fingerprint, parse_signature, read_beside
+from store.trust import trusted_keys
 
 _SHOWN_EXEMPLARS = 5
 
 
-def show_expert(file: Path, out: Console) -> None:
-    """Print a file's header and a summary of its tensors by module.
+def show_expert(file: Path, out: Console, keys: str = "") -> None:
+    """Print a file's header, whose signature stands beside it, and a summary of its tensors by module.
+
+    Args:
+        keys: whose signatures count, separated by commas; see `store.trust`.
 
     Raises:
         ExpertFileError: the file breaks a rule of the format.
     """
     header = read_header(file)
     facts = Table.grid(padding=(0, 2))
-    for label, value in _facts(file, header):
+    for label, value in [*_facts(file, header), ("signed by", _signed_by(file, keys))]:
         facts.add_row(f"[bold]{label}[/]", escape(value))
     out.print(facts)
     out.print(_modules(header))
@@ -52,6 +57,17 @@ def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
     if header.created is not None:
         facts.append(("created", datetime.fromtimestamp(header.created, UTC).isoformat()))
     return facts
+
+
+def _signed_by(file: Path, keys: str) -> str:
+    text = read_beside(file)
+    if text is None:
+        return "(nobody)"
+    signature, trusted = parse_signature(text), trusted_keys(key.strip() for key in keys.split(",") if key.strip())
+    short = fingerprint(signature.key)
+    if not signature.fits(digest_of(file)):
+        return f"{short}: NOT VALID for this file"
+    return f"{trusted[signature.key]} ({short})" if signature.key in trusted else f"{short}, no trusted key"
 
 
 def _card(card: Card) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from store.intake import Received
 from store.ownership import NO_QUOTA, Quota
 from store.record import ExpertRecord
 from store.registry import Registry
+from store.trust import Signer
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class Library:
         exemplars: Sequence[str] | None,
         by: Caller,
         replace: bool = False,
+        signature: str | None = None,
     ) -> tuple[ExpertRecord, bool]:
         """Check a file of the quarantine and publish it: live when this returns. The caller discards the file.
 
@@ -117,9 +119,10 @@ class Library:
             The record, and whether anything is new.
 
         Raises:
-            InvalidRequestError, ConflictError, NotPermittedError, StoreError: as `Registry.publish`.
+            InvalidRequestError, UntrustedError, ConflictError, NotPermittedError, StoreError: as `Registry.publish`.
             SwitchyardError: the router could not learn its exemplars; it is not published.
         """
+        self._registry.trust.check(file.digest, signature)  # costs less than what follows
         header = await asyncio.get_running_loop().run_in_executor(self._checking, self._check, file.path)
         async with self._changing:
             record, created = await asyncio.to_thread(
@@ -128,6 +131,7 @@ class Library:
                 name=name,
                 exemplars=exemplars,
                 replace=replace,
+                signature=signature,
                 header=header,
                 digest=file.digest,
                 by=by,
@@ -170,6 +174,10 @@ class Library:
     async def put_alias(self, name: str, target: str, by: Caller) -> tuple[Alias, bool]:
         """Let an alias point to an expert; see `Aliases.put`."""
         return await asyncio.to_thread(self._registry.alias_changes.put, name, target, by)
+
+    def signer(self, record: ExpertRecord) -> Signer | None:
+        """Who signed an expert; see `Trust.signer`."""
+        return self._registry.trust.signer(record)
 
     async def remove_alias(self, name: str, by: Caller) -> Alias:
         """Take an alias away; see `Aliases.remove`."""

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from server.client import Client, Json, ServerError, UnreachableError
 from store.errors import SwitchyardError
 from store.exemplars import parse_exemplars
+from store.signature import read_beside
 
 RESUMABLE_BYTES = 16 << 20
 """Files from this size on are sent in pieces."""
@@ -27,24 +28,36 @@ Wait = Callable[[float], None]
 
 
 def push_file(
-    client: Client, out: Console, file: Path, *, name: str | None, exemplars: Path | None, replace: bool = False
+    client: Client,
+    out: Console,
+    file: Path,
+    *,
+    name: str | None,
+    exemplars: Path | None,
+    replace: bool = False,
+    signature: str | None = None,
 ) -> tuple[Json, bool]:
     """Upload an expert file and publish it; progress goes to `out`. Returns its record, and whether it is new.
+
+    Args:
+        signature: of the file; None takes what stands beside it, if there is anything.
 
     Raises:
         ServerError: the server refused, or stayed away too long; what it has got it keeps for the next attempt.
         SwitchyardError: a file cannot be read.
     """
+    signature = read_beside(file) if signature is None else signature
+    given: dict[str, Any] = {"name": name, "replace": replace, "signature": signature}
     try:
         if file.stat().st_size < RESUMABLE_BYTES:
             with out.status(f"uploading {file.name}"):
-                return client.push(file, name=name, exemplars=exemplars, replace=replace)
+                return client.push(file, exemplars=exemplars, **given)
         prompts = None if exemplars is None else parse_exemplars(exemplars.read_bytes())
         upload = upload_file(client, out, file)
     except OSError as error:
         raise SwitchyardError(f"cannot read {error.filename or file}: {error.strerror}") from None
     with out.status("checking and publishing"):
-        return client.publish_upload(upload, name=name, exemplars=prompts, replace=replace)
+        return client.publish_upload(upload, exemplars=prompts, **given)
 
 
 def upload_file(client: Client, out: Console, file: Path, *, wait: Wait = time.sleep) -> str:

@@ -62,6 +62,13 @@ class Settings(BaseSettings):
         False, description="Listen beyond loopback while there is no API key: anyone may do anything."
     )
 
+    trusted_keys: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="Whose signatures count: OpenSSH ed25519 public keys or files of them, separated by commas.",
+    )
+    require_signature: bool = Field(
+        False, description="Neither take nor serve experts that no trusted key has signed, whoever wrote to the store."
+    )
     max_upload_bytes: ByteSize = Field(
         ByteSize(2 << 30), gt=0, description="Largest upload of an expert, e.g. 500MB or 2GiB."
     )
@@ -144,6 +151,13 @@ class Settings(BaseSettings):
     )
     router_margin: float = Field(3.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
     router_max_exemplars: int = Field(512, ge=1, description="Exemplars beyond, evenly spread, are left out.")
+
+    @field_validator("trusted_keys", mode="before")
+    @classmethod
+    def _split_trusted(cls, value: object) -> object:
+        if isinstance(value, str):
+            return frozenset(key.strip() for key in value.split(",") if key.strip())
+        return value
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import logging
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ from pathlib import Path
 from store.access import OPERATOR, Caller
 from store.alias import Alias, parse_entry
 from store.backends import BlobStore
-from store.errors import ExpertFileError, ExpertUnavailableError, NotFoundError
+from store.errors import ExpertFileError, ExpertUnavailableError, NotFoundError, UntrustedError
 from store.exemplars import parse_exemplars
 from store.expert_file import read_header
 from store.manifest import BaseManifest
 from store.record import ExpertRecord
 from store.tiers import TierStats
+from store.trust import NO_TRUST, Trust
+
+_log = logging.getLogger(__name__)
 
 
 class Catalogue:
@@ -31,20 +35,23 @@ class Catalogue:
     Args:
         store: where the bytes are.
         base: what experts are made for.
+        trust: whose signatures experts must have; others keep their names, and are neither listed nor served.
 
     Raises:
         StoreError: the store cannot be read.
     """
 
-    def __init__(self, store: BlobStore, base: BaseManifest) -> None:
+    def __init__(self, store: BlobStore, base: BaseManifest, trust: Trust = NO_TRUST) -> None:
         self._store = store
         self._base = base
+        self.trust = trust
         self._reading = threading.Lock()
         self._edition: int | None = None
         self._records: Mapping[str, bytes] = {}
         self._catalogue: Mapping[str, ExpertRecord] = {}
         self._aliases: Mapping[str, Alias] = {}
         self._also: Mapping[str, tuple[str, ...]] = {}
+        self._untrusted: frozenset[str] = frozenset()
         self._served = _Served(())
 
     def get(self, name: str, by: Caller = OPERATOR) -> ExpertRecord:
@@ -53,6 +60,7 @@ class Catalogue:
         Raises:
             NotFoundError: there is none for this caller; the message lists close matches.
             ExpertUnavailableError: it was made for another base.
+            UntrustedError: it is not signed as it must be.
         """
         catalogue = self._all()
         alias = self._aliases.get(name)
@@ -64,6 +72,8 @@ class Catalogue:
             raise NotFoundError(f"there is no model or expert named {name[:64]!r}{hint}", param="model")
         if record.base_fingerprint != self._base.fingerprint:
             raise ExpertUnavailableError(f"the expert {name} was made for another base than the one served")
+        if record.name in self._untrusted:
+            raise UntrustedError(f"the expert {name} is not signed by a key that this server trusts: it is not served")
         return record
 
     def list(self, by: Caller = OPERATOR) -> list[ExpertRecord]:
@@ -186,8 +196,12 @@ class Catalogue:
                 elif entry is not None:
                     catalogue[name] = entry
             served = [r for r in catalogue.values() if r.base_fingerprint == self._base.fingerprint]
+            untrusted = frozenset(r.name for r in served if not self.trust.accepts(r))
+            for name in untrusted - self._untrusted:
+                _log.warning("the expert %s is not signed by a trusted key: it is not served", name)
+            served = [r for r in served if r.name not in untrusted]
             self._records, self._catalogue, self._served = records, catalogue, _Served(tuple(served))
-            self._aliases, self._also = aliases, also
+            self._aliases, self._also, self._untrusted = aliases, also, untrusted
             self._edition = edition  # last: whoever sees it sees the rest; what changed since is read next time
         return catalogue
 

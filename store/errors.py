@@ -57,6 +57,30 @@ class CheckpointError(InvalidRequestError):
     code = "invalid_checkpoint"
 
 
+class SignatureError(InvalidRequestError):
+    """A signature is malformed, or not that of the file (400)."""
+
+    code = "invalid_signature"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="signature")
+
+
+class UntrustedError(SwitchyardError):
+    """An expert is not signed by a key that this server trusts (403)."""
+
+    code = "untrusted"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message, param="signature", code=code)
+
+
+class MissingPackageError(SwitchyardError):
+    """Something optional was asked for that is not installed here (501)."""
+
+    code = "not_installed"
+
+
 class AuthenticationError(SwitchyardError):
     """No valid API key (401)."""
 

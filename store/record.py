@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from store.access import MAX_SHARED, Access, Visibility
 from store.card import Card, card_from_json, card_to_json
 from store.errors import ConflictError, InvalidRequestError
+from store.expert_header import ExpertHeader
 from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN
 from store.strict_json import FieldError, Fields, parse_json
 
@@ -31,6 +33,7 @@ class ExpertRecord:
         description: from its header, and edited since.
         exemplar_count: how many exemplars routing may learn from.
         card: author, licence, tags and the like: from its header, and edited since.
+        signature: of its file (`store.signature`), as it came; whose it is, and whether it counts, `store.trust` says.
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
         access: whose it is: of the name, whatever version it points to.
         earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
@@ -48,6 +51,7 @@ class ExpertRecord:
     exemplar_count: int
     exemplars_digest: str | None
     card: Card = field(default_factory=Card)
+    signature: str | None = None
     access: Access = field(default_factory=Access)
     earlier: tuple[ExpertRecord, ...] = ()
 
@@ -68,6 +72,10 @@ class ExpertRecord:
     def differs(self, other: ExpertRecord, *, exemplars_given: bool) -> bool:
         """Whether the other one's file is not this one's, or its exemplars where it came with any."""
         return self.digest != other.digest or (exemplars_given and self.exemplars_digest != other.exemplars_digest)
+
+    def signed(self, signature: str | None) -> ExpertRecord:
+        """The same, with a signature that came later."""
+        return dataclasses.replace(self, signature=signature)
 
     @property
     def versions(self) -> tuple[ExpertRecord, ...]:
@@ -98,6 +106,36 @@ class ExpertRecord:
                 metadata={key: value for key, value in merged.items() if value is not None},
             ),
         )
+
+
+def record_of(
+    header: ExpertHeader,
+    *,
+    name: str,
+    digest: str,
+    bytes: int,
+    exemplar_count: int,
+    exemplars_digest: str | None,
+    signature: str | None,
+    access: Access,
+) -> ExpertRecord:
+    """The record of a file that is published now."""
+    return ExpertRecord(
+        name=name,
+        digest=digest,
+        bytes=bytes,
+        created=int(time.time()),
+        base_fingerprint=header.base_fingerprint,
+        codec=header.codec,
+        density=header.density,
+        bits_per_param=header.bits_per_param,
+        description=header.description,
+        exemplar_count=exemplar_count,
+        exemplars_digest=exemplars_digest,
+        card=header.card,
+        signature=signature,
+        access=access,
+    )
 
 
 def check_same(existing: ExpertRecord, record: ExpertRecord, *, exemplars_given: bool) -> None:
@@ -140,8 +178,10 @@ def record_to_json(record: ExpertRecord) -> bytes:
 
 
 def _version_to_json(version: ExpertRecord) -> dict[str, object]:
-    plain = (item.name for item in dataclasses.fields(version) if item.name not in ("access", "card", "earlier"))
-    return {name: getattr(version, name) for name in plain} | card_to_json(version.card)
+    apart = ("access", "card", "signature", "earlier")
+    plain = (item.name for item in dataclasses.fields(version) if item.name not in apart)
+    signature = {} if version.signature is None else {"signature": version.signature}
+    return {name: getattr(version, name) for name in plain} | card_to_json(version.card) | signature
 
 
 def _access_to_json(access: Access) -> dict[str, object]:
@@ -195,4 +235,5 @@ def _version(name: str, fields: Fields) -> ExpertRecord:
         if fields.has("exemplars_digest")
         else None,
         card=card_from_json(fields),
+        signature=fields.text("signature", max_bytes=200) if fields.has("signature") else None,
     )

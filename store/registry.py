@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +18,7 @@ from store.errors import (
     NotFoundError,
     StoreError,
     StoreUnavailableError,
+    UntrustedError,
 )
 from store.exemplars import exemplar_bytes, write_exemplars
 from store.expert_file import digest_of, validate
@@ -28,8 +28,9 @@ from store.garbage import Idle, collect, release, used_by
 from store.manifest import BaseManifest
 from store.names import Names
 from store.ownership import NO_QUOTA, Quota, access_for, changed_access, check_name_free, check_owned, check_quota
-from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, record_to_json
+from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, record_of, record_to_json
 from store.restoring import restore_lost
+from store.trust import NO_TRUST, Trust
 
 
 class Registry(Catalogue):
@@ -39,13 +40,14 @@ class Registry(Catalogue):
         store: where the bytes are.
         base: what experts are checked against.
         reserved: names no expert may take: the base's own, "auto".
+        trust: whose signatures experts must have.
 
     Raises:
         StoreError: the store cannot be read.
     """
 
-    def __init__(self, store: BlobStore, base: BaseManifest, reserved: frozenset[str]) -> None:
-        super().__init__(store, base)
+    def __init__(self, store: BlobStore, base: BaseManifest, reserved: frozenset[str], trust: Trust = NO_TRUST) -> None:
+        super().__init__(store, base, trust)
         self._names = Names(reserved)
         self.alias_changes = Aliases(store, self, self._names)
 
@@ -56,6 +58,7 @@ class Registry(Catalogue):
         name: str | None = None,
         exemplars: Sequence[str] | None = None,
         replace: bool = False,
+        signature: str | None = None,
         header: ExpertHeader | None = None,
         digest: str | None = None,
         by: Caller = OPERATOR,
@@ -68,6 +71,7 @@ class Registry(Catalogue):
             name: what to call it; None takes the name in its header, or "expert-" and 12 digits of its digest.
             exemplars: prompts that win over those in its header; None leaves them as they are.
             replace: let the name point to this file, whatever it points to; that becomes its latest earlier version.
+            signature: of the file; one that comes later is added to what is there.
             header, digest: of a file that was validated and hashed since it came; None for doing so now.
             by: who publishes it; a new name is its tenant's.
             quota: what that tenant may keep.
@@ -78,6 +82,7 @@ class Registry(Catalogue):
         Raises:
             ExpertFileError, WrongBaseError: the file is not a sound expert of this base.
             InvalidRequestError: the name is malformed or reserved (`param` is "name").
+            SignatureError, UntrustedError: it is not signed as it must be.
             ConflictError: the name belongs to another expert, or to this one with other exemplars.
             NotPermittedError, QuotaExceededError: the expert is not the caller's, or its tenant keeps enough.
             StoreError: the store failed; nothing half published is left, but an unacknowledged record may be.
@@ -85,21 +90,17 @@ class Registry(Catalogue):
         header = validate(path, self._base) if header is None else header
         exemplars = None if exemplars is None else list(dict.fromkeys(exemplars))
         digest = digest_of(path) if digest is None else digest
+        self.trust.check(digest, signature)
         chosen = self._names.check(name or header.name or f"expert-{digest[:12]}")
         own = None if exemplars is None or tuple(exemplars) == header.exemplars else exemplar_bytes(exemplars)
-        record = ExpertRecord(
+        record = record_of(
+            header,
             name=chosen,
             digest=digest,
             bytes=path.stat().st_size,
-            created=int(time.time()),
-            base_fingerprint=header.base_fingerprint,
-            codec=header.codec,
-            density=header.density,
-            bits_per_param=header.bits_per_param,
-            description=header.description,
             exemplar_count=len(header.exemplars if exemplars is None else exemplars),
             exemplars_digest=hashlib.sha256(own).hexdigest() if own is not None else None,
-            card=header.card,
+            signature=signature,
             access=access_for(by),
         )
         with self._store.exclusive():
@@ -128,7 +129,11 @@ class Registry(Catalogue):
                         self._store.delete_blob(blob)
                 raise
             if existing is not None:  # its blobs are written all the same: that heals damaged ones
-                return existing, False
+                if present is None or signature in (None, existing.signature):
+                    return existing, False
+                signed = existing.signed(signature)
+                self._put(signed, present)
+                return signed, False
             # Where this fails the record may have arrived, or arrive yet: its blobs are left to the next collection.
             self._put(record, ABSENT if present is None else present)
             if record.earlier:  # one of them may be one too many now
@@ -174,6 +179,7 @@ class Registry(Catalogue):
         Raises:
             NotFoundError: there is no such expert, or it has no such version.
             NotPermittedError: it is not the caller's.
+            UntrustedError: the version is not signed as it must be.
         """
         with self._store.exclusive():
             record, present = self._held(name, by)
@@ -181,6 +187,8 @@ class Registry(Catalogue):
             if wanted is None:
                 which = "earlier version" if digest is None else f"earlier version {digest[:12]}"
                 raise NotFoundError(f"the expert {name} has no {which}", param="digest", code="version_not_found")
+            if not self.trust.accepts(wanted):
+                raise UntrustedError(f"that version of {name} is not signed by a key that this server trusts")
             self.expert_path(wanted.digest)  # raises where its bytes are gone or damaged
             rest = tuple(one for one in record.versions if one != wanted)
             changed = record.pointing_to(wanted, rest)

@@ -56,6 +56,7 @@ class ForbiddenError(errors.SwitchyardError):
 _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.InvalidRequestError: 400,
     errors.AuthenticationError: 401,
+    errors.UntrustedError: 403,
     ForbiddenError: 403,
     errors.NotPermittedError: 403,
     errors.NotFoundError: 404,
@@ -66,6 +67,7 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.StoreError: 503,
     errors.StorageFullError: 507,
     errors.EngineDeadError: 503,
+    errors.MissingPackageError: 501,
     NotReadyError: 503,
     errors.SwitchyardError: 500,
 }

@@ -12,6 +12,13 @@ from store.expert_header import ExpertHeader, SparseEntry
 from store.record import ExpertRecord
 
 
+class SignedBy(TypedDict):
+    """Whose signature an expert file has: a name where this server trusts the key."""
+
+    name: str | None
+    fingerprint: str
+
+
 class Expert(TypedDict):
     """An expert."""
 
@@ -32,6 +39,7 @@ class Expert(TypedDict):
     parents: list[str]
     """Digests of the expert files it was made from."""
     metadata: dict[str, str]
+    signed_by: SignedBy | None
     aliases: list[str]
     """Other names that point to this one."""
     exemplar_count: int
@@ -115,6 +123,7 @@ def expert_answer(record: ExpertRecord, services: Services, by: Caller) -> Exper
         "tags": list(record.card.tags),
         "parents": list(record.card.parents),
         "metadata": dict(record.card.metadata),
+        "signed_by": _signer(record, services),
         "aliases": list(services.library.aliases_of(record.name)),
         "exemplar_count": record.exemplar_count,
         "visibility": record.access.visibility.value,
@@ -146,6 +155,11 @@ def details_answer(record: ExpertRecord, header: ExpertHeader, services: Service
         "tool": header.tool,
         "tensors": _tensors(header),
     }
+
+
+def _signer(record: ExpertRecord, services: Services) -> SignedBy | None:
+    signer = services.library.signer(record)
+    return None if signer is None else {"name": signer.name, "fingerprint": signer.fingerprint}
 
 
 def _tensors(header: ExpertHeader) -> Tensors:

@@ -18,6 +18,8 @@ from server.api.wire import Text, Wire
 from store.errors import InvalidRequestError, TooLargeError
 from store.exemplars import MAX_BYTES, parse_exemplars
 from store.intake import Received
+from store.signature import MAX_BYTES as MAX_SIGNATURE_BYTES
+from store.signature import decode_signature
 
 _MAX_NAME_BYTES = 1024
 
@@ -28,11 +30,13 @@ class FromUpload(Wire):
     upload: Text = Field(description="Id of a complete upload; it is used up.")
     name: Text | None = Field(None, description="What to call it; default: the name in the file.")
     exemplars: list[Text] | None = Field(None, description="Prompts, instead of those in the file.")
+    signature: Text | None = Field(None, description="Of the file, as `switchyard sign` writes it.")
 
 
 _PARTS = {
     "file": {"type": "string", "format": "binary", "description": "The expert file."},
     "exemplars": {"type": "string", "description": "JSON lines of prompts, as a file or as text."},
+    "signature": {"type": "string", "description": "Of the file, as `switchyard sign` writes it: a file or text."},
     "name": {"type": "string", "description": "What to call it; default: the name in the file."},
 }
 
@@ -57,6 +61,7 @@ class ExpertUpload:
     file: Received
     name: str | None
     exemplars: list[str] | None
+    signature: str | None
 
 
 @asynccontextmanager
@@ -84,6 +89,7 @@ async def _from_form(request: Request, services: Services, stack: AsyncExitStack
     rules = {
         "file": PartRule(PartKind.FILE, services.library.max_upload_bytes),
         "exemplars": PartRule(PartKind.SMALL, MAX_BYTES),
+        "signature": PartRule(PartKind.SMALL, MAX_SIGNATURE_BYTES),
         "name": PartRule(PartKind.TEXT, _MAX_NAME_BYTES),
     }
     form = await stack.enter_async_context(read_form(request, rules, services.library.quarantine))
@@ -95,7 +101,10 @@ async def _from_form(request: Request, services: Services, stack: AsyncExitStack
         )
     given = form.values.get("exemplars")
     exemplars = None if given is None else await asyncio.to_thread(parse_exemplars, given)
-    return ExpertUpload(form.files["file"], form.text("name"), exemplars)
+    signature = form.values.get("signature")
+    return ExpertUpload(
+        form.files["file"], form.text("name"), exemplars, None if signature is None else decode_signature(signature)
+    )
 
 
 async def _from_upload(request: Request, services: Services, stack: AsyncExitStack) -> ExpertUpload:
@@ -105,4 +114,5 @@ async def _from_upload(request: Request, services: Services, stack: AsyncExitSta
         raise TooLargeError(
             f"the file exceeds the limit of {services.library.max_upload_bytes} bytes for an expert", param="upload"
         )
-    return ExpertUpload(file, body.name, body.exemplars)
+    signature = None if body.signature is None else decode_signature(body.signature.encode())
+    return ExpertUpload(file, body.name, body.exemplars, signature)

@@ -51,7 +51,7 @@ async def upload_expert(request: Request, services: ReadyServices, asker: Asker)
     """Publish an expert file. It is live when the answer comes; the same file again changes nothing."""
     async with read_upload(request, services) as upload:
         record, created = await services.library.publish(
-            upload.file, name=upload.name, exemplars=upload.exemplars, by=asker
+            upload.file, name=upload.name, exemplars=upload.exemplars, by=asker, signature=upload.signature
         )
     return JSONResponse(expert_answer(record, services, asker), 201 if created else 200)
 
@@ -86,7 +86,7 @@ async def replace_expert(name: str, request: Request, services: ReadyServices, a
     """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
     async with read_upload(request, services, named=True) as upload:
         record, changed = await services.library.publish(
-            upload.file, name=name, exemplars=upload.exemplars, by=asker, replace=True
+            upload.file, name=name, exemplars=upload.exemplars, by=asker, replace=True, signature=upload.signature
         )
     return JSONResponse(expert_answer(record, services, asker), 201 if changed and not record.earlier else 200)
 

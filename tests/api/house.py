@@ -26,6 +26,7 @@ from store.expert_info import ExpertInfo
 from store.packed import PackedDense
 from store.record import ExpertRecord
 from store.registry import Registry
+from store.trust import Trust, trusted_keys
 from tests.api.dummy_engine import MANIFEST, DummyEngine
 
 BASE = "dummy-base"
@@ -98,7 +99,8 @@ async def open_house(
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
     store = DiskStore(given.data_dir)
     ledger = DiskLedger(given.data_dir / "ledger")
-    registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}))
+    trust = Trust(trusted_keys(given.trusted_keys), required=given.require_signature)
+    registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}), trust)
     router = Router(engine.features, FeatureCache(folder / "cache", MANIFEST.fingerprint, 0), given.router())
     app = create_app(
         given,

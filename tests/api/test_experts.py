@@ -66,6 +66,7 @@ async def test_upload(own: House) -> None:
         "tags": ["time"],
         "parents": ["a" * 64],
         "metadata": {"k": "v"},
+        "signed_by": None,
         "aliases": [],
         "exemplar_count": len(CRON),
         "visibility": "public",

@@ -53,6 +53,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.ownership",
         "store.record",
         "store.registry",
+        "store.trust",
     ),
     "server.inbox": ("store.errors", "store.intake", "store.upload", "store.uploads"),
     "server.choices": ("server.engine.types", "server.metrics", "server.text", "store.mix"),
@@ -91,6 +92,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.intake",
         "store.keys",
         "store.record",
+        "store.signature",
         "store.upload",
     ),
     "server.app": (
@@ -128,10 +130,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.cli_options": ("server.settings", "store.errors"),
     "server.client": ("store.errors",),
     "server.chatting": ("server.client", "store.errors"),
-    "server.pushing": ("server.client", "store.errors", "store.exemplars"),
+    "server.pushing": ("server.client", "store.errors", "store.exemplars", "store.signature"),
     "server.compressing": ("server.engine.model", "server.settings", "store"),
     "server.merging": ("server.engine.model", "server.settings", "store"),
     "server.inspecting": ("store",),
+    "server.signing": ("store.errors", "store.expert_file", "store.signature"),
     "server.storekeeping": ("store",),
     "server": (),
 }

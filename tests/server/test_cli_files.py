@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
 
 from server.cli import main
 from server.cli_files import card_of
+from server.signing import sign_file
 from store.card import Card
 from store.errors import InvalidRequestError
 from store.expert_file import digest_of
@@ -35,6 +44,54 @@ def test_what_the_options_say(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             card_of(*given)  # type: ignore[arg-type]
         assert caught.value.param == param
+
+
+def test_keygen_sign_inspect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, key = write_sample(tmp_path / "e"), tmp_path / "key"
+    assert run("inspect", str(file)) == 0
+    assert "signed by (nobody)" in " ".join(capsys.readouterr().out.split())
+    assert run("keygen", str(key), "--name", "Ada") == 0
+    assert key.stat().st_mode & 0o777 == 0o600
+    public = (tmp_path / "key.pub").read_text()
+    assert public.endswith(" Ada\n")
+    assert public.strip() in capsys.readouterr().out
+    assert run("keygen", str(key)) == 1
+    assert "choose another name" in " ".join(capsys.readouterr().err.split())
+    assert run("sign", str(file), "--key", str(key)) == 0
+    capsys.readouterr()
+    for trusted, said in (("", "no trusted key"), (public.strip(), "Ada (SHA256:"), (f"{key}.pub", "Ada (SHA256:")):
+        monkeypatch.setenv("SWITCHYARD_TRUSTED_KEYS", trusted)
+        assert run("inspect", str(file)) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+    write_sample(file, 1)
+    assert run("inspect", str(file)) == 0
+    assert "NOT VALID" in " ".join(capsys.readouterr().out.split())
+    assert run("sign", str(tmp_path / "key.pub"), "--key", str(key)) == 1
+    assert run("sign", str(file), "--key", str(tmp_path / "key.pub")) == 1
+    assert "is no key" in " ".join(capsys.readouterr().err.split())
+
+
+def test_keys_of_other_makers(tmp_path: Path) -> None:
+    file = write_sample(tmp_path / "e")
+    ed25519, rsa = Ed25519PrivateKey.generate(), generate_private_key(65537, 2048)
+    locked = BestAvailableEncryption(b"secret")
+    formats = {
+        "pem": ed25519.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        "locked-pem": ed25519.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked),
+        "locked-ssh": ed25519.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, locked),
+    }
+    for name, data in formats.items():
+        (tmp_path / name).write_bytes(data)
+        _, signature = sign_file(file, tmp_path / name, lambda: "secret")
+        assert signature.fits(digest_of(file))
+        if "locked" in name:
+            with pytest.raises(InvalidRequestError, match="passphrase is wrong"):
+                sign_file(file, tmp_path / name, lambda: "guess")
+    (tmp_path / "rsa").write_bytes(rsa.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with pytest.raises(InvalidRequestError, match="no ed25519 key"):
+        sign_file(file, tmp_path / "rsa", lambda: "")
 
 
 def run(*arguments: str) -> int:
