@@ -78,7 +78,15 @@ def create_app(
     services = Services(
         engine=engine,
         router=router,
-        library=Library(registry, router, engine, quarantine, check, max_upload_bytes=settings.max_upload_bytes),
+        library=Library(
+            registry,
+            router,
+            engine,
+            quarantine,
+            check,
+            max_upload_bytes=settings.max_upload_bytes,
+            patience=settings.routing_wait,
+        ),
         inbox=Inbox(_uploads_of(settings), quarantine),
         generation=Generation(engine, registry, router, metrics, **limits),
         metrics=metrics,

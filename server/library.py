@@ -1,4 +1,4 @@
-"""The experts of a running server: what is published is in the registry and known to the router, or in neither."""
+"""The experts of a running server: what is published is in the registry at once, and soon known to the router."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from router.router import Router
 from server.engine.types import Engine
+from server.teaching import Routing, Teaching
 from store.access import OPERATOR, AccessChange, Caller
 from store.alias import Alias
 from store.errors import EngineDeadError, SwitchyardError
@@ -38,6 +39,7 @@ class Library:
         check: tells a sound expert file's header, or raises what is wrong with it; may block.
         max_upload_bytes: size of the largest expert file.
         quota_of: what a caller's tenant may keep.
+        patience: seconds that a publication waits for the router; what takes longer goes on behind its back.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class Library:
         check: Callable[[Path], ExpertHeader],
         *,
         max_upload_bytes: int,
+        patience: float,
         quota_of: Callable[[Caller], Quota] = lambda _: NO_QUOTA,
     ) -> None:
         self._registry = registry
-        self._router = router
         self._engine = engine
         self.quarantine = quarantine
         self.max_upload_bytes = max_upload_bytes
@@ -63,9 +65,7 @@ class Library:
         # A publication and a removal of one name, interleaved, would leave registry and router of two minds.
         self._changing = asyncio.Lock()
         self._aligned: int | None = None
-        self._known: dict[str, ExpertRecord] = {}
-        """What the router has been told of."""
-        self._unlearned: set[str] = set()
+        self._teaching = Teaching(registry, router, patience)
         self._retry_at = 0.0
 
     async def align(self) -> None:
@@ -74,17 +74,17 @@ class Library:
         An expert whose exemplars cannot be read is logged, left out, and tried again later.
         """
         edition = self._registry.edition
-        again = bool(self._unlearned) and time.monotonic() > self._retry_at
+        again = bool(self._teaching.unlearned) and time.monotonic() > self._retry_at
         if edition == self._aligned and not again:
             return
         async with self._changing:
             present = {record.name: record for record in await self.list(OPERATOR)}
-            for name in self._known.keys() - present.keys():
-                await self._forget(self._known[name])
+            for name in self._teaching.known.keys() - present.keys():
+                await self._forget(self._teaching.known[name])
             for name, record in present.items():
-                if _taught_by(self._known.get(name)) != _taught_by(record) or name in self._unlearned:
-                    await self._learn(record)
-                self._known[name] = record
+                if self._teaching.is_stale(record):
+                    await self._teaching.learn(record)
+                self._teaching.known[name] = record
             self._aligned, self._retry_at = edition, time.monotonic() + _RETRY_SECONDS
 
     async def follow(self) -> None:
@@ -111,6 +111,8 @@ class Library:
     ) -> tuple[ExpertRecord, bool]:
         """Check a file of the quarantine and publish it: live when this returns. The caller discards the file.
 
+        Routing learns it too, within the library's patience, or a little later: exemplars take time to read.
+
         Args:
             by: who publishes it; a new name is its tenant's.
             replace: what the name points to now becomes an earlier version; answers in progress finish on it.
@@ -120,7 +122,7 @@ class Library:
 
         Raises:
             InvalidRequestError, UntrustedError, ConflictError, NotPermittedError, StoreError: as `Registry.publish`.
-            SwitchyardError: the router could not learn its exemplars; it is not published.
+            SwitchyardError: the router could not learn its exemplars, soon said so, and it is not published.
         """
         self._registry.trust.check(file.digest, signature)  # costs less than what follows
         header = await asyncio.get_running_loop().run_in_executor(self._checking, self._check, file.path)
@@ -138,13 +140,20 @@ class Library:
                 quota=self._quota_of(by),
             )
             try:
-                await self._teach(record)
-                self._known[record.name] = record
+                teaching = await self._teaching.begin(record)
             except BaseException:
-                if created:
-                    await asyncio.to_thread(self._registry.undo, record)
+                await self._undo(record, created)
                 raise
-            return record, created
+        try:
+            await self._teaching.settle(record, teaching)
+        except BaseException:
+            await self._undo(record, created)
+            raise
+        return record, created
+
+    def routing(self, record: ExpertRecord) -> Routing:
+        """Whether prompts are routed to an expert."""
+        return self._teaching.routing(record)
 
     async def roll_back(self, name: str, digest: str | None, by: Caller) -> ExpertRecord:
         """Let a name point to an earlier version again; answers in progress finish.
@@ -154,7 +163,7 @@ class Library:
         """
         async with self._changing:
             record = await asyncio.to_thread(self._registry.roll_back, name, digest, by)
-            await self._learn(record)
+            await self._teaching.learn(record)
         return record
 
     async def describe(
@@ -246,35 +255,11 @@ class Library:
         """
         return await asyncio.to_thread(lambda: read_header(self._registry.expert_path(record.digest)))
 
-    async def _learn(self, record: ExpertRecord) -> None:
-        """Take up what somebody else has published."""
-        try:
-            await self._teach(record)
-        except EngineDeadError:
-            raise
-        except SwitchyardError as error:
-            log.warning("the expert %s will not be routed to: %s", record.name, error.message)
-            self._unlearned.add(record.name)
-        else:
-            self._unlearned.discard(record.name)
-        self._known[record.name] = record
-
     async def _forget(self, record: ExpertRecord) -> None:
-        self._known.pop(record.name, None)
-        self._unlearned.discard(record.name)
-        self._router.remove_expert(record.name)
+        self._teaching.forget(record)
         if all(other.digest != record.digest for other in await self.list(OPERATOR)):
             await self._engine.drop_expert(record.digest)
 
-    async def _teach(self, record: ExpertRecord) -> None:
-        if record.exemplar_count:
-            exemplars = await asyncio.to_thread(self._registry.exemplars, record)
-            key = record.exemplars_digest or record.digest
-            await self._router.add_expert(record.name, record.digest, exemplars, key)
-        else:
-            self._router.remove_expert(record.name)
-
-
-def _taught_by(record: ExpertRecord | None) -> tuple[str, str | None] | None:
-    """What the router learns an expert from: other words about it change nothing."""
-    return None if record is None else (record.digest, record.exemplars_digest)
+    async def _undo(self, record: ExpertRecord, created: bool) -> None:
+        if created:
+            await asyncio.to_thread(self._registry.undo, record)

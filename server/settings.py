@@ -150,6 +150,12 @@ class Settings(BaseSettings):
         0.98, ge=0.75, le=1, description="Share of an expert's held-out exemplars that lie within its reach."
     )
     router_margin: float = Field(3.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
+    routing_wait: float = Field(
+        0.05,
+        ge=0,
+        le=600,
+        description="Seconds that an upload waits for the router to learn its exemplars; the rest is done behind it.",
+    )
     router_max_exemplars: int = Field(512, ge=1, description="Exemplars beyond, evenly spread, are left out.")
 
     @field_validator("trusted_keys", mode="before")

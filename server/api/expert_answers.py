@@ -47,6 +47,8 @@ class Expert(TypedDict):
     owner: str | None
     """A tenant; null is the server's operator, or somebody else."""
     shared_with: list[str]
+    routing: Literal["none", "pending", "ready"]
+    """Whether prompts are routed to it; without exemplars it is reached by name only."""
 
 
 class Tensors(TypedDict):
@@ -129,6 +131,7 @@ def expert_answer(record: ExpertRecord, services: Services, by: Caller) -> Exper
         "visibility": record.access.visibility.value,
         "owner": record.access.owner if is_own else None,
         "shared_with": list(record.access.shared_with) if is_own else [],
+        "routing": services.library.routing(record).value,
     }
 
 

@@ -28,8 +28,8 @@ from store.errors import EngineDeadError, ExpertUnavailableError, InvalidRequest
 
 log = logging.getLogger(__name__)
 
-_FEATURE_STEP = 4
-"""Routing features may take this many times `step_tokens` between two steps: they pass a fraction of the layers."""
+_FEATURES_SHARE = 4
+"""Routing features get this part of `step_tokens` between two steps: a request must not wait for those of a library."""
 
 Command = Callable[[], None]
 
@@ -66,7 +66,7 @@ class Worker:
         self._chooser: ModeChooser | None = None
         if settings.mode is Mode.AUTO:
             self._chooser = ModeChooser(calibrate(model, kernels), settings.turn_steps)
-        self.features = FeatureQueue(model, outbox, _FEATURE_STEP * settings.step_tokens)
+        self.features = FeatureQueue(model, outbox, settings.step_tokens // _FEATURES_SHARE)
         self._held: set[Sequence] = set()
         """Sequences whose experts are pinned, or being waited for."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()

@@ -96,6 +96,7 @@ async def open_house(
 ) -> AsyncIterator[House]:
     """Start a server whose data is in `folder`."""
     engine = engine or DummyEngine()
+    settings = {"routing_wait": 60.0} | settings
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
     store = DiskStore(given.data_dir)
     ledger = DiskLedger(given.data_dir / "ledger")

@@ -72,6 +72,7 @@ async def test_upload(own: House) -> None:
         "visibility": "public",
         "owner": None,
         "shared_with": [],
+        "routing": "ready",
     }
 
 
@@ -182,6 +183,43 @@ async def test_unpublished_if_the_router_cannot_learn_it(own: House) -> None:
     assert own.registry.list() == []
     own.engine.features_failure = None
     assert (await own.upload(path)).status_code == 201
+
+
+async def test_live_by_name_before_the_router_has_learned_it(tmp_path: Path) -> None:
+    async with open_house(tmp_path, routing_wait=0.0) as house:
+        house.engine.featurize.clear()
+        answer = await house.upload(make_expert(tmp_path / "e", name="cron", exemplars=tuple(CRON)))
+        assert (answer.status_code, answer.json()["routing"]) == (201, "pending")
+        assert (await house.chat(model="cron")).headers["x-switchyard-mix"] == "cron=1"
+        replaced = await put(house, "cron", make_expert(tmp_path / "f", value=2, exemplars=tuple(FRENCH)))
+        assert (replaced.status_code, replaced.json()["routing"]) == (200, "pending")
+        gone = await house.upload(make_expert(tmp_path / "g", value=3, name="gone", exemplars=tuple(CRON)))
+        assert gone.status_code == 201
+        assert (await house.http.delete("/v1/experts/gone")).status_code == 200
+        house.engine.featurize.set()
+        while (await house.http.get("/v1/experts/cron")).json()["routing"] != "ready":
+            await asyncio.sleep(0.001)
+        assert (await house.chat(FRENCH[2], model="auto")).headers["x-switchyard-mix"] == "cron=1"
+        assert (await house.chat(CRON[2], model="auto")).headers["x-switchyard-mix"] == "base"
+        for task in list(house.app.state.services.library._teaching._behind.values()):
+            await task
+        routed = (await house.http.post("/v1/route", json={"prompt": CRON[2]})).json()["mix"]
+        assert routed == [], "what was deleted meanwhile is not learned"
+
+
+async def test_what_could_not_be_learned_behind_the_upload_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.library._RETRY_SECONDS", 0.0)
+    async with open_house(tmp_path, routing_wait=0.0) as house:
+        house.engine.features_failure = StoreError("no features today")
+        answer = await house.upload(make_expert(tmp_path / "e", name="cron", exemplars=tuple(CRON)))
+        assert (answer.status_code, answer.json()["routing"]) == (201, "pending")
+        await asyncio.sleep(0.05)
+        assert (await house.http.get("/v1/experts/cron")).json()["routing"] == "pending"
+        house.engine.features_failure = None
+        while (await house.http.get("/v1/experts/cron")).json()["routing"] != "ready":
+            await asyncio.sleep(0.01)
 
 
 async def put(own: House, at: str, path: Path, **fields: Any) -> httpx.Response:

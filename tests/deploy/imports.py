@@ -42,7 +42,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.chores": ("store.errors",),
     "server.prompts": ("server.engine.types", "store.errors"),
     "server.text": (),
+    "server.teaching": ("router.router", "store.errors", "store.record", "store.registry"),
     "server.library": (
+        "server.teaching",
         "server.engine.types",
         "store.access",
         "store.alias",
