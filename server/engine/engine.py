@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +23,7 @@ from server.engine.tokenizer import ModelTokenizer
 from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, Grammar
 from server.engine.worker import Worker
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
+from store.tiers import Tier
 
 _NOT_RUNNING = "the engine is not running; restart the server"
 
@@ -173,6 +174,10 @@ class TransformersEngine:
 
     async def drop_expert(self, digest: str) -> None:
         self._worker.post(lambda: self._worker.residency.drop(digest))
+
+    def holdings(self) -> Mapping[Tier, frozenset[str]]:
+        """Digests of the experts that are decoded, on the device and in host memory."""
+        return self._worker.holdings()
 
     def stats(self) -> EngineStats:
         return self._worker.stats

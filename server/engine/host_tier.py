@@ -47,6 +47,11 @@ class HostTier:
             used, count = self._used, len(self._entries)
         return self.meter.stats(used_bytes=used, limit_bytes=self.limit_bytes, experts=count)
 
+    def digests(self) -> frozenset[str]:
+        """Whose parcels are here."""
+        with self._lock:
+            return frozenset(self._entries)
+
     @contextmanager
     def reading(self, digest: str) -> Iterator[Parcel | None]:
         """Look an expert up and hold it, in one step; None if it is not here."""

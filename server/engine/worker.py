@@ -25,6 +25,7 @@ from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.types import EngineSettings, EngineStats, Mode
 from store.errors import EngineDeadError, ExpertUnavailableError, InvalidRequestError, SwitchyardError
+from store.tiers import Tier
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ Command = Callable[[], None]
 class Worker:
     """Everything that runs on the engine's thread, and the queue that leads there.
 
-    `post`, `alive` and `stats` may be used from any thread; all else belongs to the thread.
+    `post`, `alive`, `holdings` and `stats` may be used from any thread; all else belongs to the thread.
     """
 
     def __init__(
@@ -104,6 +105,10 @@ class Worker:
             if not self._closed_down:
                 self._commands.put(command)
             return not self._closed_down
+
+    def holdings(self) -> dict[Tier, frozenset[str]]:
+        """Digests of the experts that are decoded, by where. From any thread: copying a dict's keys is one step."""
+        return {Tier.DEVICE: frozenset(self.residency.experts), Tier.HOST: self._host.digests()}
 
     def _run(self) -> None:
         if self._settings.threads is not None:
