@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,33 @@ from server.api import (
     sharing,
     tokens,
     uploads,
+    usage,
 )
+from server.api.accounting import AuditMiddleware, LimitMiddleware
 from server.api.auth import AuthMiddleware
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.services import Services
+from server.audit import AuditLog
 from server.chores import Chore, do_all
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
 from server.library import Library
+from server.metering import Meter
 from server.metrics import Metrics
 from server.settings import Settings
 from store.backends.ledger import Ledger
+from store.errors import SwitchyardError
 from store.expert_header import ExpertHeader
 from store.keys import Keys
 from store.registry import Registry
+from store.tenants import Tenants
 from store.uploads import Uploads
 
 log = logging.getLogger(__name__)
+
+_USAGE_SECONDS = 5.0
+"""What a server that is killed has not saved of its tenants' usage."""
 
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": errors.ErrorAnswer, "description": "Any failure."} for status in ("4XX", "5XX")
@@ -69,10 +78,12 @@ def create_app(
     done. It stops the engine at the end.
 
     Args:
-        ledger: where API keys are.
+        ledger: where API keys, tenants' limits and usage are.
         quarantine: the store's folder for bytes that are not trusted yet.
         check: checks an uploaded expert file, where it can do no harm; see `Library`.
     """
+    api_keys, tenants = Keys(ledger), Tenants(ledger, settings.tenant_limits())
+    meter = Meter(ledger, api_keys, tenants)
     metrics = Metrics(engine.stats, registry.list, registry.tiers)
     limits = {"max_n": settings.max_n, "max_sequences": settings.max_sequences}
     services = Services(
@@ -86,12 +97,16 @@ def create_app(
             check,
             max_upload_bytes=settings.max_upload_bytes,
             patience=settings.routing_wait,
+            quota_of=tenants.quota,
         ),
         inbox=Inbox(_uploads_of(settings), quarantine),
-        generation=Generation(engine, registry, router, metrics, **limits),
+        generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge),
         metrics=metrics,
-        chores=_chores(settings, registry),
-        keys=Keys(ledger),
+        chores=[*_chores(settings, registry), Chore("saving usage", _USAGE_SECONDS, meter.settle)],
+        keys=api_keys,
+        tenants=tenants,
+        meter=meter,
+        audit=AuditLog(settings.data_dir / "audit.jsonl"),
         started=int(time.time()),
     )
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
@@ -117,6 +132,7 @@ def create_app(
         aliases,
         uploads,
         keys,
+        usage,
         route,
         ops,
     ):
@@ -132,7 +148,9 @@ def create_app(
 
     # The last one added is the first one a request meets.
     app.add_middleware(BodyLimitMiddleware, limit_of=body_limit)
+    app.add_middleware(LimitMiddleware, meter=meter)
     app.add_middleware(AuthMiddleware, settings=settings, keys=services.keys)
+    app.add_middleware(AuditMiddleware, audit=services.audit)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     return app
 
@@ -159,6 +177,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
         await services.engine.stop()
+        with suppress(SwitchyardError):
+            await services.meter.settle()
 
 
 async def _follow(services: Services) -> None:

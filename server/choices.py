@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server.engine.types import FinishReason, Likelihood, TokenEvent, TokenStream
@@ -57,6 +57,9 @@ class Answer:
     """A request at work: an async iterator of the pieces of all its choices, in the order in which they come.
 
     Close it, whatever happens: that is what frees the engine.
+
+    Args:
+        on_close: told how many tokens were spent, once.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Answer:
         choices: Sequence[tuple[TokenStream, ChoiceText]],
         metrics: Metrics,
         began: float,
+        on_close: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.routes = routes
         """The route of each prompt."""
@@ -75,6 +79,7 @@ class Answer:
         self.choices = len(choices)
         self._metrics = metrics
         self._began = began
+        self._on_close: Callable[[int], None] | None = on_close
         self._unfinished = len(choices)
         self._pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._streams = [stream for stream, _ in choices]
@@ -112,6 +117,9 @@ class Answer:
         await asyncio.gather(*self._pumps, return_exceptions=True)
         for stream in self._streams:  # a pump that was cancelled before it began has closed nothing
             await stream.aclose()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:  # once, with all that was spent, also on an answer that nobody waited for
+            on_close(self.completion_tokens)
 
     async def _pump(self, choice: int, stream: TokenStream, text: ChoiceText) -> None:
         previous: float | None = None

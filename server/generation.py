@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from router.decision import NO_EXPERTS, Decision
 from router.options import ANY
@@ -45,11 +46,25 @@ class GenerationRequest:
     """Begin each answer with its prompt."""
 
 
+class Charge(Protocol):
+    """Notes what a caller has spent."""
+
+    def __call__(self, caller: Caller, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> None: ...
+
+
 class Generation:
     """Turns requests into answers."""
 
     def __init__(
-        self, engine: Engine, registry: Registry, router: Router, metrics: Metrics, *, max_n: int, max_sequences: int
+        self,
+        engine: Engine,
+        registry: Registry,
+        router: Router,
+        metrics: Metrics,
+        *,
+        max_n: int,
+        max_sequences: int,
+        charge: Charge,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -57,6 +72,7 @@ class Generation:
         self._metrics = metrics
         self._max_n = max_n
         self._max_sequences = max_sequences
+        self._charge = charge
 
     async def start(self, request: GenerationRequest, by: Caller) -> Answer:
         """Route the request and queue it in the engine; the answer must be closed.
@@ -96,7 +112,16 @@ class Generation:
             for prompt, tokens in zip(request.prompts, prompts, strict=True)
             for _ in range(request.n)
         ]
-        return Answer(routes, sum(map(len, prompts)), list(zip(streams, texts, strict=True)), self._metrics, began)
+        tokens_in = sum(map(len, prompts))
+        self._charge(by, prompt_tokens=tokens_in)
+        return Answer(
+            routes,
+            tokens_in,
+            list(zip(streams, texts, strict=True)),
+            self._metrics,
+            began,
+            lambda spent: self._charge(by, completion_tokens=spent),
+        )
 
     async def check_model(self, model: str, by: Caller) -> None:
         """Whether a request may name the model.

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+from store.access import Caller
 from store.errors import ConflictError, ExpertFileError, NotFoundError, StorageFullError, SwitchyardError
 from store.intake import Received
 from store.upload import Upload
@@ -41,23 +42,28 @@ class Inbox:
         """What all open uploads may have together."""
         return self._uploads.max_bytes
 
-    async def create(self, filename: str, size: int, sha256: str | None) -> tuple[Upload, bool]:
+    async def create(self, filename: str, size: int, sha256: str | None, by: Caller) -> tuple[Upload, bool]:
         """See `Uploads.create`."""
-        return await asyncio.to_thread(self._uploads.create, filename, size, sha256)
+        return await asyncio.to_thread(self._uploads.create, filename, size, sha256, by.tenant)
 
-    async def get(self, upload_id: str) -> Upload:
-        """See `Uploads.get`."""
-        return await asyncio.to_thread(self._uploads.get, upload_id)
+    async def get(self, upload_id: str, by: Caller) -> Upload:
+        """The caller's upload of that id; see `Uploads.get`."""
+        upload = await asyncio.to_thread(self._uploads.get, upload_id)
+        if not _is_own(upload, by):
+            raise NotFoundError(f"there is no upload {upload_id[:64]!r}", param="upload", code="upload_not_found")
+        return upload
 
-    async def list(self) -> Sequence[Upload]:
-        """All open uploads, the oldest first."""
-        return await asyncio.to_thread(self._uploads.list)
+    async def list(self, by: Caller) -> Sequence[Upload]:
+        """The caller's open uploads, the oldest first."""
+        return [upload for upload in await asyncio.to_thread(self._uploads.list) if _is_own(upload, by)]
 
     def expires(self, upload: Upload) -> int:
         """When an upload is forgotten if nobody goes on with it, seconds since 1970."""
         return int(upload.touched + self._uploads.seconds)
 
-    async def receive(self, upload_id: str, offset: int, pieces: AsyncIterator[bytes], pour: Pour) -> Upload:
+    async def receive(
+        self, upload_id: str, offset: int, pieces: AsyncIterator[bytes], pour: Pour, by: Caller
+    ) -> Upload:
         """Append a piece. If another client still sends one, it is cut off: it is most likely this one's own, lost.
 
         Args:
@@ -66,6 +72,7 @@ class Inbox:
         Raises:
             NotFoundError, ConflictError, InvalidRequestError, StoreError: as `Uploads.begin`, `end`, `Appending.write`.
         """
+        await self.get(upload_id, by)
         await self._cut_off(upload_id)
         appending = await asyncio.to_thread(self._uploads.begin, upload_id, offset)
         stop, stopped = self._receiving[upload_id] = asyncio.Event(), asyncio.Event()
@@ -83,18 +90,20 @@ class Inbox:
                 stopped.set()
         return upload
 
-    async def delete(self, upload_id: str) -> None:
+    async def delete(self, upload_id: str, by: Caller) -> None:
         """Forget an upload, also one that is being received."""
+        await self.get(upload_id, by)
         await self._cut_off(upload_id)
         await asyncio.to_thread(self._uploads.delete, upload_id)
 
     @asynccontextmanager
-    async def taken(self, upload_id: str) -> AsyncIterator[Received]:
+    async def taken(self, upload_id: str, by: Caller) -> AsyncIterator[Received]:
         """A whole file, in quarantine. The upload is gone once it was used, and once it is known to be no use.
 
         Raises:
             NotFoundError, ConflictError, InvalidRequestError, StoreError: as `Uploads.take`.
         """
+        await self.get(upload_id, by)
         target = self._quarantine / f"upload-{secrets.token_hex(8)}"
         file = await asyncio.to_thread(self._uploads.take, upload_id, target)
         try:
@@ -130,6 +139,10 @@ class Inbox:
                 await asyncio.wait_for(stopped.wait(), _YIELD_SECONDS)
             except TimeoutError:
                 return  # the lock of the file will tell
+
+
+def _is_own(upload: Upload, by: Caller) -> bool:
+    return by.is_admin or (by.tenant is not None and upload.owner == by.tenant)
 
 
 async def _until(stop: asyncio.Event, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

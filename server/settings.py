@@ -12,6 +12,7 @@ from pydantic import ByteSize, Field, SecretStr, field_validator, model_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.engine.types import EngineSettings, Mode
+from store.tenants import Limits
 
 if TYPE_CHECKING:
     from router.router import RouterSettings
@@ -69,6 +70,19 @@ class Settings(BaseSettings):
     require_signature: bool = Field(
         False, description="Neither take nor serve experts that no trusted key has signed, whoever wrote to the store."
     )
+    tenant_requests_per_minute: int | None = Field(
+        None, ge=0, description="What a tenant may ask for, unless it has limits of its own; default: no limit."
+    )
+    tenant_tokens_per_minute: int | None = Field(
+        None, ge=0, description="Tokens of a tenant's prompts and answers, unless it has limits of its own."
+    )
+    tenant_max_experts: int | None = Field(
+        None, ge=0, description="Experts that a tenant may keep, unless it has limits of its own."
+    )
+    tenant_max_bytes: ByteSize | None = Field(
+        None, ge=0, description="Bytes of a tenant's expert files, unless it has limits of its own."
+    )
+
     max_upload_bytes: ByteSize = Field(
         ByteSize(2 << 30), gt=0, description="Largest upload of an expert, e.g. 500MB or 2GiB."
     )
@@ -192,6 +206,16 @@ class Settings(BaseSettings):
     def served_base_name(self) -> str:
         """What clients call the base."""
         return self.base_name or Path(self.base).name.removesuffix(".gguf")
+
+    def tenant_limits(self) -> Limits:
+        """Limits of tenants with none of their own."""
+        most = self.tenant_max_bytes
+        return Limits(
+            self.tenant_requests_per_minute,
+            self.tenant_tokens_per_minute,
+            self.tenant_max_experts,
+            None if most is None else int(most),
+        )
 
     def engine(self) -> EngineSettings:
         """The engine's part of the settings."""

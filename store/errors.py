@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class SwitchyardError(Exception):
     """Root of every error we raise on purpose. The message is written for the user and safe to show.
@@ -115,6 +117,17 @@ class TooLargeError(SwitchyardError):
     """The body exceeds a configured byte limit (413)."""
 
     code = "payload_too_large"
+
+
+class RateLimitError(SwitchyardError):
+    """The key or its tenant has spent what it may for now; `retry_after` says when to come again, in seconds (429)."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int = 1, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.headers = headers or {}
 
 
 class QueueFullError(SwitchyardError):

@@ -12,13 +12,12 @@ import hmac
 import json
 import re
 import secrets
-import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from store.access import Caller, Role
 from store.backends.ledger import Ledger
+from store.documents import Documents
 from store.errors import InvalidRequestError, NotFoundError, StoreError
 from store.expert_info import DIGEST_PATTERN, NAME_PATTERN
 from store.strict_json import FieldError, Fields, parse_json
@@ -68,18 +67,19 @@ class Keys:
     """The keys of a store. Thread-safe; sees at once what other servers and the command line change."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._reading = threading.Lock()
-        self._edition: int | None = None
-        self._known: Mapping[str, ApiKey] = {}
+        self._documents = Documents(ledger, KIND, _from_json)
 
     def __bool__(self) -> bool:
         """Whether there ever was one: a server whose last key is revoked must not open itself."""
-        return bool(self._all())
+        return bool(self._documents.all())
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """The key of that id, if there is one."""
+        return self._documents.all().get(key_id)
 
     def list(self) -> list[ApiKey]:
         """All keys, the oldest first, with those that were revoked."""
-        return sorted(self._all().values(), key=lambda key: (key.created, key.id))
+        return sorted(self._documents.all().values(), key=lambda key: (key.created, key.id))
 
     def create(
         self,
@@ -120,7 +120,7 @@ class Keys:
             key_id, _digest(token), tenant, roles, label, now, by, expires,
             requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute,
         )  # fmt: skip
-        if not self._ledger.put(KIND, key_id, _to_json(key), absent=True):
+        if not self._documents.put(key_id, _to_json(key), absent=True):
             raise StoreError("there is a key of that id already; try again")
         return key, token
 
@@ -130,29 +130,20 @@ class Keys:
         Raises:
             NotFoundError: there is none of that id.
         """
-        key = self._all().get(key_id)
+        key = self._documents.all().get(key_id)
         if key is None:
             raise NotFoundError(f"there is no key {key_id[:64]!r}", param="id", code="key_not_found")
         if key.revoked is None:
             key = replace(key, revoked=int(time.time()))
-            self._ledger.put(KIND, key_id, _to_json(key))
+            self._documents.put(key_id, _to_json(key))
         return key
 
     def find(self, token: str) -> ApiKey | None:
         """The live key, or None. Takes the same time whether id, secret or both are wrong."""
         match = _TOKEN.fullmatch(token)
-        key = self._all().get(match[1]) if match else None
+        key = self._documents.all().get(match[1]) if match else None
         same = hmac.compare_digest(_digest(token), _NOBODYS if key is None else key.digest)
         return key if key is not None and same and key.is_live(time.time()) else None
-
-    def _all(self) -> Mapping[str, ApiKey]:
-        edition = self._ledger.edition()
-        if edition == self._edition:
-            return self._known
-        with self._reading:
-            found = {name: _from_json(name, data) for name, data in self._ledger.documents(KIND).items()}
-            self._known, self._edition = found, edition
-        return found
 
 
 def _digest(token: str) -> str:

@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from store.errors import ConflictError, StoreError, TooLargeError
-from store.expert_info import DIGEST_PATTERN
+from store.expert_info import DIGEST_PATTERN, NAME_PATTERN
 from store.intake import receiving, write_all
 from store.strict_json import Fields, parse_json
 
@@ -35,6 +35,7 @@ class Upload:
         digest: hex sha256 of its bytes, once all are there.
         offset: bytes that are there.
         touched: when bytes last came, seconds since 1970.
+        owner: the tenant that sends it; None is the operator of the server.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Upload:
     digest: str | None = None
     offset: int = 0
     touched: int = 0
+    owner: str | None = None
 
     def to_json(self) -> str:
         """What is kept beside the bytes; the rest their file tells."""
@@ -71,6 +73,7 @@ def parse_upload(upload_id: str, data: bytes, file: os.stat_result) -> Upload:
         digest=digest("digest"),
         offset=file.st_size,
         touched=int(file.st_mtime),
+        owner=fields.text("owner", max_bytes=64, pattern=NAME_PATTERN) if fields.has("owner") else None,
     )
 
 

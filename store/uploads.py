@@ -56,8 +56,10 @@ class Uploads:
         self._hashes: dict[str, tuple[int, hashlib._Hash]] = {}
         """Of files whose bytes all came while this process ran: offset, and what was hashed up to there."""
 
-    def create(self, filename: str, size: int, sha256: str | None = None) -> tuple[Upload, bool]:
-        """Declare a file; an open upload of the same name, size and digest is gone on with.
+    def create(
+        self, filename: str, size: int, sha256: str | None = None, owner: str | None = None
+    ) -> tuple[Upload, bool]:
+        """Declare a file; an open upload of the same owner, name, size and digest is gone on with.
 
         Returns:
             The upload, and whether it is new.
@@ -80,12 +82,16 @@ class Uploads:
         with self._changing():
             self._expire()
             known = self.list()
-            same = (one for one in known if (one.filename, one.bytes, one.sha256) == (filename, size, sha256))
+            same = (
+                one
+                for one in known
+                if (one.owner, one.filename, one.bytes, one.sha256) == (owner, filename, size, sha256)
+            )
             if sha256 is not None and (found := next(same, None)) is not None:
                 return found, False
             self._check_room(known, size)
             now = int(time.time())
-            upload = Upload(f"upload_{secrets.token_hex(16)}", filename, size, sha256, now, touched=now)
+            upload = Upload(f"upload_{secrets.token_hex(16)}", filename, size, sha256, now, touched=now, owner=owner)
             self._part(upload.id).touch(0o600)
             self._declare(upload)
             return upload, True

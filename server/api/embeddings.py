@@ -74,6 +74,7 @@ async def create_embeddings(body: EmbeddingBody, services: ReadyServices, asker:
     vectors = await services.engine.embed(tokens)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     count = sum(map(len, tokens))
+    services.meter.charge(asker, prompt_tokens=count)
     return {
         "object": "list",
         "data": [

@@ -63,6 +63,7 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.ConflictError: 409,
     errors.TooLargeError: 413,
     errors.QueueFullError: 429,
+    errors.RateLimitError: 429,
     errors.ExpertUnavailableError: 503,
     errors.StoreError: 503,
     errors.StorageFullError: 507,

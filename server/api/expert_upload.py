@@ -109,7 +109,7 @@ async def _from_form(request: Request, services: Services, stack: AsyncExitStack
 
 async def _from_upload(request: Request, services: Services, stack: AsyncExitStack) -> ExpertUpload:
     body = await read_json(request, FromUpload)
-    file = await stack.enter_async_context(services.inbox.taken(body.upload))
+    file = await stack.enter_async_context(services.inbox.taken(body.upload, request.state.caller))
     if file.bytes > services.library.max_upload_bytes:
         raise TooLargeError(
             f"the file exceeds the limit of {services.library.max_upload_bytes} bytes for an expert", param="upload"

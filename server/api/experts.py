@@ -19,7 +19,7 @@ from server.api.expert_answers import (
     version_answer,
 )
 from server.api.expert_upload import PUBLICATION, REPLACEMENT, read_upload
-from server.api.services import AnyServices, Asker, ReadyServices
+from server.api.services import AnyServices, Asker, ReadyServices, Trail
 from server.api.wire import Text, Wire
 
 router = APIRouter(prefix="/v1/experts")
@@ -47,12 +47,14 @@ class Description(Wire):
     responses={200: {"model": Expert, "description": "It was there already."}, 201: {"model": Expert}},
     openapi_extra={"requestBody": PUBLICATION},
 )
-async def upload_expert(request: Request, services: ReadyServices, asker: Asker) -> JSONResponse:
+async def upload_expert(request: Request, services: ReadyServices, asker: Asker, trail: Trail) -> JSONResponse:
     """Publish an expert file. It is live when the answer comes; the same file again changes nothing."""
     async with read_upload(request, services) as upload:
+        trail |= {"target": upload.name or "", "digest": upload.file.digest}
         record, created = await services.library.publish(
             upload.file, name=upload.name, exemplars=upload.exemplars, by=asker, signature=upload.signature
         )
+    trail["target"] = record.name
     return JSONResponse(expert_answer(record, services, asker), 201 if created else 200)
 
 
@@ -82,9 +84,12 @@ async def get_expert(name: str, services: AnyServices, asker: Asker) -> ExpertDe
     responses={200: {"model": Expert}, 201: {"model": Expert, "description": "There was none of that name."}},
     openapi_extra={"requestBody": REPLACEMENT},
 )
-async def replace_expert(name: str, request: Request, services: ReadyServices, asker: Asker) -> JSONResponse:
+async def replace_expert(
+    name: str, request: Request, services: ReadyServices, asker: Asker, trail: Trail
+) -> JSONResponse:
     """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
     async with read_upload(request, services, named=True) as upload:
+        trail["digest"] = upload.file.digest
         record, changed = await services.library.publish(
             upload.file, name=name, exemplars=upload.exemplars, by=asker, replace=True, signature=upload.signature
         )

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.api.services import AnyServices, Asker
+from server.api.services import AnyServices, Asker, Trail
 from server.api.wire import Text, Wire
 from store.access import Role
 from store.keys import ApiKey
@@ -72,10 +72,11 @@ async def list_keys(services: AnyServices) -> KeyList:
 
 
 @router.post("", status_code=201)
-async def create_key(body: KeyBody, services: AnyServices, asker: Asker) -> NewKey:
+async def create_key(body: KeyBody, services: AnyServices, asker: Asker, trail: Trail) -> NewKey:
     """Make an API key. It works at once, on all servers of the store; this answer alone tells it."""
     given = body.model_dump() | {"roles": frozenset(body.roles)}
     key, token = await asyncio.to_thread(partial(services.keys.create, **given, by=asker.key))
+    trail |= {"target": key.id, "for": key.tenant or "", "roles": " ".join(sorted(key.roles)), "label": key.label}
     return {**_answer(key), "key": token}
 
 

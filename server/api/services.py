@@ -10,14 +10,17 @@ from fastapi import Depends, Request
 
 from router.router import Router
 from server.api.errors import NotReadyError
+from server.audit import AuditLog
 from server.chores import Chore
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
 from server.library import Library
+from server.metering import Meter
 from server.metrics import Metrics
 from store.access import Caller
 from store.keys import Keys
+from store.tenants import Tenants
 
 
 @dataclass
@@ -32,6 +35,9 @@ class Services:
     metrics: Metrics
     chores: Sequence[Chore]
     keys: Keys
+    tenants: Tenants
+    meter: Meter
+    audit: AuditLog
     started: int
     """Unix seconds."""
     ready: bool = False
@@ -60,6 +66,11 @@ async def _asker(request: Request) -> Caller:
     return caller
 
 
+async def _trail(request: Request) -> dict[str, str]:
+    trail: dict[str, str] = request.state.trail
+    return trail
+
+
 AnyServices = Annotated[Services, Depends(_services)]
 """The services, whatever state they are in."""
 
@@ -68,3 +79,6 @@ ReadyServices = Annotated[Services, Depends(_ready_services)]
 
 Asker = Annotated[Caller, Depends(_asker)]
 """Who asks, as `server.api.auth` has found out."""
+
+Trail = Annotated[dict[str, str], Depends(_trail)]
+"""What the audit log is to tell of a change: `target`, where the path does not say it, and more."""

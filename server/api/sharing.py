@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from server.api.expert_answers import Expert, expert_answer
-from server.api.services import Asker, ReadyServices
+from server.api.services import Asker, ReadyServices, Trail
 from server.api.wire import Text, Wire
 from store.access import MAX_SHARED, AccessChange, Visibility
 
@@ -26,7 +26,8 @@ class AccessBody(Wire):
 
 
 @router.put("/{name}/access")
-async def set_access(name: str, body: AccessBody, services: ReadyServices, asker: Asker) -> Expert:
+async def set_access(name: str, body: AccessBody, services: ReadyServices, asker: Asker, trail: Trail) -> Expert:
     """Say who may use an expert. Its owner may make it private; to let others have it takes an administrator."""
+    trail |= {"visibility": body.visibility.value, "shared_with": " ".join(body.shared_with)[:500]}
     change = AccessChange(body.visibility, tuple(body.shared_with), body.owner, "owner" in body.model_fields_set)
     return expert_answer(await services.library.set_access(name, change, asker), services, asker)

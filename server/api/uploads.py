@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from server.api.bodies import read_json
 from server.api.forms import pour
-from server.api.services import AnyServices, Services
+from server.api.services import AnyServices, Asker, Services
 from server.api.wire import Text, Wire
 from store.errors import InvalidRequestError
 from store.upload import Upload
@@ -64,22 +64,22 @@ class UploadList(TypedDict):
     responses={200: {"model": UploadAnswer, "description": "It was begun before."}, 201: {"model": UploadAnswer}},
     openapi_extra={"requestBody": {"content": {"application/json": {"schema": UploadBody.model_json_schema()}}}},
 )
-async def create_upload(request: Request, services: AnyServices) -> JSONResponse:
+async def create_upload(request: Request, services: AnyServices, asker: Asker) -> JSONResponse:
     """Declare a file that will be sent in pieces, by a JSON body or by the headers of the tus protocol."""
     _check_version(request)
     if "upload-length" in request.headers:
         given = _from_headers(request)
     else:
         given = await read_json(request, UploadBody)
-    upload, created = await services.inbox.create(given.filename, given.bytes, given.sha256)
+    upload, created = await services.inbox.create(given.filename, given.bytes, given.sha256, asker)
     headers = _headers(upload, services) | {"Location": f"{router.prefix}/{upload.id}"}
     return JSONResponse(_answer(upload, services), 201 if created else 200, headers)
 
 
 @router.get("")
-async def list_uploads(services: AnyServices) -> UploadList:
+async def list_uploads(services: AnyServices, asker: Asker) -> UploadList:
     """Open uploads."""
-    return {"object": "list", "data": [_answer(upload, services) for upload in await services.inbox.list()]}
+    return {"object": "list", "data": [_answer(upload, services) for upload in await services.inbox.list(asker)]}
 
 
 @router.options("", status_code=204)
@@ -90,16 +90,16 @@ async def upload_options(services: AnyServices) -> Response:
 
 
 @router.get("/{upload_id}")
-async def get_upload(upload_id: str, services: AnyServices) -> UploadAnswer:
+async def get_upload(upload_id: str, services: AnyServices, asker: Asker) -> UploadAnswer:
     """One upload, and how much of it is there."""
-    return _answer(await services.inbox.get(upload_id), services)
+    return _answer(await services.inbox.get(upload_id, asker), services)
 
 
 @router.head("/{upload_id}")
-async def get_upload_offset(upload_id: str, request: Request, services: AnyServices) -> Response:
+async def get_upload_offset(upload_id: str, request: Request, services: AnyServices, asker: Asker) -> Response:
     """How much of an upload is there, in the header `Upload-Offset`."""
     _check_version(request)
-    upload = await services.inbox.get(upload_id)
+    upload = await services.inbox.get(upload_id, asker)
     return Response(headers=_headers(upload, services) | {"Cache-Control": "no-store"})
 
 
@@ -112,21 +112,22 @@ async def append_to_upload(
     upload_id: str,
     request: Request,
     services: AnyServices,
+    asker: Asker,
     upload_offset: Annotated[int, Header(ge=0, le=2**53)],
 ) -> Response:
     """Send the next piece of an upload, which begins at `Upload-Offset`; what has arrived stays, come what may."""
     _check_version(request)
     if request.headers.get("content-type") != _PIECE:
         raise HTTPException(415, f"send the piece as {_PIECE}")
-    upload = await services.inbox.receive(upload_id, upload_offset, request.stream(), pour)
+    upload = await services.inbox.receive(upload_id, upload_offset, request.stream(), pour, asker)
     return Response(status_code=204, headers=_headers(upload, services))
 
 
 @router.delete("/{upload_id}", status_code=204)
-async def delete_upload(upload_id: str, request: Request, services: AnyServices) -> Response:
+async def delete_upload(upload_id: str, request: Request, services: AnyServices, asker: Asker) -> Response:
     """Forget an upload and its bytes."""
     _check_version(request)
-    await services.inbox.delete(upload_id)
+    await services.inbox.delete(upload_id, asker)
     return Response(status_code=204, headers={"Tus-Resumable": _VERSION})
 
 

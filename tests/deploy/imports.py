@@ -36,8 +36,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.mix",
         "store.tiers",
     ),
+    "server.audit": (),
+    "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
-    "server.settings": ("server.engine.types", "router"),
+    "server.settings": ("server.engine.types", "router", "store.tenants"),
     "server.metrics": ("server.engine.types", "store.errors", "store.record", "store.tiers"),
     "server.chores": ("store.errors",),
     "server.prompts": ("server.engine.types", "store.errors"),
@@ -57,7 +59,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.registry",
         "store.trust",
     ),
-    "server.inbox": ("store.errors", "store.intake", "store.upload", "store.uploads"),
+    "server.inbox": ("store.access", "store.errors", "store.intake", "store.upload", "store.uploads"),
     "server.choices": ("server.engine.types", "server.metrics", "server.text", "store.mix"),
     "server.generation": (
         "server.choices",
@@ -96,6 +98,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.record",
         "store.signature",
         "store.upload",
+        "server.audit",
+        "server.metering",
+        "store.ownership",
+        "store.tenants",
     ),
     "server.app": (
         "server.api",
@@ -112,6 +118,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.keys",
         "store.registry",
         "store.uploads",
+        "server.audit",
+        "server.metering",
+        "store.errors",
+        "store.tenants",
     ),
     # Puts everything together.
     "server.assembly": (
