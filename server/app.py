@@ -43,6 +43,7 @@ from server.inbox import Inbox
 from server.library import Library
 from server.metering import Meter
 from server.metrics import Metrics
+from server.mirrors import mirroring
 from server.settings import Settings
 from store.backends.ledger import Ledger
 from store.errors import SwitchyardError
@@ -86,23 +87,28 @@ def create_app(
     meter = Meter(ledger, api_keys, tenants)
     metrics = Metrics(engine.stats, registry.list, registry.tiers)
     limits = {"max_n": settings.max_n, "max_sequences": settings.max_sequences}
+    library = Library(
+        registry,
+        router,
+        engine,
+        quarantine,
+        check,
+        max_upload_bytes=settings.max_upload_bytes,
+        patience=settings.routing_wait,
+        quota_of=tenants.quota,
+    )
     services = Services(
         engine=engine,
         router=router,
-        library=Library(
-            registry,
-            router,
-            engine,
-            quarantine,
-            check,
-            max_upload_bytes=settings.max_upload_bytes,
-            patience=settings.routing_wait,
-            quota_of=tenants.quota,
-        ),
+        library=library,
         inbox=Inbox(_uploads_of(settings), quarantine),
         generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge),
         metrics=metrics,
-        chores=[*_chores(settings, registry), Chore("saving usage", _USAGE_SECONDS, meter.settle)],
+        chores=[
+            *_upkeep(settings, registry),
+            Chore("saving usage", _USAGE_SECONDS, meter.settle),
+            *mirroring(settings, library),
+        ],
         keys=api_keys,
         tenants=tenants,
         meter=meter,
@@ -191,7 +197,7 @@ async def _follow(services: Services) -> None:
     await asyncio.gather(services.library.follow(), do_all(services.chores))
 
 
-def _chores(settings: Settings, registry: Registry) -> list[Chore]:
+def _upkeep(settings: Settings, registry: Registry) -> list[Chore]:
     async def collect() -> None:
         due = [idle for idle in await asyncio.to_thread(registry.collect_garbage, settings.gc_grace) if idle.is_due]
         if due:

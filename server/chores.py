@@ -42,6 +42,8 @@ async def _do(chore: Chore) -> None:
             if error.message != said:  # once, not at every turn
                 log.warning("%s must wait: %s", chore.name, error.message)
             said = error.message
-        except Exception:
-            log.exception("%s failed", chore.name)
+        except Exception as error:  # a bug of ours: the other chores go on
+            if repr(error) != said:
+                log.exception("%s failed", chore.name)
+            said = repr(error)
         await asyncio.sleep(chore.seconds)

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
         False, description="Listen beyond loopback while there is no API key: anyone may do anything."
     )
 
+    watch: Path | None = Field(
+        None, description="A folder whose expert files (*.safetensors) are served as they appear, change and vanish."
+    )
     trusted_keys: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(),
         description="Whose signatures count: OpenSSH ed25519 public keys or files of them, separated by commas.",
