@@ -15,6 +15,7 @@ from server import __version__
 from server.cli_files import files, metadata_of
 from server.cli_keys import key_verbs
 from server.cli_options import with_settings
+from server.cli_plan import plan_verb
 from server.cli_store import store_verbs
 from server.client import Client
 from server.settings import Settings
@@ -198,6 +199,7 @@ def chat(
     converse(Client(server, api_key), out, model, system, temperature=temperature, max_tokens=max_tokens)
 
 
+app.command("plan")(plan_verb)
 app.add_typer(store_verbs, name="store")
 app.add_typer(key_verbs, name="keys")
 

@@ -13,7 +13,7 @@ from server.engine.kernels import PackedDelta
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of so many bytes: a cache line, and what vector loads like."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Words that are summed up at once: bounds the memory that checking takes."""
 
 Checksum = tuple[int, int]
@@ -118,7 +118,8 @@ def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, PackedDelta]]) ->
 
 
 def checksum(buffer: torch.Tensor) -> Checksum:
-    """Two sums modulo 2⁶⁴ over the buffer's 64-bit words: plain, and weighted by odd numbers that grow with the place.
+    """Two sums modulo 2⁶⁴ over the buffer's 64-bit words: plain, and weighted by odd numbers that differ from place to
+    place within a chunk, and from chunk to chunk.
 
     No flip of a single bit leaves either unchanged. Integers are added exactly whatever the order, so that host and
     device agree; and both add at the speed of their memory, which a cryptographic hash on the host would not: this is
@@ -128,13 +129,15 @@ def checksum(buffer: torch.Tensor) -> Checksum:
         buffer: `[bytes]` uint8, a multiple of 8 of them.
     """
     words = buffer.view(torch.int64)
+    odd = torch.arange(min(_CHUNK, len(words)), device=buffer.device).mul_(2).add_(1)
+    products = torch.empty_like(odd)
     plain = torch.zeros((), dtype=torch.int64, device=buffer.device)
     weighted = torch.zeros_like(plain)
-    for start in range(0, len(words), _CHUNK):
+    for index, start in enumerate(range(0, len(words), _CHUNK)):
         part = words[start : start + _CHUNK]
-        places = torch.arange(start, start + len(part), device=buffer.device).mul_(2).add_(1)
         plain += part.sum()
-        weighted += places.mul_(part).sum()
+        own = torch.mul(part, odd[: len(part)], out=products[: len(part)])
+        weighted += own.sum() * (2 * index + 1)
     return int(plain), int(weighted)
 
 
