@@ -94,6 +94,7 @@ async def page_seconds(registry: Registry) -> float:
     settings = Settings.model_validate({"base": "base", "host": "127.0.0.1"})
     engine = Mock()
     engine.base.name = "base"
+    engine.tokenizer.chat_template = ""
     ledger = Mock(documents=Mock(return_value={}))
     app = create_app(
         settings, engine=engine, registry=registry, ledger=ledger, router=Mock(), quarantine=Path(), check=Mock()

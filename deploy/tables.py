@@ -35,6 +35,7 @@ ROOMS = (
     "server/api",
     "server/engine",
     "server/engine/kernels",
+    "server/tools",
     "store",
     "store/codecs",
     "store/backends",
@@ -127,7 +128,13 @@ def routes() -> list[tuple[str, str, str]]:
     """Every route of the HTTP API: method, path, meaning."""
     settings = Settings.model_validate({"base": "base", "host": "127.0.0.1"})
     app = create_app(
-        settings, engine=Mock(), registry=Mock(), ledger=Mock(), router=Mock(), quarantine=Path(), check=Mock()
+        settings,
+        engine=Mock(**{"tokenizer.chat_template": ""}),
+        registry=Mock(),
+        ledger=Mock(),
+        router=Mock(),
+        quarantine=Path(),
+        check=Mock(),
     )
     paths: dict[str, dict[str, dict[str, str]]] = app.openapi()["paths"]
     return [

@@ -109,6 +109,7 @@ def create_app(
             Chore("saving usage", _USAGE_SECONDS, meter.settle),
             *mirroring(settings, library),
         ],
+        tool_format=settings.tool_format(engine.tokenizer.chat_template),
         keys=api_keys,
         tenants=tenants,
         meter=meter,

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from router.decision import NO_EXPERTS, Decision
@@ -44,6 +45,8 @@ class GenerationRequest:
     n: int = 1
     echo: bool = False
     """Begin each answer with its prompt."""
+    show_special: bool = False
+    """Leave special tokens in the text of answers: some models mark calls of tools with them."""
 
 
 class Charge(Protocol):
@@ -105,7 +108,7 @@ class Generation:
         tokenizer = self._engine.tokenizer
         texts = [
             ChoiceText(
-                IncrementalDecoder(tokenizer.decode, tokens),
+                IncrementalDecoder(partial(tokenizer.decode, special=request.show_special), tokens),
                 StopMatcher(request.stop),
                 prompt.echo(tokenizer) if request.echo else "",
             )

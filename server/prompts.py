@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.engine.types import Message, Tokenizer
 from store.errors import InvalidRequestError
@@ -38,6 +39,7 @@ class ChatPrompt:
     """A conversation; routing looks at its last user message."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def param(self) -> str:
@@ -45,15 +47,16 @@ class ChatPrompt:
 
     @property
     def characters(self) -> int:
-        return sum(len(message["content"]) for message in self.messages)
+        return sum(len(message["content"]) for message in self.messages) + len(str(self.tools))
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
-        return tokenizer.encode_chat(self.messages)
+        return tokenizer.encode_chat(self.messages, self.tools)
 
     def question(self, _: Tokenizer) -> str:
         for message in reversed(self.messages):
             if message["role"] == "user":
-                return message["content"]
+                text: str = message["content"]
+                return text
         raise InvalidRequestError("routing needs a message from the user", param="messages")
 
     def echo(self, tokenizer: Tokenizer) -> str:

@@ -12,6 +12,7 @@ from pydantic import ByteSize, Field, SecretStr, field_validator, model_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.engine.types import EngineSettings, Mode
+from server.tools.use import ToolFormat, format_of, knows_tools
 from store.tenants import Limits
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ class Settings(BaseSettings):
     kernels: str = Field(
         EngineSettings.kernels, description="What computes mixed mode: auto (the fastest that runs here) or by name."
     )
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
+        "auto", description="How the base writes calls of tools: auto (by its chat template), by name, or none."
+    )
     max_batch: int = Field(EngineSettings.max_batch, ge=1, description="Most sequences in one step.")
     max_queue: int = Field(
         EngineSettings.max_queue, ge=1, description="Most requests waiting or running before the server answers 429."
@@ -219,6 +223,12 @@ class Settings(BaseSettings):
             self.tenant_max_experts,
             None if most is None else int(most),
         )
+
+    def tool_format(self, template: str) -> ToolFormat | None:
+        """How a base with this chat template writes calls of tools; None if it cannot call any."""
+        if self.tool_parser == "auto":
+            return format_of(template)
+        return ToolFormat(self.tool_parser) if self.tool_parser != "none" and knows_tools(template) else None
 
     def engine(self) -> EngineSettings:
         """The engine's part of the settings."""

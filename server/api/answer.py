@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -18,6 +18,7 @@ from server.api.services import Services
 from server.api.streaming import EventStream, until_disconnect
 from server.choices import Answer, Choice, Delta, Route
 from server.engine.types import Likelihood, Tokenizer
+from server.generation import GenerationRequest
 
 MIX_HEADER = "x-switchyard-mix"
 _HEADER_MIXES = 8
@@ -87,11 +88,11 @@ class Format(ABC):
         """What a choice begins with when streamed, if anything."""
 
     @abstractmethod
-    def piece(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Json:
-        """A piece of a choice."""
+    def pieces(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Iterable[Json]:
+        """What more of a choice's text makes certain."""
 
     @abstractmethod
-    def closing(self, index: int, finish: str) -> Json:
+    def closing(self, index: int, finish: str) -> Iterable[Json]:
         """What a choice ends with when streamed."""
 
 
@@ -111,9 +112,9 @@ class Chunks:
             if opening := self._style.opening(delta.choice):
                 yield self._chunk(opening)
         if delta.text or delta.likelihoods:
-            yield self._chunk(self._style.piece(delta.choice, delta.text, delta.likelihoods))
+            yield from map(self._chunk, self._style.pieces(delta.choice, delta.text, delta.likelihoods))
         if delta.finish is not None:
-            yield self._chunk(self._style.closing(delta.choice, delta.finish))
+            yield from map(self._chunk, self._style.closing(delta.choice, delta.finish))
 
     def last(self) -> Iterator[Json]:
         """What follows the last choice."""
@@ -125,10 +126,11 @@ class Chunks:
         return envelope | {"usage": None} if self._include_usage else envelope
 
 
-async def respond(request: Request, services: Services, body: GenerateBody, form: type[Format]) -> Response:
-    """Generate what the body asks for and write it in the form; a client that goes away stops it."""
-    style = form(body.model, services.fingerprint, services.engine.tokenizer)
-    answer = await services.generation.start(body.to_request(), request.state.caller)
+async def respond(
+    request: Request, services: Services, body: GenerateBody, wanted: GenerationRequest, style: Format
+) -> Response:
+    """Generate what is wanted and write it in a form; a client that goes away stops it."""
+    answer = await services.generation.start(wanted, request.state.caller)
     headers = {MIX_HEADER: mix_header(answer.routes)}
     try:
         if body.stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -58,11 +58,11 @@ class CompletionFormat(Format):
     def opening(self, _: int) -> None:
         return None
 
-    def piece(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Json:
-        return _text(index, text) | {"logprobs": self._logprobs(index, likelihoods)}
+    def pieces(self, index: int, text: str, likelihoods: Sequence[Likelihood]) -> Iterable[Json]:
+        yield _text(index, text) | {"logprobs": self._logprobs(index, likelihoods)}
 
-    def closing(self, index: int, finish: str) -> Json:
-        return _text(index, "", finish)
+    def closing(self, index: int, finish: str) -> Iterable[Json]:
+        yield _text(index, "", finish)
 
     def _logprobs(self, index: int, likelihoods: Sequence[Likelihood]) -> TextLogprobs | None:
         return self._writers[index].write(likelihoods) if likelihoods else None
@@ -75,4 +75,5 @@ def _text(index: int, text: str, finish: str | None = None) -> Json:
 @router.post("/v1/completions", responses=answer_docs(Completion), response_class=Response)
 async def create_completion(request: Request, body: CompletionBody, services: ReadyServices) -> Response:
     """Continue each prompt; with `stream`, as server-sent events."""
-    return await respond(request, services, body, CompletionFormat)
+    style = CompletionFormat(body.model, services.fingerprint, services.engine.tokenizer)
+    return await respond(request, services, body, body.to_request(), style)

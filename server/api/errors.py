@@ -154,6 +154,8 @@ def _validation_body(error: RequestValidationError) -> ErrorAnswer:
         message = f"the body is not valid JSON: {context['error']} at character {fault['loc'][-1]}"
         return error_body(message, 400, code="invalid_json")
     param = context.get("param") or _param(fault["loc"], error.body)
+    if param is not None and param.startswith("."):  # of an object somewhere inside
+        param = f"{_param(fault['loc'], error.body)}{param}"
     if param is None:
         message = "the body must be a JSON object, sent as application/json"
         return error_body(message, 400, code="invalid_value")

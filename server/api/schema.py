@@ -4,52 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from server.api.messages import ChatMessage, shape_of_text
 from server.api.sampling import SamplingFields
+from server.api.tools import ToolFields
 from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, fault
-from server.engine.types import Message, SamplingParams
+from server.engine.types import SamplingParams
 from server.generation import GenerationRequest
 from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from server.tools.use import ToolUse
 
 MAX_EXPERTS = 16
 MAX_WEIGHT = 10.0
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
-
-
-class TextPart(Wire):
-    """A part of a message; text is the only kind that this server knows."""
-
-    type: Literal["text"]
-    text: Text
-
-
-def _shape_of_text(value: object) -> str:
-    return "parts" if isinstance(value, list) else "text"
-
-
-class ChatMessage(Wire):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_shape_of_text)
-    ]
-    # Clients send an assistant's message back as they got it, with these empty.
-    name: Annotated[None, OnlyNeutral()] = None
-    refusal: Annotated[None, OnlyNeutral()] = None
-    annotations: Annotated[None, OnlyNeutral([])] = None
-    audio: Annotated[None, OnlyNeutral()] = None
-    function_call: Annotated[None, OnlyNeutral()] = None
-    tool_calls: Annotated[None, OnlyNeutral([])] = None
-
-    def to_engine(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        # Chat templates of open models know "system"; "developer" is OpenAI's newer word for it.
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(Wire):
@@ -80,7 +51,7 @@ class GenerateBody(SamplingFields, ABC):
     n: int | None = Field(1, ge=1)
     stop: Annotated[
         Annotated[Stop | None, Tag("text")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("parts")],
-        Discriminator(_shape_of_text),
+        Discriminator(shape_of_text),
     ] = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -132,7 +103,7 @@ class GenerateBody(SamplingFields, ABC):
         )
 
 
-class ChatBody(GenerateBody):
+class ChatBody(GenerateBody, ToolFields):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -141,19 +112,14 @@ class ChatBody(GenerateBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="And the likeliest in its place.")
 
     audio: Annotated[None, OnlyNeutral()] = None
-    function_call: Annotated[None, OnlyNeutral("none")] = None
-    functions: Annotated[None, OnlyNeutral([])] = None
     metadata: Annotated[None, OnlyNeutral({})] = None
     modalities: Annotated[None, OnlyNeutral(["text"])] = None
-    parallel_tool_calls: Annotated[None, OnlyNeutral(True)] = None
     prediction: Annotated[None, OnlyNeutral()] = None
     prompt_cache_key: Annotated[None, OnlyNeutral()] = None
     reasoning_effort: Annotated[None, OnlyNeutral()] = None
     safety_identifier: Annotated[None, OnlyNeutral()] = None
     service_tier: Annotated[None, OnlyNeutral("auto", "default")] = None
     store: Annotated[None, OnlyNeutral(False)] = None
-    tool_choice: Annotated[None, OnlyNeutral("none", "auto")] = None
-    tools: Annotated[None, OnlyNeutral([])] = None
     verbosity: Annotated[None, OnlyNeutral("medium")] = None
     web_search_options: Annotated[None, OnlyNeutral()] = None
 
@@ -161,6 +127,12 @@ class ChatBody(GenerateBody):
     def _check_max_tokens(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise fault("max_tokens", "not the same as max_completion_tokens: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_one_form(self) -> Self:
+        if self.tools and self.tool_choice != "none" and self.to_grammar() is not None:
+            raise fault("response_format", "not together with tools that may be called: give one of them")
         return self
 
     @model_validator(mode="after")
@@ -177,8 +149,14 @@ class ChatBody(GenerateBody):
     def told_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def to_request(self) -> GenerationRequest:
-        return self._request(ChatPrompt(tuple(message.to_engine() for message in self.messages)))
+    def to_request(self, tools: ToolUse | None = None) -> GenerationRequest:
+        messages = tuple(message.to_engine() for message in self.messages)
+        if tools is None:
+            return self._request(ChatPrompt(messages))
+        request = self._request(ChatPrompt(messages, tuple(tools.template_tools)))
+        if (grammar := tools.grammar()) is not None:
+            request = replace(request, sampling=replace(request.sampling, grammar=grammar))
+        return replace(request, show_special=True)
 
 
 def _shape_of_prompt(value: object) -> str:

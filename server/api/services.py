@@ -18,6 +18,7 @@ from server.inbox import Inbox
 from server.library import Library
 from server.metering import Meter
 from server.metrics import Metrics
+from server.tools.use import ToolFormat
 from store.access import Caller
 from store.keys import Keys
 from store.tenants import Tenants
@@ -34,6 +35,8 @@ class Services:
     generation: Generation
     metrics: Metrics
     chores: Sequence[Chore]
+    tool_format: ToolFormat | None
+    """How the base writes calls of tools; None if it cannot."""
     keys: Keys
     tenants: Tenants
     meter: Meter

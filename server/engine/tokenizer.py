@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from llguidance import LLTokenizer
@@ -52,11 +53,20 @@ class ModelTokenizer:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def chat_template(self) -> str:
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return template or ""
+
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         if self._tokenizer.chat_template is None:
             raise ChatTemplateError("this base has no chat template; use /v1/completions", param="messages")
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tools=[dict(tool) for tool in tools] or None, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, ValueError, TypeError) as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}", param="messages") from error
         # The template has written every special token itself.
@@ -65,6 +75,6 @@ class ModelTokenizer:
     def token_bytes(self, token: int) -> bytes:
         return self._spelling.bytes_of(token)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return str(text)

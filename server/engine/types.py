@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ from store.manifest import BaseManifest
 from store.mix import BASE_MIX, Mix
 from store.tiers import Tier, TierStats
 
-Message = dict[str, str]
-"""One chat turn: `{"role": ..., "content": ...}`."""
+Message = dict[str, Any]
+"""One chat turn as chat templates take it: `{"role": ..., "content": TEXT}`, and what belongs to calls of tools."""
 
 
 class FinishReason(StrEnum):
@@ -240,8 +240,16 @@ class Tokenizer(Protocol):
         """Token ids of raw text; `special` adds what the model puts around plain text, if anything (e.g. BOS)."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def chat_template(self) -> str:
+        """The chat template, the one for tools where there are several; empty where there is none."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's turn.
+
+        Args:
+            tools: what the model may call, as OpenAI's clients define it.
 
         Raises:
             ChatTemplateError: the model has no chat template, or the template refuses the messages.
@@ -252,8 +260,8 @@ class Tokenizer(Protocol):
         """What one token stands for in UTF-8, be it half a character; the name of a special token."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; an incomplete UTF-8 sequence ends in U+FFFD."""
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids, special tokens left out unless asked for; an incomplete UTF-8 sequence ends in U+FFFD."""
         ...
 
 

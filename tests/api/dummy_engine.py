@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,14 +55,18 @@ class DummyTokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    chat_template = ""
+
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         turns = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return self.encode("".join(turns) + "assistant: ")
+        said = [f"{json.dumps(tool)}\n" for tool in tools]
+        calls = [f"{json.dumps(message['tool_calls'])}\n" for message in messages if "tool_calls" in message]
+        return self.encode("".join(said + calls + turns) + "assistant: ")
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < SPECIAL else b"<special>"
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         return bytes(token for token in tokens if token < SPECIAL).decode(errors="replace")
 
 

@@ -79,7 +79,7 @@ async def test_the_api_describes_itself(house: House) -> None:
             assert "422" not in operation["responses"], path
             assert operation["responses"]["4XX"]["content"]["application/json"]["schema"]
     upload = document["paths"]["/v1/experts"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert upload["properties"].keys() == {"file", "exemplars", "name"}
+    assert upload["properties"].keys() == {"file", "exemplars", "name", "signature"}
     assert (await house.http.get("/docs")).status_code == 404
 
 

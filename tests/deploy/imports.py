@@ -36,10 +36,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.mix",
         "store.tiers",
     ),
+    "server.tools": ("server.engine.types", "server.tools"),
     "server.audit": (),
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
-    "server.settings": ("server.engine.types", "router", "store.tenants"),
+    "server.settings": ("server.engine.types", "server.tools", "router", "store.tenants"),
     "server.metrics": ("server.engine.types", "store.errors", "store.record", "store.tiers"),
     "server.chores": ("store.errors",),
     "server.mirror": (
@@ -120,6 +121,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.metering",
         "store.ownership",
         "store.tenants",
+        "server.tools",
     ),
     "server.app": (
         "server.api",

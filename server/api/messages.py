@@ -1,0 +1,77 @@
+"""The turns of a conversation, as clients send them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.api.tools import ToolCall
+from server.api.wire import OnlyNeutral, Text, Wire, fault
+from server.engine.types import Message
+
+
+class TextPart(Wire):
+    """A part of a message; text is the only kind that this server knows."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def shape_of_text(value: object) -> str:
+    """Which branch of a union of text and list a value belongs to."""
+    return "parts" if isinstance(value, list) else "text"
+
+
+class ChatMessage(Wire):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Annotated[Text | None, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(shape_of_text)
+    ] = None
+    tool_calls: list[ToolCall] | None = Field(None, description="What the assistant has called.")
+    tool_call_id: Text | None = Field(None, description="Which call a message of the role `tool` answers.")
+    name: Text | None = Field(None, description="Of the tool, in a message of the role `tool`.")
+    # Clients send an assistant's message back as they got it, with these empty.
+    refusal: Annotated[None, OnlyNeutral()] = None
+    annotations: Annotated[None, OnlyNeutral([])] = None
+    audio: Annotated[None, OnlyNeutral()] = None
+    function_call: Annotated[None, OnlyNeutral()] = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise fault(".tool_calls", "belongs to the role assistant")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise fault(".tool_call_id", "belongs to the role tool, which needs it")
+        if self.name is not None and self.role != "tool":
+            raise PydanticCustomError("unsupported_parameter", "not supported", {"param": ".name"})
+        if self.content is None and not self.tool_calls:
+            if "content" in self.model_fields_set:
+                raise fault(".content", "must be text, or a list of text parts")
+            raise PydanticCustomError("missing", "missing", {"param": ".content"})
+        for i, call in enumerate(self.tool_calls or ()):
+            try:
+                is_object = isinstance(json.loads(call.function.arguments or "{}"), dict)
+            except ValueError:
+                is_object = False
+            if not is_object:
+                raise fault(f".tool_calls[{i}].function.arguments", "must be a JSON object, as text")
+        return self
+
+    def to_engine(self) -> Message:
+        """As chat templates take it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        # Chat templates of open models know "system"; "developer" is OpenAI's newer word for it.
+        message: Message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_engine() for call in self.tool_calls]
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+            if self.name is not None:
+                message["name"] = self.name
+        return message
