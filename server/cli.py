@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server import __version__
-from server.cli_files import files, metadata_of
+from server.cli_files import bytes_of, files, metadata_of
 from server.cli_keys import key_verbs
 from server.cli_options import with_settings
 from server.cli_plan import plan_verb
@@ -75,6 +75,30 @@ def push(
     record, created = push_file(Client(server, api_key), err, file, name=name, exemplars=exemplars, replace=replace)
     state = "is live" if created or replace else "was there already"
     out.print(f"[bold]{escape(record['id'])}[/] {state} ({record['bytes']:,} bytes, digest {record['digest'][:12]})")
+
+
+@app.command()
+def pull(
+    url: Annotated[str, typer.Argument(help="An expert file, or where some lie: hf://org/repo, s3://bucket/experts.")],
+    allow: Annotated[
+        str, typer.Option(envvar="SWITCHYARD_HUB_ALLOW", help="Prefixes that may be read below, separated by commas.")
+    ] = "",
+    name: Annotated[str | None, typer.Option(help="Name to serve it under; default: the name in the file.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what the name points to.")] = False,
+    max_size: Annotated[str, typer.Option(help="Where a download is broken off.")] = "2GiB",
+    seconds: Annotated[float, typer.Option(min=1.0, help="After which it is given up.")] = 3600.0,
+    server: Server = LOCAL,
+    api_key: ApiKey = None,
+) -> None:
+    """Download expert files from a bucket or a repository, check them, and push them to a running server."""
+    from server.pulling import pull as run
+
+    allowed = [prefix.strip() for prefix in allow.split(",") if prefix.strip()]
+    client, most = Client(server, api_key), bytes_of(max_size)
+    pushed = run(client, err, url, allowed, name=name, replace=replace, max_bytes=most, seconds=seconds)
+    for record, _ in pushed:
+        size, digest = record["bytes"], record["digest"][:12]
+        out.print(f"[bold]{escape(record['id'])}[/] is live ({size:,} bytes, digest {digest})")
 
 
 @app.command("list")

@@ -78,7 +78,7 @@ def compress(
     densities = _tensor_densities(tensor_density or [])
     compress_with_progress(
         out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
-        max_kl=max_kl, bits_per_param=bits_per_param, max_size=_bytes(max_size) if max_size else None, rank=rank,
+        max_kl=max_kl, bits_per_param=bits_per_param, max_size=bytes_of(max_size) if max_size else None, rank=rank,
         strength=strength, tensor_density=densities, name=name, description=description,
         card=card_of(author, license, tag, parent, meta),
     )  # fmt: skip
@@ -198,7 +198,12 @@ def _tensor_densities(given: list[str]) -> dict[str, float]:
     return densities
 
 
-def _bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
+    """A size such as 500KB.
+
+    Raises:
+        SwitchyardError: it is none.
+    """
     try:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:

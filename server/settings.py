@@ -67,6 +67,18 @@ class Settings(BaseSettings):
     watch: Path | None = Field(
         None, description="A folder whose expert files (*.safetensors) are served as they appear, change and vanish."
     )
+    sources: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="Buckets and repositories whose expert files are served, separated by commas: hf://org/repo, "
+        "s3://bucket/experts.",
+    )
+    hub_allow: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="Prefixes that SOURCES and `switchyard pull` may read below, separated by commas: hf://org, "
+        "s3://bucket.",
+    )
+    sources_seconds: float = Field(300.0, ge=1, le=86400, description="Pause between two looks at SOURCES.")
+    download_seconds: float = Field(600.0, ge=1, le=86400, description="What a download out of SOURCES may take.")
     trusted_keys: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(),
         description="Whose signatures count: OpenSSH ed25519 public keys or files of them, separated by commas.",
@@ -179,9 +191,9 @@ class Settings(BaseSettings):
     )
     router_max_exemplars: int = Field(512, ge=1, description="Exemplars beyond, evenly spread, are left out.")
 
-    @field_validator("trusted_keys", mode="before")
+    @field_validator("trusted_keys", "sources", "hub_allow", mode="before")
     @classmethod
-    def _split_trusted(cls, value: object) -> object:
+    def _split_list(cls, value: object) -> object:
         if isinstance(value, str):
             return frozenset(key.strip() for key in value.split(",") if key.strip())
         return value

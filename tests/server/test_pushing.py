@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from rich.console import Console
 
 from server import pushing
 from server.client import Client, ServerError, UnreachableError
 from server.pushing import push_file, upload_file
-from tests.api.house import CRON, make_expert, open_house
+from tests.api.house import CRON, make_expert
+from tests.server.live import live_server
 
 DATA = random.Random(1).randbytes(3 << 20)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server on a real port, around the dummy engine; a thread's own."""
-    url: list[str] = []
-    ready, end = threading.Event(), threading.Event()
-
-    async def run() -> None:
-        async with open_house(tmp_path_factory.mktemp("server")) as house:
-            listening = uvicorn.Server(uvicorn.Config(house.app, port=0, lifespan="off", log_config=None))
-            serving = asyncio.create_task(listening.serve())
-            while not listening.started:
-                await asyncio.sleep(0.01)
-            url.append(f"http://127.0.0.1:{listening.servers[0].sockets[0].getsockname()[1]}")
-            ready.set()
-            await asyncio.to_thread(end.wait)
-            listening.should_exit = True
-            await serving
-
-    thread = threading.Thread(target=asyncio.run, args=[run()])
-    thread.start()
-    assert ready.wait(30)
-    yield url[0]
-    end.set()
-    thread.join()
+    with live_server(tmp_path_factory.mktemp("server")) as url:
+        yield url
 
 
 class Shaky(Client):
