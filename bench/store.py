@@ -97,7 +97,14 @@ async def page_seconds(registry: Registry) -> float:
     engine.tokenizer.chat_template = ""
     ledger = Mock(documents=Mock(return_value={}))
     app = create_app(
-        settings, engine=engine, registry=registry, ledger=ledger, router=Mock(), quarantine=Path(), check=Mock()
+        settings,
+        engine=engine,
+        registry=registry,
+        ledger=ledger,
+        router=Mock(),
+        quarantine=Path(),
+        check=Mock(),
+        base_folder=Path(),
     )
     runs = []
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:

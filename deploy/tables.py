@@ -36,6 +36,7 @@ ROOMS = (
     "server/engine",
     "server/engine/kernels",
     "server/tools",
+    "server/jobs",
     "store",
     "store/codecs",
     "store/backends",
@@ -135,6 +136,7 @@ def routes() -> list[tuple[str, str, str]]:
         router=Mock(),
         quarantine=Path(),
         check=Mock(),
+        base_folder=Path(),
     )
     paths: dict[str, dict[str, dict[str, str]]] = app.openapi()["paths"]
     return [

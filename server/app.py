@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from server.api import (
     embeddings,
     errors,
     experts,
+    jobs,
     keys,
     models,
     ops,
@@ -40,6 +43,8 @@ from server.chores import Chore, do_all
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
+from server.jobs.book import JobBook
+from server.jobs.jobs import JobLimits, Jobs
 from server.library import Library
 from server.metering import Meter
 from server.metrics import Metrics
@@ -72,6 +77,7 @@ def create_app(
     router: Router,
     quarantine: Path,
     check: Callable[[Path], ExpertHeader],
+    base_folder: Path,
 ) -> FastAPI:
     """The HTTP application over a loaded engine.
 
@@ -82,6 +88,7 @@ def create_app(
         ledger: where API keys, tenants' limits and usage are.
         quarantine: the store's folder for bytes that are not trusted yet.
         check: checks an uploaded expert file, where it can do no harm; see `Library`.
+        base_folder: the base's checkpoint, for jobs.
     """
     api_keys, tenants = Keys(ledger), Tenants(ledger, settings.tenant_limits())
     meter = Meter(ledger, api_keys, tenants)
@@ -97,11 +104,13 @@ def create_app(
         patience=settings.routing_wait,
         quota_of=tenants.quota,
     )
+    book = JobBook(settings.data_dir / "jobs", settings.max_jobs)
     services = Services(
         engine=engine,
         router=router,
         library=library,
-        inbox=Inbox(_uploads_of(settings), quarantine),
+        inbox=Inbox(_uploads_of(settings, book), quarantine),
+        jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
         generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge),
         metrics=metrics,
         chores=[
@@ -138,6 +147,7 @@ def create_app(
         sharing,
         aliases,
         uploads,
+        jobs,
         keys,
         usage,
         route,
@@ -162,12 +172,22 @@ def create_app(
     return app
 
 
-def _uploads_of(settings: Settings) -> Uploads:
+def _job_limits(settings: Settings, engine: Engine) -> JobLimits:
+    parameters = sum(math.prod(shape) for shape in engine.base.manifest.tensors.values())
+    return JobLimits(
+        memory=settings.job_memory or (4 << 30) + 16 * parameters,
+        file_bytes=settings.upload_bytes,
+        seconds=int(3600 * settings.job_hours),
+    )
+
+
+def _uploads_of(settings: Settings, book: JobBook) -> Uploads:
     return Uploads(
         settings.data_dir / "uploads",
         max_bytes=settings.upload_bytes,
         max_open=settings.max_uploads,
         seconds=3600 * settings.upload_hours,
+        beside=book.input_bytes,
     )
 
 
@@ -175,7 +195,7 @@ def _uploads_of(settings: Settings) -> Uploads:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     await services.engine.start()
-    working = [asyncio.create_task(work) for work in (_follow(services), services.inbox.tidy())]
+    working = [asyncio.create_task(work) for work in (_follow(services), services.inbox.tidy(), services.jobs.run())]
     try:
         yield
     finally:

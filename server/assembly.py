@@ -92,6 +92,7 @@ def assembled(settings: Settings, out: Console, *, preload: Path | None = None) 
             router=_router(settings, engine),
             quarantine=store.quarantine(),
             check=validator.check,
+            base_folder=folder,
         )
         out.print(
             f"[bold]{escape(base.name)}[/] on {base.device} in {base.dtype}: fingerprint "

@@ -7,10 +7,18 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from store.access import Caller
-from store.errors import ConflictError, ExpertFileError, NotFoundError, StorageFullError, SwitchyardError
+from store.errors import (
+    ConflictError,
+    ExpertFileError,
+    InvalidRequestError,
+    NotFoundError,
+    StorageFullError,
+    SwitchyardError,
+)
 from store.intake import Received
 from store.upload import Upload
 from store.uploads import Uploads
@@ -20,6 +28,8 @@ log = logging.getLogger(__name__)
 _TIDY_SECONDS = 60.0
 _YIELD_SECONDS = 5.0
 
+Put = Callable[[Path], int]
+"""Puts a file somewhere and tells its bytes."""
 Pour = Callable[[AsyncIterator[bytes], Callable[[bytearray], object]], Awaitable[None]]
 
 
@@ -115,6 +125,34 @@ class Inbox:
             await self._forget(upload_id)
         finally:
             file.discard()
+
+    @asynccontextmanager
+    async def gathered(self, upload_ids: Sequence[str], by: Caller) -> AsyncIterator[dict[str, Put]]:
+        """Whole files by their names, for who works on them all; the uploads are gone once that was begun.
+
+        Raises:
+            NotFoundError: one of them is not there (any more), or somebody else's.
+            ConflictError: one of them is not whole yet.
+            InvalidRequestError: two of them have one name.
+        """
+        files: dict[str, Put] = {}
+        for upload_id in upload_ids:
+            upload = await self.get(upload_id, by)
+            if upload.digest is None:
+                raise ConflictError(
+                    f"{upload.filename} has {upload.offset} of {upload.bytes} bytes: send the rest first",
+                    param="uploads",
+                    code="upload_incomplete",
+                )
+            if upload.filename in files:
+                raise InvalidRequestError(f"{upload.filename} is there twice", param="uploads")
+            files[upload.filename] = partial(self._put, upload_id)
+        yield files
+        for upload_id in upload_ids:
+            await self._forget(upload_id)
+
+    def _put(self, upload_id: str, target: Path) -> int:
+        return self._uploads.take(upload_id, target).bytes
 
     async def tidy(self) -> None:
         """Forget expired uploads, now and then, until cancelled."""

@@ -109,6 +109,11 @@ class Settings(BaseSettings):
     upload_hours: float = Field(
         24.0, gt=0, le=8760, description="How long a resumable upload is kept after its last byte."
     )
+    max_jobs: int = Field(8, ge=1, description="Most fine-tunes that wait to be compressed, or are being so.")
+    job_memory: ByteSize | None = Field(
+        None, gt=0, description="Memory of a job's process; default: 4GiB and 16 bytes per parameter of the base."
+    )
+    job_hours: float = Field(6.0, gt=0, le=720, description="How long a job may take.")
     max_body_bytes: ByteSize = Field(ByteSize(8 << 20), gt=0, description="Largest body of every other request.")
     max_n: int = Field(16, ge=1, description="Largest `n` of one request.")
     max_sequences: int = Field(128, ge=1, description="Most answers one request may ask for: prompts × n.")

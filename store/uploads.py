@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,13 +46,23 @@ class Uploads:
         max_bytes: what all of them may declare together.
         max_open: how many there may be.
         seconds: how long one is kept after its last byte.
+        beside: bytes that count as well, such as those of files that were taken and are still being worked on.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, max_open: int, seconds: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int,
+        max_open: int,
+        seconds: float,
+        beside: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.max_bytes = max_bytes
         self.seconds = seconds
         self._folder = folder
         self._max_open = max_open
+        self._beside = beside
         self._hashes: dict[str, tuple[int, hashlib._Hash]] = {}
         """Of files whose bytes all came while this process ran: offset, and what was hashed up to there."""
 
@@ -202,7 +212,7 @@ class Uploads:
                 path.unlink(missing_ok=True)
 
     def _check_room(self, known: Sequence[Upload], size: int) -> None:
-        declared = sum(upload.bytes for upload in known)
+        declared = self._beside() + sum(upload.bytes for upload in known)
         if len(known) >= self._max_open:
             raise QueueFullError(
                 f"{len(known)} uploads are open, and no more may be: use or delete one", retry_after=_RETRY_SECONDS

@@ -15,6 +15,7 @@ from server.chores import Chore
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
+from server.jobs.jobs import Jobs
 from server.library import Library
 from server.metering import Meter
 from server.metrics import Metrics
@@ -32,6 +33,7 @@ class Services:
     router: Router
     library: Library
     inbox: Inbox
+    jobs: Jobs
     generation: Generation
     metrics: Metrics
     chores: Sequence[Chore]

@@ -91,18 +91,20 @@ async def open_house(
     *,
     engine: DummyEngine | None = None,
     check: Callable[[Path], ExpertHeader] | None = None,
+    base_folder: Path | None = None,
     wait: bool = True,
     **settings: Any,
 ) -> AsyncIterator[House]:
     """Start a server whose data is in `folder`."""
     engine = engine or DummyEngine()
+    manifest = engine.base.manifest
     settings = {"routing_wait": 60.0} | settings
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
     store = DiskStore(given.data_dir)
     ledger = DiskLedger(given.data_dir / "ledger")
     trust = Trust(trusted_keys(given.trusted_keys), required=given.require_signature)
-    registry = Registry(store, MANIFEST, frozenset({BASE, "auto"}), trust)
-    router = Router(engine.features, FeatureCache(folder / "cache", MANIFEST.fingerprint, 0), given.router())
+    registry = Registry(store, manifest, frozenset({BASE, "auto"}), trust)
+    router = Router(engine.features, FeatureCache(folder / "cache", manifest.fingerprint, 0), given.router())
     app = create_app(
         given,
         engine=engine,
@@ -110,7 +112,8 @@ async def open_house(
         ledger=ledger,
         router=router,
         quarantine=store.quarantine(),
-        check=check or (lambda path: validate(path, MANIFEST)),
+        check=check or (lambda path: validate(path, manifest)),
+        base_folder=base_folder or folder / "base",
     )
     transport = httpx.ASGITransport(app)
     async with (

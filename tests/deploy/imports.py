@@ -90,6 +90,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.registry",
         "store.trust",
     ),
+    "server.jobs": ("server.jobs", "server.library", "store"),
     "server.inbox": ("store.access", "store.errors", "store.intake", "store.upload", "store.uploads"),
     "server.choices": ("server.engine.types", "server.metrics", "server.text", "store.mix"),
     "server.generation": (
@@ -114,6 +115,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.engine.types",
         "server.generation",
         "server.inbox",
+        "server.jobs",
         "server.library",
         "server.metrics",
         "server.prompts",
@@ -141,6 +143,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.engine.types",
         "server.generation",
         "server.inbox",
+        "server.jobs",
         "server.library",
         "server.metrics",
         "server.mirrors",

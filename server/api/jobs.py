@@ -1,0 +1,167 @@
+"""`/v1/jobs`: raw fine-tunes, checkpoints and adapters, become experts in the background."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Response
+from fastapi.responses import StreamingResponse
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from server.api.errors import ErrorDetail
+from server.api.services import Asker, ReadyServices, Services
+from server.api.wire import Text, Wire
+from server.jobs.inputs import inputs_of
+from server.jobs.job import Job, JobRequest
+from store.access import Caller
+from store.errors import InvalidRequestError
+
+router = APIRouter(prefix="/v1/jobs")
+
+_MAX_FILES = 256
+
+
+class JobBody(Wire):
+    """The body of `POST /v1/jobs`: which uploads make up the fine-tune, and how it is compressed."""
+
+    uploads: list[Text] = Field(
+        min_length=1,
+        max_length=_MAX_FILES,
+        description="Ids of complete uploads: a checkpoint's safetensors files, with their index if there are several; "
+        "or adapter_config.json and adapter_model.safetensors. They are used up.",
+    )
+    name: Text | None = Field(None, max_length=64, description='What to call it; default: "expert-" and its digest.')
+    replace: bool = Field(False, description="Replace what the name points to.")
+    description: Text = Field("", max_length=2000, description="One line for people.")
+    exemplars: list[Text] | None = Field(
+        None, min_length=1, max_length=1024, description="Prompts the expert is for; they calibrate it, and route."
+    )
+    codec: Text = Field("t-switch", description="The method, as `switchyard compress --codec`.")
+    density: float | None = Field(None, gt=0, le=1, description="Of t-switch and compeft; default: 0.05.")
+    rank: Annotated[int, Field(ge=1, le=65536)] | None = Field(
+        None, description="Of low-rank; default: 8, of an adapter its own factors as they are."
+    )
+    strength: float | None = Field(None, gt=0, le=1000, description="Of compeft; default: 1.")
+    knob: Text | None = Field(None, description="How scales are chosen: calibrated, l1 or rms.")
+    bits_per_param: float | None = Field(None, gt=0, le=16, description="What flex-switch may spend; default: 0.04.")
+    max_size: Annotated[int, Field(ge=1)] | None = Field(None, description="The same as bytes of the file.")
+    max_kl: float | None = Field(None, gt=0, description="Fail where the expert ends further from its fine-tune.")
+
+    def options(self) -> dict[str, Any]:
+        """What `store.convert.compress` is given."""
+        settings = self.model_dump(exclude={"uploads", "replace"}, exclude_none=True)
+        return settings
+
+
+class JobProgress(TypedDict):
+    """How far a running job is."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class JobExpert(TypedDict):
+    """What was published."""
+
+    id: str
+    digest: str
+
+
+class JobAnswer(TypedDict):
+    """A job."""
+
+    id: str
+    object: Literal["job"]
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    name: str | None
+    bytes: int
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    progress: JobProgress | None
+    expert: JobExpert | None
+    report: dict[str, Any] | None
+    """What compressing cost and kept: see `switchyard compress`."""
+    error: ErrorDetail | None
+
+
+class JobList(TypedDict):
+    """Jobs, the latest first."""
+
+    object: Literal["list"]
+    data: list[JobAnswer]
+
+
+@router.post("", status_code=202)
+async def create_job(body: JobBody, response: Response, services: ReadyServices, asker: Asker) -> JobAnswer:
+    """Compress uploaded files into an expert and publish it, in the background."""
+    request = JobRequest(name=body.name, replace=body.replace, options=body.options())
+    if body.replace and body.name is None:
+        raise InvalidRequestError("say which expert is to be replaced", param="name")
+    async with services.inbox.gathered(body.uploads, asker) as files:
+        job = await services.jobs.submit(request, asker, inputs_of(files))
+    response.headers["Location"] = f"{router.prefix}/{job.id}"
+    return _answer(job)
+
+
+@router.get("")
+async def list_jobs(services: ReadyServices, asker: Asker) -> JobList:
+    """Jobs, the latest first; ended ones are remembered for a while."""
+    return {"object": "list", "data": [_answer(job) for job in await services.jobs.list(asker)]}
+
+
+@router.get("/{job_id}")
+async def get_job(job_id: str, services: ReadyServices, asker: Asker) -> JobAnswer:
+    """One job, and how far it is."""
+    return _answer(await services.jobs.get(job_id, asker))
+
+
+@router.get("/{job_id}/events", response_class=Response)
+async def watch_job(job_id: str, services: ReadyServices, asker: Asker) -> StreamingResponse:
+    """The job as server-sent events, whenever it has changed, until it has ended."""
+    await services.jobs.get(job_id, asker)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(job_id, services, asker), media_type="text/event-stream", headers=headers)
+
+
+@router.delete("/{job_id}", status_code=202)
+async def cancel_job(job_id: str, services: ReadyServices, asker: Asker) -> JobAnswer:
+    """End a job that waits or runs; it is `cancelled` a moment later."""
+    return _answer(await services.jobs.cancel(job_id, asker))
+
+
+async def _events(job_id: str, services: Services, asker: Caller) -> AsyncIterator[str]:
+    async for job in services.jobs.watch(job_id, asker):
+        yield f"data: {json.dumps(_answer(job), ensure_ascii=False)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _answer(job: Job) -> JobAnswer:
+    progress, error = job.progress, job.error
+    return {
+        "id": job.id,
+        "object": "job",
+        "status": job.state.value,
+        "name": job.request.name,
+        "bytes": job.bytes,
+        "created_at": job.created,
+        "started_at": job.started,
+        "finished_at": job.finished,
+        "progress": None
+        if progress is None
+        else {"stage": progress.stage, "done": progress.done, "total": progress.total},
+        "expert": None if job.expert is None else {"id": job.expert["id"], "digest": job.expert["digest"]},
+        "report": None if job.report is None else dict(job.report),
+        "error": None
+        if error is None
+        else {
+            "message": error["message"] or "",
+            "type": "job_error",
+            "param": error["param"],
+            "code": error["code"],
+        },
+    }

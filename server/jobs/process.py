@@ -1,0 +1,101 @@
+"""The process of one job: `python -m server.jobs.process`. Limited, nice, and gone with the server.
+
+The first line of its input is the task; the end of its input is the server's. It writes one JSON object a line: how far
+it is, and at last a report or an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+_TOLD_SECONDS = 0.1
+_NICENESS = 10
+_SERVED = (".json", ".model", ".jinja", ".txt")
+"""Files of the base that a model is run with, besides its weights."""
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_the_server, daemon=True).start()
+    os.nice(_NICENESS)
+    for limit, value in ((resource.RLIMIT_DATA, task["memory"]), (resource.RLIMIT_FSIZE, task["file_bytes"])):
+        resource.setrlimit(limit, (value, value))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (task["cpu_seconds"], task["cpu_seconds"] + 5))
+    _say(work(task))
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """Compress what lies in the input folder; a report, or an error."""
+    from store.convert import compress
+    from store.errors import SwitchyardError
+
+    base, tuned, out = Path(task["base"]), Path(task["input"]), Path(task["out"])
+    told = 0.0
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > _TOLD_SECONDS or done == 0:
+            told = time.monotonic()
+            _say({"stage": stage, "done": done, "total": total})
+
+    try:
+        if not (tuned / "adapter_config.json").is_file():
+            _furnish(tuned, base)
+        report = compress(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **task["options"])
+    except SwitchyardError as error:
+        return {"error": {"message": error.message, "param": error.param, "code": error.code}}
+    except MemoryError:
+        return _out_of_memory()
+    except RuntimeError as error:  # torch's way to say so
+        if "allocate memory" in str(error) or "not enough memory" in str(error):
+            return _out_of_memory()
+        raise
+    return {"report": figures(report)}
+
+
+def figures(report: Any) -> dict[str, Any]:
+    """A report as JSON has it: the numbers, without what is known per tensor."""
+    given = dataclasses.asdict(report)
+    calibration, learned = given.pop("calibration"), given.pop("learned")
+    if calibration is not None:
+        given["kl"] = calibration["kl"]
+    if learned is not None:
+        held_out = learned["held_out_kl"]
+        given |= {"kl": learned["kl"], "kl_held_out": held_out if held_out == held_out else None}
+    return given
+
+
+def _furnish(tuned: Path, base: Path) -> None:
+    """Give a checkpoint the base's configuration and tokenizer: it is served with them, and its own are not trusted."""
+    for file in base.iterdir():
+        if file.suffix in _SERVED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, tuned / file.name)
+
+
+def _out_of_memory() -> dict[str, Any]:
+    return {"error": {"message": "it needs more memory than jobs may have (job_memory)", "param": None,
+                      "code": "job_memory_exceeded"}}  # fmt: skip
+
+
+def _leave_with_the_server() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _say(what: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

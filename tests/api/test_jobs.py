@@ -1,0 +1,244 @@
+"""Raw fine-tunes become experts behind the request; whatever happens to a job happens to it alone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from server.jobs import book, jobs
+from store.convert import compress
+from store.fingerprint import manifest_of
+from tests.api.dummy_engine import DummyEngine
+from tests.api.house import House, error, make_expert, open_house
+from tests.api.test_uploads import PIECE
+from tests.tiny import save_base, save_tuned
+
+pytestmark = pytest.mark.anyio
+
+STATES = {"queued", "running", "succeeded", "failed", "cancelled"}
+
+
+async def upload(house: House, filename: str, data: bytes) -> str:
+    body = {"filename": filename, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    at = (await house.http.post("/v1/uploads", json=body)).headers["location"]
+    assert (await house.http.patch(at, content=data, headers=PIECE | {"upload-offset": "0"})).status_code == 204
+    return at.rpartition("/")[2]
+
+
+async def begin(house: House, word: str = "fine", **body: Any) -> str:
+    """A job of the strange process."""
+    expert = make_expert(house.folder / "made", value=3, description=word).read_bytes()
+    given = {"uploads": [await upload(house, "model.safetensors", expert)], "description": word, **body}
+    answer = await house.http.post("/v1/jobs", json=given)
+    assert answer.status_code == 202, answer.text
+    assert answer.headers["location"] == f"/v1/jobs/{answer.json()['id']}"
+    return answer.headers["location"]
+
+
+async def ended(house: House, at: str) -> dict[str, Any]:
+    async with asyncio.timeout(60):
+        while True:
+            job: dict[str, Any] = (await house.http.get(at)).json()
+            assert job["status"] in STATES
+            if job["status"] not in ("queued", "running"):
+                return job
+            await asyncio.sleep(0.02)
+
+
+async def until(house: House, at: str, status: str) -> None:
+    async with asyncio.timeout(60):
+        while (await house.http.get(at)).json()["status"] != status:
+            await asyncio.sleep(0.01)
+
+
+async def cleared(house: House, at: str) -> None:
+    """Wait until nothing but the job itself is left on disk."""
+    folder = house.folder / "data" / "jobs" / at.rpartition("/")[2]
+    async with asyncio.timeout(10):
+        while [path.name for path in folder.iterdir()] != ["job.json"]:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    """A server whose jobs are run by `tests.server.strange_job`."""
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setattr(jobs, "_MODULE", "tests.server.strange_job")
+    async with open_house(tmp_path, max_jobs=2) as house:
+        yield house
+        assert house.quarantined == []
+        assert (await house.http.get("/v1/uploads")).json()["data"] == []
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("models") / "base", "qwen2")
+
+
+async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
+    """The whole way, with real processes: two shards with exemplars, then a folder that is no fine-tune."""
+    tuned = save_tuned(base, tmp_path / "tuned")
+    tensors = load_file(tuned / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: tensors[name] for name in own}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, own in parts.items() for name in own}}
+    engine = DummyEngine()
+    engine.base = dataclasses.replace(engine.base, manifest=manifest_of(base, None))
+    async with open_house(tmp_path, engine=engine, base_folder=base) as house:
+        uploads = [await upload(house, file, (tmp_path / file).read_bytes()) for file in parts]
+        uploads.append(await upload(house, "model.safetensors.index.json", json.dumps(index).encode()))
+        uploads.append(await upload(house, "config.json", b"{}"))
+        prompts = ["a river", "a house", "a tree"]
+        body = {"uploads": uploads, "name": "tuned", "exemplars": prompts, "density": 0.2, "description": "raw"}
+        answer = await house.http.post("/v1/jobs", json=body)
+        assert answer.status_code == 202, answer.text
+        at = answer.headers["location"]
+        events = (await house.http.get(f"{at}/events")).text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        seen = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+        job = seen[-1]
+        assert job["status"] == "succeeded", job["error"]
+        assert any(job["progress"] and job["progress"]["total"] for job in seen)
+        here = compress(base, tuned, tmp_path / "here", density=0.2, exemplars=prompts)
+        assert job["report"]["relative_error"] == pytest.approx(here.relative_error, rel=1e-3)
+        assert here.calibration is not None
+        assert job["report"]["kl"] == pytest.approx(here.calibration.kl, rel=0.05)
+        assert job["report"]["codec"] == "t-switch"
+        record = house.registry.get("tuned")
+        assert job["expert"] == {"id": "tuned", "digest": record.digest}
+        assert (record.description, record.exemplar_count) == ("raw", 3)
+        assert (await house.chat(model="tuned")).headers["x-switchyard-mix"] == "tuned=1"
+        await cleared(house, at)
+
+        save_file({"other": tensors[names[0]]}, tmp_path / "other")
+        uploads = [await upload(house, "model.safetensors", (tmp_path / "other").read_bytes())]
+        other = (await house.http.post("/v1/jobs", json={"uploads": uploads})).headers["location"]
+        job = await ended(house, other)
+        assert job["status"] == "failed"
+        assert job["error"]["code"] == "invalid_checkpoint"
+        assert "no full fine-tune" in job["error"]["message"]
+        listed = (await house.http.get("/v1/jobs")).json()["data"]
+        assert [one["status"] for one in listed] == ["failed", "succeeded"]
+
+
+@pytest.mark.parametrize(
+    ("word", "code"), [("killed", "job_killed"), ("silent", "job_failed"), ("memory", "job_memory_exceeded")]
+)
+async def test_what_kills_a_job_kills_nothing_else(strange: House, word: str, code: str) -> None:
+    at = await begin(strange, word)
+    job = await ended(strange, at)
+    assert (job["status"], job["error"]["code"]) == ("failed", code)
+    await cleared(strange, at)
+    job = await ended(strange, await begin(strange, name="next"))
+    assert (job["status"], job["expert"]["id"]) == ("succeeded", "next")
+
+
+async def test_one_at_a_time_and_not_too_many(strange: House) -> None:
+    first = await begin(strange, "sleep")
+    await until(strange, first, "running")
+    second = await begin(strange)
+    refused = await upload(strange, "model.safetensors", b"more")
+    answer = await strange.http.post("/v1/jobs", json={"uploads": [refused]})
+    assert error(answer, 429)
+    assert int(answer.headers["retry-after"]) > 0
+    assert (await strange.http.get(f"/v1/uploads/{refused}")).status_code == 200, "it was not used up"
+    await strange.http.delete(f"/v1/uploads/{refused}")
+    assert (await strange.http.get(second)).json()["status"] == "queued"
+    assert (await strange.http.delete(first)).status_code == 202
+    assert (await ended(strange, first))["status"] == "cancelled"
+    assert (await ended(strange, second))["status"] == "succeeded"
+    assert error(await strange.http.delete(first), 409)["code"] == "job_ended"
+    await cleared(strange, first)
+
+
+async def test_a_waiting_job_can_be_cancelled(strange: House) -> None:
+    first, second = await begin(strange, "sleep"), await begin(strange)
+    await strange.http.delete(second)
+    await strange.http.delete(first)
+    assert (await ended(strange, second))["status"] == "cancelled"
+    assert strange.registry.list() == []
+
+
+async def test_a_taken_name_fails_the_job(strange: House) -> None:
+    assert (await ended(strange, await begin(strange, "one", name="x")))["status"] == "succeeded"
+    job = await ended(strange, await begin(strange, "two", name="x"))
+    assert (job["status"], job["error"]["code"]) == ("failed", "name_taken")
+    job = await ended(strange, await begin(strange, "two", name="x", replace=True))
+    assert job["status"] == "succeeded"
+    assert len(strange.registry.get("x").versions) == 2
+
+
+async def test_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_MODULE", "tests.server.strange_job")
+    async with open_house(tmp_path, job_hours=1 / 3600) as house:
+        job = await ended(house, await begin(house, "sleep"))
+        assert (job["status"], job["error"]["code"]) == ("failed", "job_time_exceeded")
+
+
+async def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_MODULE", "tests.server.strange_job")
+    async with open_house(tmp_path) as house:
+        first = await begin(house, "sleep")
+        await until(house, first, "running")
+        second = await begin(house, "fine", name="second")
+    async with open_house(tmp_path) as house, asyncio.timeout(60):  # it is begun again, and then no more
+        while house.app.state.services.jobs._book.get(first.rpartition("/")[2]).attempts < 2:
+            await asyncio.sleep(0.01)
+    async with open_house(tmp_path) as house:
+        job = await ended(house, first)
+        assert (job["status"], job["error"]["code"]) == ("failed", "interrupted")
+        assert (await ended(house, second))["expert"]["id"] == "second"
+        for job_ in (first, second):
+            await cleared(house, job_)
+
+
+async def test_old_ones_are_forgotten(strange: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "_KEPT", 1)
+    first = await begin(strange, "silent")
+    await ended(strange, first)
+    await asyncio.sleep(1)  # jobs of one second have no order
+    await ended(strange, await begin(strange, "silent"))
+    assert error(await strange.http.get(first), 404)["code"] == "job_not_found"
+
+
+@pytest.mark.parametrize(
+    ("filename", "body", "param"),
+    [
+        ("model.bin", {}, "uploads"),
+        ("config.json", {}, "uploads"),
+        ("tokenizer.json", {}, "uploads"),
+        ("model.safetensors", {"uploads": []}, "uploads"),
+        ("model.safetensors", {"uploads": ["x"]}, "upload"),
+        ("model.safetensors", {"density": 0}, "density"),
+        ("model.safetensors", {"replace": True}, "name"),
+        ("model.safetensors", {"exemplars": []}, "exemplars"),
+        ("model.safetensors", {"out": "/etc/passwd"}, "out"),
+    ],
+)
+async def test_jobs_that_cannot_be(strange: House, filename: str, body: Any, param: str) -> None:
+    there = await upload(strange, filename, b"x")
+    answer = await strange.http.post("/v1/jobs", json={"uploads": [there], **body})
+    assert answer.status_code in (400, 404)
+    assert answer.json()["error"]["param"] == param
+    await strange.http.delete(f"/v1/uploads/{there}")
+    assert (await strange.http.get("/v1/jobs")).json()["data"] == []
+
+
+async def test_files_twice_and_in_part(strange: House) -> None:
+    one, two = await upload(strange, "model.safetensors", b"x"), await upload(strange, "model.safetensors", b"y")
+    assert error(await strange.http.post("/v1/jobs", json={"uploads": [one, two]}), 400)["param"] == "uploads"
+    begun = (await strange.http.post("/v1/uploads", json={"filename": "a.safetensors", "bytes": 9})).json()["id"]
+    detail = error(await strange.http.post("/v1/jobs", json={"uploads": [one, begun]}), 409)
+    assert detail["code"] == "upload_incomplete"
+    for there in (one, two, begun):
+        await strange.http.delete(f"/v1/uploads/{there}")
