@@ -35,7 +35,8 @@ from router.index import Entry, Snapshot
 from router.metric import LowRank, MetricKind
 from router.mix import Votes
 from router.profile import fit_profile
-from router.router import Router, RouterSettings
+from router.router import Router
+from router.settings import RouterSettings
 from router.variants import variants
 
 PLACES: tuple[Place, ...] = ((4, 24), (6, 24))

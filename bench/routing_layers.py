@@ -34,7 +34,8 @@ from router.index import Entry, Snapshot
 from router.metric import MetricKind, Standardised
 from router.mix import Votes
 from router.profile import fit_profile
-from router.router import Router, RouterSettings
+from router.router import Router
+from router.settings import RouterSettings
 from store.fingerprint import manifest_of
 
 LAYERS = (0, 2, 4, 8, 12, 16, 20, 24, 30)

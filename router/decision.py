@@ -17,6 +17,8 @@ from store.mix import BASE_MIX, Mix
 class Reason(StrEnum):
     MATCHED = "matched"
     """The prompt lies in the domain of the experts of the mix."""
+    KEPT = "kept"
+    """The conversation stays with the experts of its earlier turns; see `router.conversation`."""
     OUT_OF_DOMAIN = "out_of_domain"
     """The prompt is farther from every expert's exemplars than their own kind is, or nearer to what is no expert's."""
     LOW_CONFIDENCE = "low_confidence"

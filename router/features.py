@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -50,6 +51,38 @@ def checked(features: Features, rows: int) -> Features:
     if not np.isfinite(features).all():
         raise SwitchyardError("the base gave routing features that are not finite")
     return np.ascontiguousarray(features, dtype=np.float32)
+
+
+class RecentFeatures:
+    """Features of the prompts seen last: each turn of a conversation sends all of those before it again.
+
+    Args:
+        most: how many are kept.
+    """
+
+    def __init__(self, featurize: Featurizer, most: int = 2048) -> None:
+        self._featurize = featurize
+        self._most = most
+        self._known: OrderedDict[bytes, Features] = OrderedDict()
+
+    async def features(self, texts: Sequence[str]) -> Features:
+        """`[n, e]`; what is missing is computed in one batch. Blank texts have no features: leave them out.
+
+        Raises:
+            SwitchyardError: the featurizer failed, or gave something that is not finite features.
+        """
+        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        if missing:
+            rows = checked(await self._featurize(list(missing.values())), len(missing))
+            found.update(zip(missing, rows, strict=True))
+        for key in keys:
+            self._known[key] = found[key]
+            self._known.move_to_end(key)
+        while len(self._known) > self._most:
+            self._known.popitem(last=False)
+        return np.stack([found[key] for key in keys])
 
 
 class FeatureCache:

@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from router.discriminant import Candidates, Discriminant
 from router.features import Features
 from router.metric import Metric
 from router.profile import Profile
@@ -22,6 +23,11 @@ LEAST_REACH = 0.01
 
 BACKGROUND = ""
 """Name and digest of what is no expert's."""
+
+CANDIDATES = 12
+"""Experts that are compared again among themselves, where the metric can."""
+RETRIEVED = 128
+"""Nearest centres among which the candidates are looked for."""
 
 _GPU_SCRATCH_BYTES = 64 << 20
 
@@ -114,6 +120,11 @@ class Snapshot:
         self._first = np.cumsum([0, *sizes])
         self._points = np.ascontiguousarray(np.concatenate([measured.points for measured in own]))
         self._index = _flat_index(self._points)
+        self._candidates: Candidates | None = None
+        if isinstance(metric, Discriminant):
+            whitened = [measured.whitened for measured in own if measured.whitened is not None]
+            means = np.stack([rows[0] for rows in whitened])
+            self._candidates = Candidates(metric, means, np.concatenate([rows[1:] for rows in whitened]))
         # faiss's GPU indexes share their scratch memory among searches.
         self._exclusive = threading.Lock() if faiss.get_num_gpus() else nullcontext()
 
@@ -132,35 +143,65 @@ class Snapshot:
         """
         if not self._entries:
             return ()
-        query = self._metric.project(features[None])
-        if visible is not None:
-            return self._search_among(query[0], count, visible)
+        shown = None if visible is None else self._shown(visible)
+        if shown is not None and not shown[: len(self._entries)].any():
+            return ()
+        if self._candidates is not None and isinstance(self._metric, Discriminant):
+            whitened = self._metric.whitened(features[None])
+            rows = self._rows_of(self._nearest_experts(self._metric.along(whitened), shown))
+            distances = self._candidates.distances(whitened[0], self._owner_of(rows), rows)
+        else:
+            rows, distances = self._nearest(self._metric.project(features[None]), count, shown)
+        nearest = np.argsort(distances, kind="stable")[:count]
+        return tuple(self._neighbour(int(rows[i]), float(distances[i]), visible) for i in nearest)
+
+    def _shown(self, visible: Callable[[str], bool]) -> npt.NDArray[np.bool_]:
+        """Which owners may be found; the background always is."""
+        shown = [any(map(visible, self._names[entry.digest, entry.key])) for entry in self._entries]
+        return np.array([*shown, True])[: len(self._owners)]
+
+    def _nearest(
+        self, query: Features, count: int, shown: npt.NDArray[np.bool_] | None
+    ) -> tuple[npt.NDArray[np.int64], Features]:
+        """Rows and distances of the nearest centres to a projected prompt `[1, r]`, nearest first."""
+        if shown is not None:
+            rows = np.flatnonzero(shown[self._owner])
+            distances = np.linalg.norm(self._points[rows] - query, axis=1)
+            nearest = np.argsort(distances, kind="stable")[:count]
+            return rows[nearest], distances[nearest]
         faiss.omp_set_num_threads(1)  # the engine's threads are busy, and one search is too small to share
         with self._exclusive:
             squares, ids = self._index.search(query, min(count, len(self._owner)))
-        return tuple(
-            self._neighbour(int(i), d) for i, d in zip(ids[0], np.sqrt(np.maximum(squares[0], 0)), strict=True)
-        )
+        return ids[0], np.sqrt(np.maximum(squares[0], 0))
 
-    def _search_among(self, query: Features, count: int, visible: Callable[[str], bool]) -> tuple[Neighbour, ...]:
-        # An expert is called by a name that may be found, or may not be found at all: others' names are not told.
-        called = [next(filter(visible, self._names[entry.digest, entry.key]), None) for entry in self._entries]
-        shown = np.array([name is not None for name in called])
-        if not shown.any():
-            return ()
-        shown = np.append(shown, True)[: len(self._owners)]
-        rows = np.flatnonzero(shown[self._owner])
-        distances = np.linalg.norm(self._points[rows] - query, axis=1)
-        nearest = np.argsort(distances, kind="stable")[:count]
-        return tuple(self._neighbour(int(rows[i]), distances[i], called) for i in nearest)
+    def _nearest_experts(self, query: Features, shown: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
+        """At most CANDIDATES experts, in the order of the entries."""
+        every = np.arange(len(self._entries)) if shown is None else np.flatnonzero(shown[: len(self._entries)])
+        if len(every) <= CANDIDATES:
+            return every
+        rows, _ = self._nearest(query, RETRIEVED, shown)
+        owners = [owner for owner in dict.fromkeys(self._owner[rows].tolist()) if owner < len(self._entries)]
+        return np.sort(np.array(owners[:CANDIDATES], dtype=np.int64))
 
-    def _neighbour(self, row: int, distance: float, called: Sequence[str | None] = ()) -> Neighbour:
+    def _rows_of(self, experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """All centres of those experts and of the background."""
+        owners = [*experts, *range(len(self._entries), len(self._owners))]
+        return np.concatenate([np.arange(self._first[owner], self._first[owner + 1]) for owner in owners])
+
+    def _owner_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The experts among the owners of those centres."""
+        owners = np.unique(self._owner[rows])
+        return owners[owners < len(self._entries)]
+
+    def _neighbour(self, row: int, distance: float, visible: Callable[[str], bool] | None) -> Neighbour:
         owner = int(self._owner[row])
         entry, first = self._owners[owner], self._first[owner]
+        names = self._names.get((entry.digest, entry.key), ())
         return Neighbour(
-            (called[owner] if owner < len(called) else None) or entry.name,
+            # An expert is called by a name that may be found: others' names are not told.
+            next((name for name in names if visible is None or visible(name)), entry.name),
             entry.digest,
-            float(distance),
+            distance,
             self._reach[owner],
             int(self._first[owner + 1] - first),
             entry.examples[row - first],
@@ -183,15 +224,20 @@ def names_of(entries: Sequence[Entry]) -> dict[tuple[str, str], tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A profile under a metric: its centres `[E, r]`, and how far it reaches, if that is known."""
+    """A profile under a metric: its centres `[E, r]`; how far it reaches, if that is known; and, under a discriminant,
+    its mean and its centres whitened, `[1 + E, e]`."""
 
     points: Features
     reach: float | None
+    whitened: Features | None = None
 
 
 def _measure(profile: Profile, metric: Metric, quantile: float) -> _Measured:
     reach = profile.reach(metric, quantile) if profile.is_calibrated else None
-    return _Measured(metric.project(profile.centres), reach)
+    if not isinstance(metric, Discriminant):
+        return _Measured(metric.project(profile.centres), reach)
+    whitened = metric.whitened(np.vstack([profile.mean, profile.centres]))
+    return _Measured(metric.along(whitened[1:]), reach, whitened)
 
 
 def _reaches(own: Sequence[float | None], margin: float) -> list[float]:

@@ -19,10 +19,6 @@ SHRINKAGE = 0.1
 vary, and dividing by next to nothing would let it decide alone."""
 
 
-SCATTER_SHRINKAGE = 0.5
-"""Share of the identity in the scatter within experts: it has e² entries, and a library shows a few hundred texts."""
-
-
 class MetricKind(StrEnum):
     PLAIN = "plain"
     """Standardised features, without a background: Auto-Switch."""
@@ -83,32 +79,9 @@ class LowRank:
     matrix: Features
 
     @classmethod
-    def discriminant(cls, profiles: Sequence[Profile], rank: int) -> LowRank:
-        """The first `rank` directions of Fisher's discriminant over the profiles, the background being one of them.
-
-        Two exemplars of one expert are about 1 apart.
-
-        In units of the spread within profiles the scatter *between* their means is largest along these directions.
-        The paper's loss finds them too, but then goes on to what only the exemplars share (`bench/routing.py`).
-        """
-        means, scale, origin = _standardised(profiles)
-        scatter = np.zeros((len(scale), len(scale)))
-        for profile in profiles:
-            deviations = profile.deviations.astype(np.float32) * scale
-            scatter += (deviations.T @ deviations) / max(1, len(deviations)) / len(profiles)
-        size = float(np.trace(scatter)) / len(scale) or 1.0
-        scatter = (1 - SCATTER_SHRINKAGE) * scatter + SCATTER_SHRINKAGE * size * np.eye(len(scale))
-        values, vectors = np.linalg.eigh(scatter)
-        whiten = (vectors / np.sqrt(values)) @ vectors.T
-        directions = np.linalg.svd(means @ whiten, full_matrices=False)[2]
-        # The means are centred: the last direction of as many means as there are profiles is rounding.
-        kept = directions[: max(1, min(rank, len(profiles) - 1))] @ whiten
-        return cls(origin, (kept * scale / np.sqrt(2 * len(kept))).astype(np.float32))
-
-    @classmethod
     def principal(cls, profiles: Sequence[Profile], rank: int) -> LowRank:
         """The first `rank` principal components of all profiles' exemplars: where Auto-FlexSwitch's training starts."""
-        _, scale, origin = _standardised(profiles)
+        scale, origin = standard(profiles)
         points = np.concatenate([profile.points for profile in profiles])
         centred = (points - points.mean(axis=0)) * scale
         _, values, directions = np.linalg.svd(centred, full_matrices=False)
@@ -121,11 +94,9 @@ class LowRank:
         return projected
 
 
-def _standardised(profiles: Sequence[Profile]) -> tuple[Features, Features, Features]:
-    """Means of the profiles `[k, e]`, centred and in units of the spread within; that scale `[e]`; the origin `[e]`."""
+def standard(profiles: Sequence[Profile]) -> tuple[Features, Features]:
+    """What makes the mean spread within profiles 1 in each dimension, `[e]`, and the mean of their means, `[e]`."""
     means = np.stack([profile.mean for profile in profiles])
-    origin: Features = means.mean(axis=0)
     known = [profile.variance for profile in profiles if profile.is_calibrated]
     scale: Features = Standardised.fit(known or [profiles[0].variance]).scale * np.float32(np.sqrt(means.shape[1]))
-    centred: Features = ((means - origin) * scale).astype(np.float32)
-    return centred, scale, origin
+    return scale, means.mean(axis=0)

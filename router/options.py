@@ -17,6 +17,7 @@ class RouteOptions:
         max_experts: most experts of a mix; None leaves it to the mode.
         min_confidence: the base answers if the first expert has a smaller share of the votes.
         mode: instead of the server's.
+        sticky: whether a conversation stays with its experts unless its topic moves.
     """
 
     allow: frozenset[str] | None = None
@@ -24,6 +25,7 @@ class RouteOptions:
     max_experts: int | None = None
     min_confidence: float = 0.0
     mode: MixMode | None = None
+    sticky: bool = True
 
     def sees(self, name: str) -> bool:
         """Whether an expert of that name may be found."""

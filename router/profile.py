@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from router.clusters import clusters
 from router.features import Features
 from router.metric import Metric, Standardised
 
@@ -18,8 +19,6 @@ LOWEST_QUANTILE = 0.75
 
 SAMPLE = 192
 """Most exemplars whose features are kept to measure distances by."""
-
-_KMEANS_ITERATIONS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,7 @@ def fit_profile(features: Features, *, centres: int, seed: int) -> Profile:
     # that experts added later change the units of a distance but never the centres.
     variance = rows.var(axis=0, ddof=1) if n > 1 else np.zeros(width, dtype=np.float32)
     points = Standardised.fit([variance]).project(rows)
-    members = _clusters(points, centres, seed)
+    members = clusters(points, centres, seed)
     means = np.stack([rows[members == cluster].mean(axis=0) for cluster in range(members.max() + 1)])
     projected = np.stack([points[members == cluster].mean(axis=0) for cluster in range(len(means))])
     kept = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(np.int64))
@@ -106,21 +105,6 @@ def fit_profile(features: Features, *, centres: int, seed: int) -> Profile:
         medoids=first[_flat(points).search(projected, 1)[1][:, 0]],
         exemplars=n,
     )
-
-
-def _clusters(points: Features, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """`[n]`: which of at most `count` K-Means clusters each point is in; none of them is empty."""
-    if len(points) <= count:
-        return np.arange(len(points))
-    # faiss works on a hundred points: threads of its own would only get in the way of the engine's.
-    faiss.omp_set_num_threads(1)
-    kmeans = faiss.Kmeans(
-        points.shape[1], count, niter=_KMEANS_ITERATIONS, seed=seed, min_points_per_centroid=1, verbose=False
-    )
-    kmeans.train(points)
-    nearest: npt.NDArray[np.int64] = kmeans.index.search(points, 1)[1][:, 0]
-    members: npt.NDArray[np.int64] = np.unique(nearest, return_inverse=True)[1]
-    return members
 
 
 def _flat(points: Features) -> Any:

@@ -6,80 +6,26 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from router.background import background_key, background_texts
+from router.conversation import in_conversation, last_turns
 from router.decision import EMPTY_PROMPT, NO_EXPERTS, NONE_ALLOWED, Decision, Rules, decide
-from router.features import FeatureCache, Features, Featurizer, checked, featurize_all
+from router.discriminant import Discriminant
+from router.features import FeatureCache, Features, Featurizer, RecentFeatures, featurize_all
 from router.flex import flex_metric
 from router.index import BACKGROUND, Entry, Snapshot, distinct
 from router.metric import LowRank, Metric, MetricKind, Standardised
-from router.mix import MixMode, Votes
 from router.options import ANY, RouteOptions
-from router.profile import LOWEST_QUANTILE, Profile, fit_profile
+from router.profile import Profile, fit_profile
+from router.settings import RouterSettings
 from router.state import Learned, StateFile
 from router.variants import variants
 from store.errors import SwitchyardError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RouterSettings:
-    """How prompts are matched with experts.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    mode: MixMode = MixMode.TOP1
-    """One expert, or a weighted mix. No measurement on language models is published for soft mixes."""
-    votes: Votes = Votes.INVERSE
-    """What a neighbour's vote weighs."""
-    metric: MetricKind = MetricKind.DISCRIMINANT
-    """Under which distances are taken; all but `plain` learn, and have the background compete."""
-    rank: int = 32
-    """Most rows of a learned metric (r)."""
-    epochs: int = 100
-    """Epochs of the metric `flex`."""
-    frames: int = 2
-    """Frames that exemplars are also seen in, besides without their instruction; 0 for exemplars as they are."""
-    centres: int = 20
-    """Most K-Means centres per expert (E; AFS recommends 20 to 40)."""
-    background_centres: int = 60
-    """Centres of what is no expert's."""
-    neighbours: int = 10
-    """Nearest centres that a prompt is compared with (C; AFS recommends 10)."""
-    min_share: float = 0.2
-    """Soft mixes leave out experts with a smaller share of the votes."""
-    steps: int = 5
-    """Weights of soft mixes are multiples of 1/steps."""
-    quantile: float = 0.98
-    """Share of an expert's own held-out exemplars that lie within its reach."""
-    margin: float = 3.0
-    """Factor on every reach; larger accepts more prompts of either kind."""
-    max_exemplars: int = 512
-    """Exemplars beyond, evenly spread over the list, are left out."""
-    feature_batch: int = 16
-    """Exemplars per call of the featurizer."""
-    seed: int = 0
-    """Of K-Means."""
-
-    def __post_init__(self) -> None:
-        positive = ("rank", "epochs", "centres", "background_centres", "neighbours", "steps")
-        for name in (*positive, "max_exemplars", "feature_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.frames < 0:
-            raise ValueError(f"frames must not be negative, as {self.frames} is")
-        if not LOWEST_QUANTILE <= self.quantile <= 1:
-            raise ValueError(f"quantile must be between {LOWEST_QUANTILE} and 1, not {self.quantile}")
-        if not 0 <= self.min_share <= 1:
-            raise ValueError(f"min_share must be between 0 and 1, not {self.min_share}")
-        if not 0 < self.margin < float("inf"):
-            raise ValueError(f"margin must be a positive number, not {self.margin}")
 
 
 class Router:
@@ -102,6 +48,7 @@ class Router:
         self, featurize: Featurizer, cache: FeatureCache, settings: RouterSettings, state: StateFile | None = None
     ) -> None:
         self._featurize = featurize
+        self._recent = RecentFeatures(featurize)
         self._cache = cache
         self._settings = settings
         self._state = state
@@ -160,8 +107,11 @@ class Router:
         self._changes.pop(name, None)
         self._forget(name)
 
-    async def route(self, prompt: str, options: RouteOptions = ANY) -> Decision:
+    async def route(self, prompt: str, options: RouteOptions = ANY, *, earlier: Sequence[str] = ()) -> Decision:
         """Which experts should answer a prompt, and why.
+
+        Args:
+            earlier: what the same user asked before, the latest last; see `router.conversation`.
 
         Raises:
             SwitchyardError: the featurizer failed.
@@ -172,11 +122,20 @@ class Router:
             return NO_EXPERTS
         if not any(options.sees(name) for name in self._experts):
             return NONE_ALLOWED
-        features = checked(await self._featurize([prompt]), 1)[0]
+        asked = [*last_turns(earlier), prompt] if options.sticky else [prompt]
+        features = await self._recent.features(asked)
         snapshot = await self._current()
-        visible = None if options.sees_all else options.sees
-        neighbours = await asyncio.to_thread(snapshot.search, features, self._settings.neighbours, visible=visible)
-        return decide(neighbours, self._rules, options)
+        return in_conversation(await asyncio.to_thread(self._decide, snapshot, features, options))
+
+    async def prepare(self) -> None:
+        """Compute what the first routed prompt would have to wait for: the background, the metric, the index.
+
+        Raises:
+            SwitchyardError: the featurizer failed.
+        """
+        async with self._building:
+            await self._ready_background()
+        await self.settled()
 
     async def settled(self) -> None:
         """Wait until the metric is the one fitted to the experts as they are."""
@@ -184,6 +143,11 @@ class Router:
             await self._current()
         while self._refitting is not None:
             await asyncio.shield(self._refitting)
+
+    def _decide(self, snapshot: Snapshot, features: Features, options: RouteOptions) -> list[Decision]:
+        visible = None if options.sees_all else options.sees
+        count = self._settings.neighbours
+        return [decide(snapshot.search(row, count, visible=visible), self._rules, options) for row in features]
 
     def _forget(self, name: str) -> None:
         if self._experts.pop(name, None) is not None:
@@ -239,18 +203,21 @@ class Router:
         if not entries:
             return
         width = entries[0].profile.centres.shape[1]
+        await self._ready_background()
+        if self._metric is None and self._state is not None and self._settings.metric is not MetricKind.PLAIN:
+            learned = await asyncio.to_thread(self._state.load)
+            if learned is not None and learned.metric.origin.shape[0] == width:
+                self._metric, self._library = learned.metric, learned.library
+        # A metric that was fitted without an expert does not tell it apart where there are few; fitting few is fast.
+        new = len(entries) <= self._settings.rank and self._library != _library(entries)
+        if self._metric is None or new:
+            self._metric, self._library = await asyncio.to_thread(self._fit, entries), _library(entries)
+            await self._keep()
+
+    async def _ready_background(self) -> None:
         if self._settings.metric is not MetricKind.PLAIN and self._background is None:
             texts, most = background_texts(), self._settings.background_centres
             self._background = await self._fitted(BACKGROUND, BACKGROUND, texts, background_key(), most)
-        if self._metric is None and self._state is not None and self._settings.metric is not MetricKind.PLAIN:
-            learned = await asyncio.to_thread(self._state.load)
-            if learned is not None and learned.metric.matrix.shape[1] == width:
-                self._metric, self._library = learned.metric, learned.library
-        # Rows that were fitted to fewer experts do not tell the new one apart; a library this small is fitted at once.
-        few = isinstance(self._metric, LowRank) and len(self._metric.matrix) < min(self._settings.rank, len(entries))
-        if self._metric is None or few:
-            self._metric, self._library = await asyncio.to_thread(self._fit, entries), _library(entries)
-            await self._keep()
 
     async def _refit(self) -> None:
         """Fit the metric to the library, again if that has changed meanwhile, then let it take over."""
@@ -269,7 +236,7 @@ class Router:
             self._refitting = None
 
     async def _keep(self) -> None:
-        if self._state is not None and isinstance(self._metric, LowRank):
+        if self._state is not None and isinstance(self._metric, Discriminant | LowRank):
             await asyncio.to_thread(self._state.save, Learned(self._library, self._metric))
 
     def _fit(self, entries: Sequence[Entry]) -> Metric:
@@ -281,7 +248,7 @@ class Router:
         profiles.append(self._background.profile)
         if given.metric is MetricKind.FLEX:
             return flex_metric(profiles, rank=given.rank, neighbours=given.neighbours, epochs=given.epochs)
-        return LowRank.discriminant(profiles, given.rank)
+        return Discriminant.fit(profiles, given.rank, parts=given.background_parts)
 
     def _build(self, entries: Sequence[Entry], metric: Metric | None, previous: Snapshot) -> Snapshot:
         given = self._settings

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from router.discriminant import Discriminant
+from router.features import Features
 from router.metric import LowRank
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 
@@ -26,11 +28,11 @@ class Learned:
     """A metric, and the key of the library that it was fitted to."""
 
     library: str
-    metric: LowRank
+    metric: Discriminant | LowRank
 
 
 class StateFile:
-    """One file: a line of JSON, a `.npy` array of the metric's origin and rows, and the sha256 of both.
+    """One file: a line of JSON, a `.npy` array of the metric's parts one above the other, and the sha256 of both.
 
     Whatever is wrong with it, the metric is fitted again; it never raises.
 
@@ -61,7 +63,7 @@ class StateFile:
             header = json.loads(line)
             if (header["version"], header["space"]) == (VERSION, self._space):
                 rows = np.load(io.BytesIO(array), allow_pickle=False)
-                return Learned(header["library"], LowRank(rows[0], rows[1:]))
+                return Learned(header["library"], _metric(rows, header["parts"]))
         except (ValueError, KeyError, TypeError, EOFError):
             pass
         log.info("the router's state is of another version or base; its metric will be fitted again")
@@ -70,9 +72,11 @@ class StateFile:
     def save(self, learned: Learned) -> None:
         """Replace what was saved. A full or read-only disk is logged."""
         buffer = io.BytesIO()
-        header = {"version": VERSION, "space": self._space, "library": learned.library}
+        parts = _parts(learned.metric)
+        header: dict[str, object] = {"version": VERSION, "space": self._space, "library": learned.library}
+        header["parts"] = [len(part) for part in parts]
         buffer.write(json.dumps(header).encode() + b"\n")
-        np.save(buffer, np.vstack([learned.metric.origin, learned.metric.matrix]), allow_pickle=False)
+        np.save(buffer, np.vstack(parts), allow_pickle=False)
         body = buffer.getvalue()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,3 +92,24 @@ class StateFile:
                     raise
         except OSError as error:
             log.warning("cannot save the router's state: %s", error.strerror)
+
+
+def _parts(metric: Discriminant | LowRank) -> list[Features]:
+    if isinstance(metric, LowRank):
+        return [metric.origin[None], metric.matrix]
+    return [metric.origin[None], metric.whiten, metric.background, metric.directions]
+
+
+def _metric(rows: Features, lengths: list[int]) -> Discriminant | LowRank:
+    """What `_parts` was given.
+
+    Raises:
+        ValueError: the lengths are not those of a metric.
+    """
+    if sum(lengths) != len(rows):
+        raise ValueError("the parts are not as long as the whole")
+    origin, *parts = np.split(rows, np.cumsum(lengths[:-1]))
+    if len(parts) == 1:
+        return LowRank(origin[0], parts[0])
+    whiten, background, directions = parts
+    return Discriminant(origin[0], whiten, background, directions)

@@ -214,6 +214,12 @@ async def _follow(services: Services) -> None:
     except Exception:
         log.exception("the router could not be restored; the server stays not ready")
         return
+    # Without experts nothing is routed yet, and nobody has to wait for what the first one will need.
+    services.ready = not services.router.experts
+    try:
+        await services.router.prepare()
+    except SwitchyardError as error:
+        log.warning("the router is not prepared, the first routed prompt will wait: %s", error.message)
     services.ready = True
     await asyncio.gather(services.library.follow(), do_all(services.chores))
 

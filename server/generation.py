@@ -11,7 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from router.decision import NO_EXPERTS, Decision
-from router.options import ANY
+from router.options import ANY, RouteOptions
 from router.router import Router
 from server.choices import Answer, ChoiceText, Part, Route
 from server.engine.types import Engine, EngineRequest, SamplingParams, TokenStream
@@ -47,6 +47,8 @@ class GenerationRequest:
     """Begin each answer with its prompt."""
     show_special: bool = False
     """Leave special tokens in the text of answers: some models mark calls of tools with them."""
+    routing: RouteOptions = ANY
+    """Constraints on the route, where the model is `auto`."""
 
 
 class Charge(Protocol):
@@ -135,13 +137,21 @@ class Generation:
         if model not in (AUTO, self._engine.base.name):
             await self._expert(model, "model", by)
 
-    async def decide(self, prompt: Prompt, by: Caller) -> Decision:
-        """Which experts that exist for the caller should answer a prompt, and why."""
-        question = prompt.question(self._engine.tokenizer)
+    async def decide(self, prompt: Prompt, options: RouteOptions, by: Caller) -> Decision:
+        """Which experts that exist for the caller should answer a prompt, and why.
+
+        Raises:
+            NotFoundError: an expert that the options allow does not exist.
+            InvalidRequestError: the prompt asks nothing.
+        """
+        if options.allow is not None:
+            allowed = [await self._expert(name, "routing.allow", by) for name in sorted(options.allow)]
+            options = dataclasses.replace(options, allow=frozenset(expert.name for expert in allowed))
+        *earlier, question = prompt.questions(self._engine.tokenizer)
         visible = await asyncio.to_thread(self._registry.names, by)
         if not visible:  # not "none allowed": the others do not exist
             return NO_EXPERTS
-        return await self._router.route(question, ANY if by.is_admin else ANY.within(visible))
+        return await self._router.route(question, options if by.is_admin else options.within(visible), earlier=earlier)
 
     def _check_limits(self, request: GenerationRequest) -> None:
         if request.n > self._max_n:
@@ -155,11 +165,12 @@ class Generation:
     async def _routes(self, request: GenerationRequest, by: Caller) -> tuple[Route, ...]:
         """The route of each prompt."""
         if request.model == AUTO and not request.experts:
-            return tuple(await asyncio.gather(*(self._routed(prompt, by) for prompt in request.prompts)))
+            routed = (self._routed(prompt, request.routing, by) for prompt in request.prompts)
+            return tuple(await asyncio.gather(*routed))
         return (await self._called(request, by),) * len(request.prompts)
 
-    async def _routed(self, prompt: Prompt, by: Caller) -> Route:
-        decision = await self.decide(prompt, by)
+    async def _routed(self, prompt: Prompt, options: RouteOptions, by: Caller) -> Route:
+        decision = await self.decide(prompt, options, by)
         if decision.distance is not None:
             self._metrics.router_distance.observe(decision.distance)
         if decision.mix.is_base:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,8 +25,8 @@ class Prompt(Protocol):
 
     def encode(self, tokenizer: Tokenizer) -> list[int]: ...
 
-    def question(self, tokenizer: Tokenizer) -> str:
-        """The text that routing looks at."""
+    def questions(self, tokenizer: Tokenizer) -> Sequence[str]:
+        """The texts that routing looks at: what is asked now comes last, what was asked before stands in front."""
         ...
 
     def echo(self, tokenizer: Tokenizer) -> str:
@@ -36,7 +36,7 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation; routing looks at its last user message."""
+    """A conversation; routing looks at its user messages."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -52,12 +52,11 @@ class ChatPrompt:
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode_chat(self.messages, self.tools)
 
-    def question(self, _: Tokenizer) -> str:
-        for message in reversed(self.messages):
-            if message["role"] == "user":
-                text: str = message["content"]
-                return text
-        raise InvalidRequestError("routing needs a message from the user", param="messages")
+    def questions(self, _: Tokenizer) -> Sequence[str]:
+        asked: list[str] = [message["content"] for message in self.messages if message["role"] == "user"]
+        if not asked:
+            raise InvalidRequestError("routing needs a message from the user", param="messages")
+        return asked
 
     def echo(self, tokenizer: Tokenizer) -> str:
         return tokenizer.decode(self.encode(tokenizer))
@@ -77,8 +76,8 @@ class TextPrompt:
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(self.text)
 
-    def question(self, _: Tokenizer) -> str:
-        return self.text
+    def questions(self, _: Tokenizer) -> Sequence[str]:
+        return (self.text,)
 
     def echo(self, _: Tokenizer) -> str:
         return self.text
@@ -98,8 +97,8 @@ class TokenPrompt:
     def encode(self, _: Tokenizer) -> list[int]:
         return list(self.tokens)
 
-    def question(self, tokenizer: Tokenizer) -> str:
-        return tokenizer.decode(self.tokens)
+    def questions(self, tokenizer: Tokenizer) -> Sequence[str]:
+        return (tokenizer.decode(self.tokens),)
 
     def echo(self, tokenizer: Tokenizer) -> str:
         return tokenizer.decode(self.tokens)

@@ -16,7 +16,7 @@ from server.tools.use import ToolFormat, format_of, knows_tools
 from store.tenants import Limits
 
 if TYPE_CHECKING:
-    from router.router import RouterSettings
+    from router.settings import RouterSettings
 
 
 def _xdg(variable: str, default: str) -> Path:
@@ -255,7 +255,7 @@ class Settings(BaseSettings):
         """The router's part of the settings; the rest of it is not for users to choose."""
         from router.metric import MetricKind  # the router brings FAISS, which the command line does without
         from router.mix import MixMode, Votes
-        from router.router import RouterSettings
+        from router.settings import RouterSettings
 
         return RouterSettings(
             mode=MixMode(self.router_mode),

@@ -41,7 +41,7 @@ class RouteDecision(TypedDict):
 @router.post("/v1/route")
 async def route(body: RouteBody, services: ReadyServices, asker: Asker) -> RouteDecision:
     """Route a prompt, or the last user message of a conversation."""
-    decision = await services.generation.decide(body.to_prompt(), asker)
+    decision = await services.generation.decide(body.to_prompt(), body.to_options(), asker)
     return {
         "object": "route",
         "mix": [{"id": name, "digest": digest, "weight": weight} for name, digest, weight in decision.parts],

@@ -8,12 +8,14 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from router.options import ANY, RouteOptions
 from server.api.messages import ChatMessage, shape_of_text
+from server.api.routing import Routing
 from server.api.sampling import SamplingFields
 from server.api.tools import ToolFields
 from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, fault
 from server.engine.types import SamplingParams
-from server.generation import GenerationRequest
+from server.generation import AUTO, GenerationRequest
 from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from server.tools.use import ToolUse
 
@@ -47,6 +49,7 @@ class GenerateBody(SamplingFields, ABC):
     experts: list[ExpertWeight] | None = Field(
         None, min_length=1, max_length=MAX_EXPERTS, description="An explicit mix; `model` is then `auto` or the base."
     )
+    routing: Routing | None = Field(None, description="Constraints on the route; only with `model` auto.")
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN)
     n: int | None = Field(1, ge=1)
     stop: Annotated[
@@ -61,6 +64,8 @@ class GenerateBody(SamplingFields, ABC):
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise fault("stream_options", "only allowed with stream")
+        if self.routing is not None and (self.model != AUTO or self.experts):
+            raise fault("routing", "only allowed with model auto and without experts: nothing else is routed")
         seen: set[str] = set()
         for i, expert in enumerate(self.experts or ()):
             if expert.id in seen:
@@ -100,6 +105,7 @@ class GenerateBody(SamplingFields, ABC):
             usual_tokens=self.usual_tokens,
             stop=tuple(stops),
             n=self.n or 1,
+            routing=_options(self.routing),
         )
 
 
@@ -220,6 +226,7 @@ class RouteBody(Wire):
 
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    routing: Routing | None = Field(None, description="As in a request that is answered.")
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -231,3 +238,10 @@ class RouteBody(Wire):
         if self.prompt is not None:
             return TextPrompt(self.prompt)
         return ChatPrompt(tuple(message.to_engine() for message in self.messages or ()))
+
+    def to_options(self) -> RouteOptions:
+        return _options(self.routing)
+
+
+def _options(given: Routing | None) -> RouteOptions:
+    return ANY if given is None else given.to_options()

@@ -31,7 +31,7 @@ VOCABULARY = 258
 SPECIAL = 256
 """A token without text."""
 CONTEXT = 4096
-DIMENSIONS = 64
+DIMENSIONS = 256
 
 Reply = Callable[[EngineRequest], bytes]
 

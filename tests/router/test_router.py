@@ -18,7 +18,8 @@ from router.features import FeatureCache
 from router.metric import MetricKind
 from router.mix import MixMode
 from router.options import RouteOptions
-from router.router import Router, RouterSettings
+from router.router import Router
+from router.settings import RouterSettings
 from router.state import StateFile
 from store.errors import SwitchyardError
 from tests.router.world import WIDTH, World, add, texts
@@ -432,7 +433,7 @@ def test_additions_count_before_the_metric_is_fitted_to_them(cache: FeatureCache
         router.remove_expert("poems")
         assert "poems" not in chosen(await router.route("poems 1"))
 
-    play(cache, story, **(LEARNED | {"rank": 2}))
+    play(cache, story, **(LEARNED | {"rank": 2, "background_parts": 1}))
 
 
 def test_a_restart_has_the_metric_at_once(cache: FeatureCache, tmp_path: Path) -> None:
@@ -470,7 +471,7 @@ def test_a_failing_fit_leaves_the_old_metric(cache: FeatureCache) -> None:
         await router.settled()
         assert await router.route("cron 1") == before
 
-    play(cache, story, **(LEARNED | {"rank": 2}))
+    play(cache, story, **(LEARNED | {"rank": 2, "background_parts": 1}))
 
 
 def test_what_a_request_may_not_use_is_never_a_neighbour(cache: FeatureCache) -> None:
@@ -498,6 +499,7 @@ def test_what_a_request_may_not_use_is_never_a_neighbour(cache: FeatureCache) ->
         ("epochs", 0),
         ("frames", -1),
         ("background_centres", 0),
+        ("background_parts", 0),
         ("quantile", 0.5),
         ("quantile", 1.1),
         ("margin", 0.0),

@@ -14,7 +14,8 @@ from router.index import Entry
 from router.metric import MetricKind, Standardised
 from router.mix import Votes
 from router.profile import fit_profile
-from router.router import Router, RouterSettings
+from router.router import Router
+from router.settings import RouterSettings
 
 WIDTH = 16
 SPREAD = 0.3

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from router.mix import MixMode
-from router.router import RouterSettings
+from router.settings import RouterSettings
 from server.engine.types import EngineSettings
 from server.settings import Settings
 
