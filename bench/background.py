@@ -12,6 +12,7 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -39,7 +40,8 @@ OUT = Path(__file__).resolve().parent.parent / "router" / "background_generated.
 def generated(base: Path, seed: int) -> Iterator[str]:
     """What the model says."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.eval()
     torch.manual_seed(seed)
     for opening, batches in OPENINGS:
         ids = tokenizer(opening, add_special_tokens=False, return_tensors="pt").input_ids.repeat(BATCH, 1)
@@ -49,7 +51,7 @@ def generated(base: Path, seed: int) -> Iterator[str]:
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=0,
                     max_new_tokens=TOKENS, pad_token_id=tokenizer.eos_token_id,
                 )  # fmt: skip
-            yield from (tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in rows)
+            yield from (str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)) for row in rows)
 
 
 def cleaned(texts: Iterable[str]) -> list[str]:

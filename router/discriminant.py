@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +110,9 @@ class Candidates:
         self._means = means
         self._centres = centres
 
-    def distances(self, query: Features, experts: Sequence[int], rows: npt.NDArray[np.int64]) -> Features:
+    def distances(
+        self, query: Features, experts: Sequence[int] | npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> Features:
         """`[len(rows)]`: from a whitened query `[e]` to those centres, as the given experts' directions show them."""
         shared = self._metric.background
         means = self._means[experts]
@@ -134,7 +137,7 @@ def _split(profile: Profile, scale: Features, count: int) -> list[Features]:
     return [deviations[members == cluster] for cluster in range(members.max() + 1)]
 
 
-def _orthonormal(rows: Features) -> Features:
+def _orthonormal(rows: npt.NDArray[np.floating[Any]]) -> Features:
     """Orthonormal rows that span the same directions; those that depend on others are left out."""
     lengths = np.linalg.norm(rows, axis=1)
     q, r = np.linalg.qr(rows.T)
