@@ -158,11 +158,9 @@ def foreseen(case: Case) -> tuple[float, float]:
 def rates(rounds: int) -> dict[str, object]:
     """How fast the demo's largest expert is read, checked and decoded, and a parcel checked and copied."""
     path = max(DEMO.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    header, data = read_header(path), path.read_bytes()
-    parameters = _parameters(path)
-    shapes = {name: entry.shape for name, entry in header.tensors.items()}
-    untouched = parameters - sum(math.prod(shape) for shape in shapes.values())
-    manifest = BaseManifest(header.base_fingerprint, shapes | {"untouched": (untouched,)})
+    data = path.read_bytes()
+    manifest = demo_manifest(path)
+    parameters = sum(math.prod(shape) for shape in manifest.tensors.values())
     host = HostTier(1 << 40)
     loader = ApartLoader(lambda _: data, host)
     loader._manifest = manifest
@@ -191,12 +189,15 @@ def rates(rounds: int) -> dict[str, object]:
     }
 
 
-def _parameters(path: Path) -> int:
-    """Of the base, which need not be here: the file says how many bits it spends on each."""
+def demo_manifest(path: Path) -> BaseManifest:
+    """What an expert file tells of its base, which need not be here: how many bits it spends on each parameter."""
+    header = read_header(path)
     with path.open("rb") as file:
         table = read_tensor_table(file, max_header=MAX_HEADER_BYTES)
-    stored = sum(span.nbytes for span in table.tensors.values())
-    return round(8 * stored / read_header(path).bits_per_param)
+    parameters = round(8 * sum(span.nbytes for span in table.tensors.values()) / header.bits_per_param)
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    untouched = parameters - sum(math.prod(shape) for shape in shapes.values())
+    return BaseManifest(header.base_fingerprint, shapes | {"untouched": (untouched,)})
 
 
 def measure(cases: Sequence[Case], requests: int, seeds: int) -> list[dict[str, object]]:
