@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,22 @@ CONTROL = "@control"
 """Wanted by what changes the library: one replica does it all, so that what belongs together meets. No expert's name
 can look like this."""
 
+AUTO = "auto"
+"""The model name that asks for routing."""
 _GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
-_CHANGING = ("/v1/experts", "/v1/uploads", "/v1/jobs")
+_ASKING = (*_GENERATING, "/v1/embeddings", "/v1/route", "/v1/models", "/v1/experts", "/tokenize", "/detokenize")
+_LOCAL = ("/v1/uploads", "/v1/jobs", "/v1/experts/jobs")
+"""What one replica knows and the others do not, to be read where it was written."""
+_TEXT = 2000
+"""Characters of a prompt that routing is asked about beforehand: it looks at its first tokens only."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a request needs most: `expert` (or `CONTROL`), whatever expert is for `text`, or nothing in particular."""
+
+    expert: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,30 +47,29 @@ class Holdings:
         return 0 if name in self.device else 1 if name in self.host else 2
 
 
-def wanted(method: str, path: str, body: bytes, *, not_experts: Collection[str]) -> str:
-    """The expert that a request needs most, `CONTROL`, or "" where any replica will do.
-
-    Whatever is wrong with the request is left to the replica to say.
+def needs(method: str, path: str, body: bytes, *, base: str) -> Need:
+    """What a request needs most. Whatever is wrong with it is left to the replica to say.
 
     Args:
-        not_experts: models that no expert is called: the base, and `auto`.
+        base: what clients call it.
     """
-    if any(path == prefix or path.startswith(f"{prefix}/") for prefix in _CHANGING):
-        is_reading = method in ("GET", "HEAD") and path.startswith("/v1/experts")
-        return "" if is_reading else CONTROL
+    reads = method in ("GET", "HEAD")
+    if _below(path, _LOCAL) or not (reads or path in _ASKING) or (not reads and _below(path, ("/v1/experts",))):
+        return Need(CONTROL)
     if method != "POST" or path not in _GENERATING:
-        return ""
+        return Need()
     try:
         request = json.loads(body)
     except ValueError:
-        return ""
+        return Need()
     if not isinstance(request, dict):
-        return ""
-    mix = _heaviest(request.get("experts"))
+        return Need()
+    if mix := _heaviest(request.get("experts")):
+        return Need(mix)
     model = request.get("model")
-    if mix or not isinstance(model, str) or model in not_experts:
-        return mix
-    return model
+    if not isinstance(model, str) or model == base:
+        return Need()
+    return Need(text=_question(request)) if model == AUTO else Need(model)
 
 
 def ranked(name: str, holdings: Mapping[str, Holdings]) -> list[list[str]]:
@@ -87,6 +100,20 @@ def _heaviest(experts: object) -> str:
             if isinstance(weight, int | float) and abs(weight) > best[0]:
                 best = (abs(weight), part["id"])
     return best[1]
+
+
+def _question(request: Mapping[str, Any]) -> str:
+    """The beginning of what routing would look at: the last message of the user, or the prompt."""
+    messages = request.get("messages")
+    found: object = request.get("prompt")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict) and message.get("role") == "user":
+            found = message.get("content")
+    return found[:_TEXT] if isinstance(found, str) else ""
+
+
+def _below(path: str, prefixes: Sequence[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
 
 
 def _affinity(name: str, replica: str) -> bytes:

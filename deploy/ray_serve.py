@@ -8,11 +8,13 @@ come back piece by piece. A replica is a whole server, but for the listening. On
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -23,7 +25,7 @@ from rich.console import Console
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from deploy.affinity import wanted
+from deploy.affinity import needs
 from deploy.asgi_call import Head, Start, call
 from server.api.errors import error_response
 from server.exposure import check_exposure
@@ -48,6 +50,8 @@ _log = logging.getLogger(__name__)
 REPLICA_HEADER = b"x-switchyard-replica"
 _MOST_NAMES = 4096
 """Experts that a replica reports: a report goes to every gateway, once a period."""
+_MOST_CALLERS = 10_000
+"""Keys that a gateway remembers to have been let in."""
 
 
 _GATEWAY_CPUS = 0.1
@@ -110,14 +114,20 @@ class Replica:
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
 
+    async def nearest(self, text: str) -> str:
+        """The heaviest expert that routing would choose for a prompt; "" for the base."""
+        decision = await self._house.app.state.services.router.route(text)
+        return decision.parts[0][0] if decision.parts else ""
+
     async def record_routing_stats(self) -> dict[str, list[str]]:
-        """Names of the experts that are decoded here, for `ExpertRouter`."""
-        held = self._house.engine.holdings()
-        records = await asyncio.to_thread(self._house.registry.list)
-        return {
-            tier.value: [record.name for record in records if record.digest in held[tier]][:_MOST_NAMES]
-            for tier in (Tier.DEVICE, Tier.HOST)
-        }
+        """Names and aliases of the experts that are decoded here, for `ExpertRouter`."""
+        held, registry = self._house.engine.holdings(), self._house.registry
+        records = await asyncio.to_thread(registry.list)
+        names: dict[Tier, list[str]] = {}
+        for tier in (Tier.DEVICE, Tier.HOST):
+            here = [record.name for record in records if record.digest in held[tier]]
+            names[tier] = [name for one in here for name in (one, *registry.aliases_of(one))][:_MOST_NAMES]
+        return {tier.value: found for tier, found in names.items()}
 
     async def check_health(self) -> None:
         """Ray replaces a replica for which this raises."""
@@ -131,10 +141,12 @@ class Replica:
 class Gateway:
     """Hands requests on. Holds bodies whole and answers in pieces."""
 
-    def __init__(self, replicas: Any, not_experts: frozenset[str], body_bytes: int) -> None:
+    def __init__(self, replicas: Any, base: str, body_bytes: int) -> None:
         self._replicas = replicas.options(stream=True)
-        self._not_experts = not_experts
+        self._nearest = replicas.options(method_name="nearest")
+        self._base = base
         self._body_bytes = body_bytes
+        self._known: OrderedDict[bytes, None] = OrderedDict()
 
     async def __call__(self, request: Request) -> Response:
         try:
@@ -152,6 +164,19 @@ class Gateway:
                 )
         return bytes(body)
 
+    async def _expert(self, request: Request, body: bytes) -> str:
+        """The expert that a request is for. What routing would choose is asked of any replica: once more than needed,
+        some milliseconds, but the answer then comes from where the expert is."""
+        need = needs(request.method, request.url.path, body, base=self._base)
+        caller = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
+        if not need.text or caller not in self._known:  # strangers get no work done
+            return need.expert
+        try:
+            name: str = await self._nearest.remote(need.text)
+        except (RayError, BackPressureError, SwitchyardError):
+            return ""
+        return name
+
     async def _hand_on(self, request: Request, body: bytes) -> Response:
         scope = request.scope
         head = Head(
@@ -161,7 +186,7 @@ class Gateway:
             [(bytes(name), bytes(value)) for name, value in scope["headers"]],
             tuple(scope["client"]) if scope.get("client") else None,
             scope.get("scheme", "http"),
-            wanted(scope["method"], scope["path"], body, not_experts=self._not_experts),
+            await self._expert(request, body),
         )
         pieces = self._replicas.answer.remote(head, body)
         try:
@@ -171,9 +196,19 @@ class Gateway:
         except RayError as error:
             _log.error("a replica failed", exc_info=error)
             raise EngineDeadError("the replica that worked on this request has failed; try again") from None
+        if start.status not in (401, 403):
+            self._remember(request)
         response = StreamingResponse(_rest(pieces), start.status)
         response.raw_headers = start.headers
         return response
+
+    def _remember(self, request: Request) -> None:
+        """Whoever was let in is known from now on, by a hash of the key."""
+        caller = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
+        self._known[caller] = None
+        self._known.move_to_end(caller)
+        if len(self._known) > _MOST_CALLERS:
+            self._known.popitem(last=False)
 
 
 async def _rest(pieces: Any) -> AsyncIterator[bytes]:
@@ -228,14 +263,13 @@ def application(arguments: Mapping[str, str]) -> serve.Application:
         ),
         graceful_shutdown_timeout_s=30.0,
     )(Replica)
-    names = frozenset({"auto", settings.served_base_name})
     gateways = serve.deployment(
         name="gateway",
         num_replicas=cluster.gateways,
         max_ongoing_requests=_GATEWAY_REQUESTS,
         ray_actor_options={"num_cpus": _GATEWAY_CPUS},
     )(Gateway)
-    return gateways.bind(replicas.bind(given), names, int(cluster.body_bytes))
+    return gateways.bind(replicas.bind(given), settings.served_base_name, int(cluster.body_bytes))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from server.api.errors import describe
 from server.api.rules import PUBLIC_PATHS
 from server.app import create_app
 from server.cli import app as cli
-from server.engine.types import EngineStats
+from server.engine.stats import EngineStats
 from server.metrics import Metrics
 from server.settings import Settings
 from store.errors import SwitchyardError

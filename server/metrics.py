@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.types import EngineStats
+from server.engine.stats import EngineStats
 from store.errors import StoreError
 from store.record import ExpertRecord
 from store.tiers import Tier, TierStats

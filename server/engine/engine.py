@@ -18,9 +18,10 @@ from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel, choose_device, choose_dtype
 from server.engine.outbox import Outbox
 from server.engine.sequence import Sequence
+from server.engine.stats import EngineStats
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, EngineSettings, EngineStats, Grammar
+from server.engine.types import BaseInfo, EngineRequest, EngineSettings, Grammar
 from server.engine.worker import Worker
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.tiers import Tier

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.stats import EngineStats
 from store.manifest import BaseManifest
 from store.mix import BASE_MIX, Mix
-from store.tiers import Tier, TierStats
 
 Message = dict[str, Any]
 """One chat turn as chat templates take it: `{"role": ..., "content": TEXT}`, and what belongs to calls of tools."""
@@ -192,35 +192,6 @@ class EngineSettings:
     feature_tokens: int = 24
     """Most tokens of a prompt that routing looks at: averaged over a long text, what is asked for is drowned by what
     it is asked about (`bench/routing.py`)."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot for `/metrics` and `/ready`."""
-
-    running: int
-    waiting: int
-    kv_bytes_used: int
-    kv_bytes_total: int
-    mix_switches: int
-    patches: int
-    patch_seconds: float
-    merged_steps: int
-    mixed_steps: int
-    mixed_seconds: float
-    mode_changes: int
-    mode_is_mixed: int
-    """1 or 0."""
-    prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-    steps: int
-    tiers: tuple[TierStats, ...] = ()
-    """Experts on the device and in host memory."""
-
-    def tier(self, tier: Tier) -> TierStats:
-        """What one of the engine's tiers has done."""
-        return next((stats for stats in self.tiers if stats.tier is tier), TierStats(tier))
 
 
 class TokenStream(Protocol):

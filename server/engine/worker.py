@@ -23,7 +23,8 @@ from server.engine.residency import Residency
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
-from server.engine.types import EngineSettings, EngineStats, Mode
+from server.engine.stats import EngineStats
+from server.engine.types import EngineSettings, Mode
 from store.errors import EngineDeadError, ExpertUnavailableError, InvalidRequestError, SwitchyardError
 from store.tiers import Tier
 

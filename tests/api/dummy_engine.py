@@ -12,16 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.types import (
-    BaseInfo,
-    EngineRequest,
-    EngineStats,
-    FinishReason,
-    Grammar,
-    Likelihood,
-    Message,
-    TokenEvent,
-)
+from server.engine.stats import EngineStats
+from server.engine.types import BaseInfo, EngineRequest, FinishReason, Grammar, Likelihood, Message, TokenEvent
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.manifest import BaseManifest
 from store.tiers import Tier, TierStats

@@ -41,7 +41,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
     "server.settings": ("server.engine.types", "server.tools", "router", "store.tenants"),
-    "server.metrics": ("server.engine.types", "store.errors", "store.record", "store.tiers"),
+    "server.metrics": ("server.engine.stats", "store.errors", "store.record", "store.tiers"),
     "server.chores": ("store.errors",),
     "server.mirror": (
         "server.library",

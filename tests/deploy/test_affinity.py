@@ -12,46 +12,59 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
-from deploy.affinity import CONTROL, Holdings, ranked, wanted
+from deploy.affinity import CONTROL, Holdings, Need, needs, ranked
 from deploy.asgi_call import Head, Start, call
 
-NOT_EXPERTS = frozenset({"auto", "tiny"})
 CHAT = "/v1/chat/completions"
 
 
 @pytest.mark.parametrize(
     ("method", "path", "body", "expected"),
     [
-        ("POST", CHAT, {"model": "law"}, "law"),
-        ("POST", "/v1/completions", {"model": "law", "prompt": "x"}, "law"),
-        ("POST", CHAT, {"model": "tiny"}, ""),
-        ("POST", CHAT, {"model": "auto"}, ""),
-        ("POST", CHAT, {"model": "auto", "experts": [{"id": "a", "weight": 0.3}, {"id": "b", "weight": -0.7}]}, "b"),
-        ("POST", CHAT, {"model": "auto", "experts": [{"id": "a"}, 7, {"weight": 2}, {"id": 3}]}, "a"),
-        ("POST", CHAT, {"model": "auto", "experts": "abc"}, ""),
-        ("POST", CHAT, {"model": 7}, ""),
-        ("POST", CHAT, [], ""),
-        ("POST", CHAT, b"{", ""),
-        ("POST", CHAT, b"\xff", ""),
-        ("GET", "/v1/models", b"", ""),
-        ("GET", "/v1/experts/law", b"", ""),
-        ("POST", "/v1/experts", b"--form", CONTROL),
-        ("PUT", "/v1/experts/law", b"--form", CONTROL),
-        ("DELETE", "/v1/experts/law", b"", CONTROL),
-        ("HEAD", "/v1/uploads/1", b"", CONTROL),
-        ("GET", "/v1/jobs/1", b"", CONTROL),
-        ("GET", "/v1/expertsandmore", b"", ""),
+        ("POST", CHAT, {"model": "law"}, Need("law")),
+        ("POST", "/v1/completions", {"model": "law", "prompt": "x"}, Need("law")),
+        ("POST", CHAT, {"model": "tiny"}, Need()),
+        ("POST", CHAT, {"model": "auto", "experts": [{"id": "a", "weight": 0.3}, {"id": "b", "weight": -1}]},
+         Need("b")),
+        ("POST", CHAT, {"model": "auto", "experts": [{"id": "a"}, 7, {"weight": 2}, {"id": 3}]}, Need("a")),
+        ("POST", CHAT, {"model": "auto", "experts": "abc"}, Need()),
+        ("POST", CHAT, {"model": 7}, Need()),
+        ("POST", CHAT, [], Need()),
+        ("POST", CHAT, b"{", Need()),
+        ("POST", CHAT, b"\xff", Need()),
+        ("POST", "/v1/completions", {"model": "auto", "prompt": "who?" * 999}, Need(text=("who?" * 999)[:2000])),
+        ("POST", "/v1/completions", {"model": "auto", "prompt": [1, 2]}, Need()),
+        ("POST", CHAT, {"model": "auto", "messages": [
+            {"role": "user", "content": "first"}, {"role": "user", "content": "last"}, {"role": "assistant"}, 3,
+        ]}, Need(text="last")),
+        ("GET", "/v1/models", b"", Need()),
+        ("GET", "/v1/experts/law", b"", Need()),
+        ("GET", "/metrics", b"", Need()),
+        ("POST", "/v1/route", {"prompt": "x"}, Need()),
+        ("POST", "/v1/experts", b"--form", Need(CONTROL)),
+        ("PUT", "/v1/experts/law", b"--form", Need(CONTROL)),
+        ("DELETE", "/v1/experts/law", b"", Need(CONTROL)),
+        ("PUT", "/v1/aliases/law", {}, Need(CONTROL)),
+        ("POST", "/v1/admin/keys", {}, Need(CONTROL)),
+        ("HEAD", "/v1/uploads/1", b"", Need(CONTROL)),
+        ("GET", "/v1/jobs/1", b"", Need(CONTROL)),
+        ("GET", "/v1/jobsandmore", b"", Need()),
     ],
-)
-def test_what_a_request_needs_most(method: str, path: str, body: object, expected: str) -> None:
+)  # fmt: skip
+def test_what_a_request_needs_most(method: str, path: str, body: object, expected: Need) -> None:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    assert wanted(method, path, data, not_experts=NOT_EXPERTS) == expected
+    assert needs(method, path, data, base="tiny") == expected
 
 
-@given(st.binary(max_size=200) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(
-    lambda value: json.dumps({"model": value, "experts": value}).encode()))  # fmt: skip
+def strange(value: object) -> bytes:
+    return json.dumps({"model": "auto", "experts": value, "messages": value, "prompt": value}).encode()
+
+
+@given(st.binary(max_size=200) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(strange))
 def test_no_body_is_too_strange(body: bytes) -> None:
-    assert isinstance(wanted("POST", CHAT, body, not_experts=NOT_EXPERTS), str)
+    need = needs("POST", CHAT, body, base="tiny")
+    assert isinstance(need.expert, str)
+    assert isinstance(need.text, str)
 
 
 def test_who_holds_it_comes_first() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import httpx
@@ -153,6 +154,33 @@ def test_who_holds_an_expert_is_preferred_to_its_favourite(cluster: Cluster) -> 
             assert {who(ask(cluster.url, name)) for _ in range(5)} == {home}
             return
     raise AssertionError("every part of the mix went to its favourite")
+
+
+def test_routed_requests_go_to_the_expert_that_routing_chooses(cluster: Cluster) -> None:
+    themes = {
+        "rivers": ["the river {} is long", "how deep is the water of {}", "boats sail along the {}"],
+        "numbers": ["add 4{} and 17", "what is 3{} times 12", "subtract 9 from 8{}"],
+    }
+    for seed, (name, forms) in enumerate(themes.items(), start=30):
+        lines = "\n".join(json.dumps({"prompt": form.format(i)}) for i in range(8) for form in forms)
+        files = {"file": cluster.library.files[cluster.library.add(seed)].read_bytes()}
+        form = {"name": name, "exemplars": lines}
+        assert httpx.post(f"{cluster.url}/v1/experts", files=files, data=form, timeout=60).status_code == 201
+
+    def learned(question: str, name: str) -> bool:
+        """Whether both replicas route the question to the expert; asking that loads none."""
+        found: dict[str, list[str]] = {}
+        while len(found) < 2:
+            answer = httpx.post(f"{cluster.url}/v1/route", json={"prompt": question}, timeout=60)
+            found[who(answer)] = [part["id"] for part in answer.json()["mix"]]
+        return all(mix == [name] for mix in found.values())
+
+    for name, question in (("rivers", "boats sail along the 9"), ("numbers", "what is 35 times 12")):
+        eventually(partial(learned, question, name))
+        body = {"model": "auto", "messages": [{"role": "user", "content": question}], "max_tokens": 2}
+        answers = [httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=60) for _ in range(6)]
+        assert {answer.headers["x-switchyard-mix"] for answer in answers} == {f"{name}=1"}
+        assert {who(answer) for answer in answers} == {favourite(cluster, name)}
 
 
 def test_a_stream_comes_in_pieces_and_a_client_that_leaves_costs_nothing_more(cluster: Cluster) -> None:
