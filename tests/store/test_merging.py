@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from store.card import Card
 from store.errors import InvalidRequestError, WrongBaseError
-from store.expert_file import read_deltas, validate
+from store.expert_file import digest_of, read_deltas, validate
 from store.merge_methods import MergeSettings, Method, dare, merger, ram, shared_ratio, shares, ties
 from store.merging import merge_experts
 from tests.store.builders import SHAPES, base_manifest, packed_newer, write_sample
@@ -90,6 +91,15 @@ def test_the_result_is_an_expert(tmp_path: Path, method: Method) -> None:
     merge_experts(paths, base_manifest(), tmp_path / "again", settings_, name="both")
     assert (tmp_path / "m").read_bytes() == (tmp_path / "again").read_bytes()
     assert header.tensors.keys() == SHAPES.keys()
+
+
+def test_the_result_names_its_parents(tmp_path: Path) -> None:
+    one, two = write_sample(tmp_path / "one", 0), write_sample(tmp_path / "two", 1)
+    card = Card(author="ada", parents=("f" * 64,))
+    header = merge_experts(
+        [(one, 1.0), (two, 0.5), (one, 0.5)], base_manifest(), tmp_path / "m", MergeSettings(), card=card
+    )
+    assert header.card == Card(author="ada", parents=(digest_of(one), digest_of(two)))
 
 
 def test_a_sum_is_the_sum(tmp_path: Path) -> None:
