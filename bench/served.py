@@ -29,11 +29,18 @@ class Answer:
 @contextmanager
 def serving(*arguments: str | Path) -> Iterator[str]:
     """Run `switchyard serve` on a free port; yields its address."""
+    with serving_process(*arguments) as (address, _):
+        yield address
+
+
+@contextmanager
+def serving_process(*arguments: str | Path) -> Iterator[tuple[str, int]]:
+    """`serving`; yields the address and the process's id."""
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", *map(str, arguments)]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "NO_COLOR": "1", "COLUMNS": "200"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        yield _address(process)
+        yield _address(process), process.pid
     finally:
         process.terminate()
         process.wait(timeout=60)

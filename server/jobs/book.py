@@ -2,7 +2,7 @@
 
 jobs/ID/job.json    the job; a folder without one belongs to no job
 jobs/ID/input/      the files it works on, until it has ended
-jobs/ID/work/       what it makes; emptied before each attempt
+jobs/ID/made/       what it makes; emptied before each attempt
 jobs/ID/cancel      there once somebody wants it to end
 jobs/lock           held by the server that runs jobs
 """
@@ -175,14 +175,14 @@ class JobBook:
 
     def workplace(self, job: Job) -> Path:
         """An empty folder for what it makes."""
-        folder = self._folder / job.id / "work"
+        folder = self._folder / job.id / "made"
         with receiving():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         return folder
 
     def _clear(self, job: Job) -> None:
-        for name in ("input", "work", "cancel"):
+        for name in ("input", "made", "cancel"):
             path = self._folder / job.id / name
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
