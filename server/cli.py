@@ -19,6 +19,7 @@ from server.cli_plan import plan_verb
 from server.cli_store import store_verbs
 from server.client import Client
 from server.settings import Settings
+from store.codecs.base import CodecName
 from store.errors import SwitchyardError
 
 app = typer.Typer(
@@ -58,20 +59,37 @@ app.add_typer(files)
 
 @app.command()
 def push(
-    file: Annotated[Path, typer.Argument(help="An expert file.")],
+    file: Annotated[Path, typer.Argument(help="An expert file; or the folder of a checkpoint or a PEFT adapter.")],
     name: Annotated[str | None, typer.Option(help="Name to serve it under; default: the name in the file.")] = None,
     exemplars: Annotated[Path | None, typer.Option(help="JSONL of prompts, instead of those in the file.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace what the name points to; needs --name.")] = False,
+    codec: Annotated[CodecName, typer.Option(help="Of a folder: the method.")] = CodecName.T_SWITCH,
+    density: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    bits_per_param: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a folder, as with compress.")] = None,
     server: Server = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
-    """Upload an expert file to a running server; it is live when this returns. Run it again to resume a large one."""
-    from server.pushing import push_file
+    """Upload an expert to a running server; it is live when this returns. Run it again to resume a large one.
 
-    if not file.is_file():
-        raise SwitchyardError(f"there is no file {file}")
+    A folder is a raw fine-tune: the server compresses it, and Ctrl-C cancels that.
+    """
+    from server.pushing import push_file
+    from server.raw_pushing import push_folder
+
     if replace and not name:
         raise SwitchyardError("--replace needs --name: which expert is to be replaced")
+    if file.is_dir():
+        options = {"density": density, "bits_per_param": bits_per_param, "rank": rank, "name": name, "replace": replace}
+        job = push_folder(Client(server, api_key), err, file, exemplars=exemplars, codec=codec.value, **options)
+        made, cost = job["expert"], job["report"]
+        out.print(
+            f"[bold]{escape(made['id'])}[/] is live ({cost['bytes']:,} bytes, {cost['bits_per_param']:.3f} bits per "
+            f"parameter, relative error {cost['relative_error']:.3f}, digest {made['digest'][:12]})"
+        )
+        return
+    if not file.is_file():
+        raise SwitchyardError(f"there is no file or folder {file}")
     record, created = push_file(Client(server, api_key), err, file, name=name, exemplars=exemplars, replace=replace)
     state = "is live" if created or replace else "was there already"
     out.print(f"[bold]{escape(record['id'])}[/] {state} ({record['bytes']:,} bytes, digest {record['digest'][:12]})")

@@ -77,6 +77,28 @@ class Client:
                 response = self._send("POST", "/v1/experts", files=files, data={"name": name} if name else {})
         return response.json(), response.status_code == httpx.codes.CREATED
 
+    def create_job(self, body: Json) -> Json:
+        """Have uploads compressed into an expert; `body` as `POST /v1/jobs` takes it."""
+        job: Json = self._send("POST", "/v1/jobs", json=body).json()
+        return job
+
+    def watch_job(self, job_id: str) -> Iterator[Json]:
+        """A job whenever it has changed, until it has ended."""
+        try:
+            with self._http.stream("GET", f"/v1/jobs/{job_id}/events") as response:
+                if response.is_error:
+                    response.read()
+                    raise _refusal(response)
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        yield json.loads(line.removeprefix("data: "))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def cancel_job(self, job_id: str) -> None:
+        """End a job that waits or runs."""
+        self._send("DELETE", f"/v1/jobs/{job_id}")
+
     def create_upload(self, filename: str, size: int, sha256: str) -> Json:
         """Declare a file that comes in pieces, or find the one that was begun: `id`, and its `offset`."""
         upload: Json = self._send(

@@ -151,6 +151,10 @@ class Library:
             raise
         return record, created
 
+    def check_unsigned(self) -> None:
+        """Raise UntrustedError where experts must be signed: what the server makes itself is not."""
+        self._registry.trust.check("", None)
+
     def routing(self, record: ExpertRecord) -> Routing:
         """Whether prompts are routed to an expert."""
         return self._teaching.routing(record)

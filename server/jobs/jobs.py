@@ -71,7 +71,12 @@ class Jobs:
         self._wake = asyncio.Event()
 
     async def submit(self, request: JobRequest, by: Caller, files: Mapping[str, Callable[[Path], int]]) -> Job:
-        """Queue a job; see `JobBook.create`."""
+        """Queue a job; see `JobBook.create`.
+
+        Raises:
+            UntrustedError: experts must be signed here.
+        """
+        self._library.check_unsigned()
         job = await asyncio.to_thread(self._book.create, request, by, files)
         self._wake.set()
         return job

@@ -184,6 +184,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.cli_options": ("server.settings", "store.errors"),
     "server.client": ("store.errors",),
     "server.chatting": ("server.client", "store.errors"),
+    "server.raw_pushing": ("server.client", "server.pushing", "store.errors", "store.exemplars"),
     "server.pushing": ("server.client", "store.errors", "store.exemplars", "store.signature"),
     "server.compressing": ("server.engine.model", "server.settings", "store"),
     "server.merging": ("server.engine.model", "server.settings", "store"),

@@ -1,0 +1,70 @@
+"""`switchyard push FOLDER`: a raw fine-tune, a checkpoint's or an adapter's folder, which the server compresses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from server.client import Client, Json, ServerError
+from server.pushing import upload_file
+from store.errors import SwitchyardError
+from store.exemplars import parse_exemplars
+
+_BESIDE = ("model.safetensors.index.json", "adapter_config.json")
+
+
+def push_folder(
+    client: Client, out: Console, folder: Path, *, exemplars: Path | None, wait: bool = True, **options: Any
+) -> Json:
+    """Upload a fine-tune and have the server compress and publish it. Returns the job, ended if waited for.
+
+    Args:
+        exemplars: JSON lines of prompts.
+        wait: show its progress until it has ended; Ctrl-C cancels it then.
+        options: further fields of the job: name, replace, codec, density, ...
+
+    Raises:
+        ServerError: the server refused, or the job has failed.
+        SwitchyardError: there is no fine-tune in the folder, or a file cannot be read.
+    """
+    try:
+        prompts = None if exemplars is None else parse_exemplars(exemplars.read_bytes())
+        uploads = [upload_file(client, out, file) for file in files_of(folder)]
+    except OSError as error:
+        raise SwitchyardError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+    job = client.create_job({"uploads": uploads, "exemplars": prompts} | options)
+    return _follow(client, out, job) if wait else job
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a fine-tune: its weights, and what orders or explains them.
+
+    Raises:
+        SwitchyardError: there are no safetensors.
+    """
+    adapter = folder / "adapter_model.safetensors"
+    weights = [adapter] if adapter.is_file() else sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise SwitchyardError(f"{folder} holds no safetensors file: it is no checkpoint and no adapter")
+    return [*(folder / name for name in _BESIDE if (folder / name).is_file()), *weights]
+
+
+def _follow(client: Client, out: Console, begun: Json) -> Json:
+    job = begun
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=out) as bars:
+            bar = bars.add_task("waiting for its turn", total=None)
+            for job in client.watch_job(begun["id"]):
+                if (progress := job["progress"]) is not None:
+                    bars.update(bar, description=progress["stage"], total=progress["total"], completed=progress["done"])
+    except KeyboardInterrupt:
+        client.cancel_job(begun["id"])
+        raise
+    if job["status"] != "succeeded":
+        message = job["error"]["message"] if job["error"] else f"the job was {job['status']}"
+        raise ServerError(message, code="job_failed")
+    return job
