@@ -16,14 +16,11 @@ from store.exemplars import parse_exemplars
 _BESIDE = ("model.safetensors.index.json", "adapter_config.json")
 
 
-def push_folder(
-    client: Client, out: Console, folder: Path, *, exemplars: Path | None, wait: bool = True, **options: Any
-) -> Json:
-    """Upload a fine-tune and have the server compress and publish it. Returns the job, ended if waited for.
+def push_folder(client: Client, out: Console, folder: Path, *, exemplars: Path | None, **options: Any) -> Json:
+    """Upload a fine-tune and have the server compress and publish it. Returns the job, which has ended; Ctrl-C cancels it.
 
     Args:
         exemplars: JSON lines of prompts.
-        wait: show its progress until it has ended; Ctrl-C cancels it then.
         options: further fields of the job: name, replace, codec, density, ...
 
     Raises:
@@ -36,7 +33,7 @@ def push_folder(
     except OSError as error:
         raise SwitchyardError(f"cannot read {error.filename or folder}: {error.strerror}") from None
     job = client.create_job({"uploads": uploads, "exemplars": prompts} | options)
-    return _follow(client, out, job) if wait else job
+    return _follow(client, out, job)
 
 
 def files_of(folder: Path) -> list[Path]:
