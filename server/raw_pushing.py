@@ -17,7 +17,7 @@ _BESIDE = ("model.safetensors.index.json", "adapter_config.json")
 
 
 def push_folder(client: Client, out: Console, folder: Path, *, exemplars: Path | None, **options: Any) -> Json:
-    """Upload a fine-tune and have the server compress and publish it. Returns the job, which has ended; Ctrl-C cancels it.
+    """Upload a fine-tune and have the server compress and publish it. Returns the job; Ctrl-C cancels it.
 
     Args:
         exemplars: JSON lines of prompts.
