@@ -73,6 +73,15 @@ class HostTier:
                 if gone:
                     _let_go(entry)
 
+    def take(self, digest: str) -> Parcel | None:
+        """Look an expert up and forget it, in one step: whoever takes it has its bytes from now on."""
+        with self._lock:
+            entry = self._entries.pop(digest, None)
+            self._used -= entry.parcel.nbytes if entry is not None and entry.readers == 0 else 0
+        if self.limit_bytes:
+            self.meter.looked_up(found=entry is not None)
+        return None if entry is None else entry.parcel
+
     def put(self, parcel: Parcel, seconds: float) -> bool:
         """Keep a parcel, in place of what was used least recently; False if there is no room for it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,6 +42,8 @@ class ExpertLoader:
         self._read = read
         self.host = host
         self._in_place = device.type == "cpu"
+        self._claimed: dict[str, Parcel | None] = {}
+        """What the host tier had of experts whose loads are about to run."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def decoded_bytes(self, digest: str) -> int:
@@ -54,16 +57,14 @@ class ExpertLoader:
             ExpertUnavailableError: the expert's bytes are nowhere, or damaged everywhere.
         """
         damaged = False
-        with self.host.reading(digest) as kept:
+        with self._kept(digest) as kept:
             if kept is not None:
                 parcel = self._moved(kept)
-                damaged = not parcel.is_intact
-                if damaged:
-                    self.host.meter.damaged(digest)
-                if damaged or self._in_place:
-                    self.host.drop(digest)
-                if not damaged:
+                if parcel.is_intact:
                     return DecodedExpert(digest, parcel.tensors(), parcel)
+                damaged = True
+                self.host.meter.damaged(digest)
+                self.host.drop(digest)
         began = time.perf_counter()
         decoded = self._decode(digest)
         if not self._in_place:
@@ -75,6 +76,11 @@ class ExpertLoader:
             self.host.meter.healed(digest, Tier.STORE)
         return DecodedExpert(digest, parcel.tensors(), parcel)
 
+    def claim(self, digest: str) -> None:
+        """See `ExpertSource.claim`. Two experts that change places need no room for a third."""
+        if self._in_place:
+            self._claimed[digest] = self.host.take(digest)
+
     def evicted(self, expert: DecodedExpert) -> None:
         """See `ExpertSource.evicted`."""
         if not self._in_place:
@@ -85,6 +91,17 @@ class ExpertLoader:
     def drop(self, digest: str) -> None:
         """See `ExpertSource.drop`."""
         self.host.drop(digest)
+
+    @contextmanager
+    def _kept(self, digest: str) -> Iterator[Parcel | None]:
+        """What the host tier has of an expert, held for as long as it is copied."""
+        if not self._in_place:
+            with self.host.reading(digest) as kept:
+                yield kept
+        elif digest in self._claimed:
+            yield self._claimed.pop(digest)
+        else:
+            yield self.host.take(digest)
 
     def _decode(self, digest: str) -> Parcel:
         data = self._read(digest)

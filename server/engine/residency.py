@@ -33,6 +33,13 @@ class ExpertSource(Protocol):
 
     def load(self, digest: str) -> DecodedExpert: ...
 
+    def claim(self, digest: str) -> None:
+        """A `load` will follow, whose bytes the device has room for now: what is kept of it need not be kept any more.
+
+        Called on the engine's thread, before `evicted` for those that make the room; must not block.
+        """
+        ...
+
     def evicted(self, expert: DecodedExpert) -> None:
         """The device gives an expert up that may be asked for again. Called on the engine's thread; must not block."""
         ...
@@ -185,6 +192,10 @@ class Residency:
             ticket.ready(ExpertUnavailableError(message, param="experts"))
             return True
         idle = [d for d, slot in self._slots.items() if slot.pins == 0 and slot.expert and d not in wanted]
+        spare = sum(self._slots[digest].nbytes for digest in idle)
+        if self.used_bytes + needed - spare <= self.budget_bytes:
+            for digest in absent:
+                self._source.claim(digest)
         for digest in idle:
             if self.used_bytes + needed <= self.budget_bytes:
                 break

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from store.tiers import Tier, TierMeter, TierStats
 _log = logging.getLogger(__name__)
 
 _OPENING_SECONDS = 10.0
-"""What was handed out so recently is not evicted: its reader may not have opened it yet."""
+"""A path that was handed out so recently is not evicted: its reader may not have opened it yet."""
 
 Copy = TypeVar("Copy", Path, bytes)
 
@@ -26,11 +27,10 @@ Copy = TypeVar("Copy", Path, bytes)
 class BlobCache:
     """Blobs in a folder, which several processes may share.
 
-    The limit may be exceeded by what was handed out in the last seconds, and by one blob that is larger.
-
     Args:
         root: the folder, made if need be.
-        limit: bytes.
+        limit: bytes of all that is in the folder, whoever put it there. It may be exceeded by paths that `get` has
+            handed out in the last seconds, and by one blob that is larger.
 
     Raises:
         StoreError: the folder cannot be used.
@@ -44,13 +44,9 @@ class BlobCache:
         self._limit = limit
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        """Digest → bytes, and when it was handed out last; the least recently used first."""
-        found = []
-        for path in (root / "blobs").glob("*/*"):
-            stat = path.stat()
-            found.append((stat.st_mtime, path.name, stat.st_size))
-        for _, digest, size in sorted(found):
-            self._entries[digest] = (size, float("-inf"))
+        """Digest → bytes, and when its path was handed out last; the least recently used first."""
+        self._folder = root / "blobs"
+        self._adopt()
 
     @property
     def used(self) -> int:
@@ -75,7 +71,12 @@ class BlobCache:
 
     def get(self, digest: str) -> Path | None:
         """A verified file, or None; a damaged copy is reported and dropped."""
-        return self._sound(digest, self._disk.fetch)
+        path = self._sound(digest, self._disk.fetch)
+        if path is not None:
+            with self._lock:
+                if digest in self._entries:
+                    self._entries[digest] = (self._entries[digest][0], time.monotonic())
+        return path
 
     def read(self, digest: str) -> bytes | None:
         """Verified bytes, or None; a damaged copy is reported and dropped."""
@@ -85,8 +86,8 @@ class BlobCache:
         """Read a copy afresh, and leave it as it is."""
         return self._disk.verify(digest, repair=False)
 
-    def add(self, path: Path, digest: str, seconds: float = 0.0) -> Path:
-        """Take over a verified file of the quarantine, and make room for it. Returns where it is now.
+    def add(self, path: Path, digest: str, seconds: float = 0.0) -> None:
+        """Take over a verified file of the quarantine, and make room for it.
 
         Args:
             seconds: what it took to get it, for the metrics.
@@ -94,15 +95,15 @@ class BlobCache:
         Raises:
             StoreError: the disk fails, or is full.
         """
+        size = path.stat().st_size
         self._disk.put_blob(path, digest)
-        kept = self._disk.fetch(digest)
-        self._touch(digest, kept.stat().st_size)
+        self._touch(digest, size)
         self.meter.loaded(seconds)
         if digest in self._damaged:
             self._damaged.discard(digest)
             self.meter.healed(digest, Tier.STORE)
+        self._adopt()
         self._evict()
-        return kept
 
     def drop(self, digest: str) -> None:
         """Forget a blob."""
@@ -127,17 +128,33 @@ class BlobCache:
 
     def _touch(self, digest: str, size: int) -> None:
         with self._lock:
-            self._entries[digest] = (size, time.monotonic())
+            _, opened = self._entries.get(digest, (0, float("-inf")))
+            self._entries[digest] = (size, opened)
             self._entries.move_to_end(digest)
+
+    def _adopt(self) -> None:
+        """Take note of what other processes have put there or removed; what they put there is the first to go."""
+        found: dict[str, tuple[float, int]] = {}
+        for path in self._folder.glob("*/*"):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                found[path.name] = stat.st_mtime, stat.st_size
+        with self._lock:
+            for digest in self._entries.keys() - found.keys():
+                del self._entries[digest]
+            for digest in sorted(found.keys() - self._entries.keys(), key=lambda digest: found[digest], reverse=True):
+                age = time.time() - found[digest][0]  # whoever has just put it there is about to open it
+                self._entries[digest] = found[digest][1], time.monotonic() - age
+                self._entries.move_to_end(digest, last=False)
 
     def _evict(self) -> None:
         with self._lock:
             excess = sum(size for size, _ in self._entries.values()) - self._limit
             victims = []
-            for digest, (size, when) in self._entries.items():
+            for digest, (size, opened) in list(self._entries.items())[:-1]:  # not what has just come
                 if excess <= 0:
                     break
-                if time.monotonic() - when > _OPENING_SECONDS:
+                if time.monotonic() - opened > _OPENING_SECONDS:
                     victims.append(digest)
                     excess -= size
         for digest in victims:

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from server.engine.engine import TransformersEngine
+from server.engine.host_tier import HostTier
+from server.engine.loader import ExpertLoader
 from server.engine.types import EngineRequest, FinishReason, Mode, SamplingParams, TokenEvent
 from store.errors import (
     ContextLengthError,
@@ -21,6 +23,7 @@ from store.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from store.fingerprint import manifest_of
 from store.mix import BASE_MIX, Mix
 from store.tiers import Tier
 from tests.engine.conftest import SETTINGS, Library, collect, running, until
@@ -360,5 +363,30 @@ def test_reduced_precision_follows_its_own_merged_model(library: Library, dtype:
                 assert logits.max() - chosen < 0.15
                 agree += bool(logits.max() == chosen)
             assert agree >= 10
+
+    run(body())
+
+
+def test_experts_that_leave_the_device_come_back_from_host_memory(library: Library) -> None:
+    """With room for one on the device and one beside it, each file is decoded once, and answers stay the same."""
+    experts = [library.add(seed) for seed in (1, 2)]
+    sizes = [ExpertLoader(manifest_of(library.base, None), torch.device("cpu"), library.read, HostTier(0))
+             .decoded_bytes(digest) for digest in experts]  # fmt: skip
+    settings = replace(SETTINGS, expert_bytes=max(sizes), host_expert_bytes=max(sizes))
+
+    async def body() -> None:
+        async with running(library, settings) as engine:
+            for _ in range(3):
+                for digest in experts:
+                    mix = Mix.of({digest: 1.0})
+                    tokens, _ = await collect(engine, [5, 6, 7], mix)
+                    assert tokens == library.greedy(mix, [5, 6, 7], 12)
+            await until(lambda: engine.stats().tier(Tier.DEVICE).loads == 6)
+            host = engine.stats().tier(Tier.HOST)
+            assert (host.hits, host.misses, host.faults) == (4, 2, 0)
+            assert host.used_bytes == sizes[0], "the one that is not on the device"
+            assert engine.holdings() == {Tier.DEVICE: frozenset(experts[1:]), Tier.HOST: frozenset(experts[:1])}
+            await engine.drop_expert(experts[0])
+            await until(lambda: not engine.holdings()[Tier.HOST])
 
     run(body())

@@ -67,6 +67,16 @@ def test_what_is_dropped_is_found_no_more_and_freed_with_its_last_reader() -> No
     assert tier.used_bytes == 0
 
 
+def test_what_is_taken_is_the_taker_s() -> None:
+    tier = HostTier(2 * UNIT)
+    first = parcel("a", 2)
+    tier.put(first, 0)
+    assert tier.take("a") is first
+    assert tier.take("a") is None
+    assert tier.used_bytes == 0
+    assert (tier.stats().hits, tier.stats().misses) == (1, 1)
+
+
 def test_without_a_limit_above_zero_nothing_is_kept() -> None:
     tier = HostTier(0)
     assert not tier.put(parcel("a"), 0)
@@ -81,7 +91,7 @@ def test_random_use_keeps_the_books(seed: int) -> None:
     readers: list[tuple[Parcel, object]] = []
     for _ in range(300):
         name = rng.choice("abcdefgh")
-        match rng.randrange(5):
+        match rng.randrange(6):
             case 0 | 1:
                 tier.put(parcel(name, ord(name) % 4 + 1), 0)
             case 2:
@@ -95,6 +105,8 @@ def test_random_use_keeps_the_books(seed: int) -> None:
                 readers.pop(rng.randrange(len(readers)))[1].__exit__(None, None, None)  # type: ignore[attr-defined]
             case 4:
                 tier.drop(name)
+            case 5:
+                tier.take(name)
         there = {id(entry.parcel): entry.parcel for entry in tier._entries.values()}
         there |= {id(kept): kept for kept, _ in readers}
         assert tier.used_bytes == sum(kept.nbytes for kept in there.values()) <= 8 * UNIT

@@ -27,6 +27,8 @@ class Source:
         self.broken: set[str] = set()
         self.loaded: list[str] = []
         self.let_go: list[str] = []
+        self.claimed: list[tuple[str, int]] = []
+        """Digests, and how many had been let go before."""
         self.dropped: list[str] = []
 
     def decoded_bytes(self, digest: str) -> int:
@@ -41,6 +43,9 @@ class Source:
             raise RuntimeError("unreadable")
         self.loaded.append(digest)
         return DecodedExpert(digest, {"w": DenseValues(torch.zeros(100 * int(digest[-1])))})
+
+    def claim(self, digest: str) -> None:
+        self.claimed.append((digest, len(self.let_go)))
 
     def evicted(self, expert: DecodedExpert) -> None:
         self.let_go.append(expert.digest)
@@ -112,6 +117,7 @@ def test_the_least_recently_used_goes_first_and_the_pinned_stays(bench: Bench) -
     bench.settle(lambda: len(bench.granted) == 5)
     assert set(bench.residency.experts) == {"b1", "c1", "d2"}
     assert bench.source.let_go == ["a2"]
+    assert bench.source.claimed[-1] == ("d2", 0), "what is kept of the new one is claimed before the old one is kept"
     stats = bench.residency.stats()
     assert (stats.evictions, stats.hits, stats.misses, stats.loads) == (1, 1, 4, 4)
 
