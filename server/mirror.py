@@ -114,13 +114,18 @@ class Mirror:
             header = await asyncio.to_thread(read_header, brought.file.path)
             name = header.name or PurePosixPath(key).name.removesuffix(".safetensors")
             before = self._state.taken.get(key)
-            owners = {other for other, one in self._state.taken.items() if one.name == name}
+            is_ours = any(
+                one.name == name and (other == key or other in gone) for other, one in self._state.taken.items()
+            )
+            exemplars = brought.exemplars
+            if exemplars is None and is_ours:  # those that lay beside it may have gone
+                exemplars = header.exemplars
             record, is_new = await self._library.publish(
                 brought.file,
                 name=name,
-                exemplars=brought.exemplars,
+                exemplars=exemplars,
                 by=OPERATOR,
-                replace=bool(owners & {key, *gone}),
+                replace=is_ours,
                 signature=brought.signature,
             )
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,14 +47,23 @@ class RemoteSource:
         return await asyncio.to_thread(self._look)
 
     async def fetch(self, key: str, stamp: str) -> Brought:
-        """See `Source.fetch`."""
-        return await asyncio.to_thread(self._fetch, key, stamp)
+        """See `Source.fetch`. A server that stops does not wait for the rest."""
+        given_up = threading.Event()
+        try:
+            return await asyncio.to_thread(self._fetch, key, stamp, given_up)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
 
     def _look(self) -> dict[str, str | None]:
         there = self._folder.list()
         return {name: _stamp(name, there) for name in there if name.endswith(EXPERTS)}
 
-    def _fetch(self, key: str, stamp: str) -> Brought:
+    def _fetch(self, key: str, stamp: str, given_up: threading.Event) -> Brought:
+        def check(_done: int, _size: int) -> None:
+            if given_up.is_set():
+                raise StoreUnavailableError("nobody waits for the download any more")
+
         there = self._folder.list()
         exemplars, signature = f"{key.removesuffix(EXPERTS)}{_EXEMPLARS}", f"{key}{SUFFIX}"
         prompts = signed = None
@@ -61,7 +71,9 @@ class RemoteSource:
             prompts = parse_exemplars(self._folder.read(exemplars, max_bytes=MAX_BYTES))
         if signature in there:
             signed = decode_signature(self._folder.read(signature, max_bytes=MAX_SIGNATURE_BYTES))
-        file = self._folder.download(key, self._quarantine, max_bytes=self._max_bytes, seconds=self._seconds)
+        file = self._folder.download(
+            key, self._quarantine, max_bytes=self._max_bytes, seconds=self._seconds, tell=check
+        )
         # A download is many requests, and the file may have been replaced between two of them.
         if _stamp(key, self._folder.list()) != stamp:
             file.discard()

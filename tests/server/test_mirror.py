@@ -150,6 +150,7 @@ async def test_exemplars_and_signatures_lie_beside(tmp_path: Path, folder: Path)
         assert house.registry.exemplars(house.registry.get("cron")) == CRON, "the sound ones stay"
         (folder / "cron.jsonl").unlink()
         await settle(mirror)
+        assert house.registry.exemplars(house.registry.get("cron")) == FRENCH, "those in the file again"
         assert house.registry.get("cron").digest == digest_of(file)
 
 

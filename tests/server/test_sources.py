@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,44 @@ async def test_a_file_that_changes_while_it_is_read(house: House, memory: Any, m
     assert house.quarantined == []
     await mirror.sync()
     assert names(house) == ["a"]
+
+
+async def test_a_download_is_given_up_when_the_server_stops(
+    house: House, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/x/a.safetensors", bytes(5 << 20))
+    mirror = mirror_of(house, "memory://x", max_bytes=1 << 30)
+    folder = mirror._source._folder  # type: ignore[attr-defined]
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow:
+        size = 1 << 30
+        pieces = 0
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            ended.set()
+
+        def read(self, size: int) -> bytes:
+            self.pieces += 1
+            begun.set()
+            assert go_on.wait(30)
+            return bytes(size)
+
+    slow = Slow()
+    monkeypatch.setattr(folder._files, "open", lambda *_, **__: slow)
+    syncing = asyncio.create_task(mirror.sync())
+    await asyncio.to_thread(begun.wait, 30)
+    syncing.cancel()
+    await asyncio.gather(syncing, return_exceptions=True)
+    go_on.set()
+    assert await asyncio.to_thread(ended.wait, 30)
+    assert slow.pieces == 1
+    async with asyncio.timeout(30):
+        while house.quarantined:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_server_mirrors_what_it_is_told_to_and_allowed(tmp_path: Path, bucket: Bucket) -> None:
