@@ -23,6 +23,7 @@ from server.api import (
     completions,
     embeddings,
     errors,
+    exemplars,
     experts,
     jobs,
     keys,
@@ -144,6 +145,7 @@ def create_app(
         tokens,
         models,
         experts,
+        exemplars,
         sharing,
         aliases,
         uploads,
@@ -157,7 +159,8 @@ def create_app(
 
     def body_limit(scope: Scope) -> int:
         prefix = experts.router.prefix
-        replacement = scope["method"] == "PUT" and scope["path"].startswith(f"{prefix}/")
+        below = scope["path"].removeprefix(f"{prefix}/")
+        replacement = scope["method"] == "PUT" and below != scope["path"] and "/" not in below
         upload = replacement or (scope["method"] == "POST" and scope["path"] == prefix)
         if scope["method"] == "PATCH" and scope["path"].startswith(f"{uploads.router.prefix}/"):
             return settings.upload_bytes

@@ -16,6 +16,7 @@ from server.cli_files import bytes_of, files, metadata_of
 from server.cli_keys import key_verbs
 from server.cli_options import with_settings
 from server.cli_plan import plan_verb
+from server.cli_routing import exemplars_verb, route_verb
 from server.cli_store import store_verbs
 from server.client import Client
 from server.settings import Settings
@@ -205,25 +206,8 @@ def unalias(
     out.print(f"removed the alias [bold]{escape(name)}[/]")
 
 
-@app.command()
-def route(
-    prompt: Annotated[str, typer.Argument(help="What a user might ask.")],
-    server: Server = LOCAL,
-    api_key: ApiKey = None,
-) -> None:
-    """Show which experts would answer a prompt, and why."""
-    decision = Client(server, api_key).route(prompt)
-    mix = ", ".join(f"{part['weight']:g} × {part['id']}" for part in decision["mix"]) or "the base"
-    out.print(f"[bold]{escape(mix)}[/]: {escape(decision['reason'])}")
-    table = Table("neighbour", "distance", "domain ends at", "exemplar")
-    for column in table.columns[1:3]:
-        column.justify = "right"
-    for neighbour in decision["neighbours"]:
-        name = "[dim]general text[/]" if neighbour["id"] is None else escape(neighbour["id"])
-        end = "" if neighbour["threshold"] is None else f"{neighbour['threshold']:.3f}"
-        table.add_row(name, f"{neighbour['distance']:.3f}", end, escape(neighbour["exemplar"]))
-    if decision["neighbours"]:
-        out.print(table)
+app.command("exemplars")(exemplars_verb)
+app.command("route")(route_verb)
 
 
 @app.command()

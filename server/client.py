@@ -162,6 +162,20 @@ class Client:
         """Remove an expert; with `force`, its aliases too."""
         self._send("DELETE", f"/v1/experts/{quote(name, safe='')}", params={"force": force})
 
+    def exemplars(self, name: str) -> list[str]:
+        """The prompts that an expert is found by."""
+        found: list[str] = self._send("GET", f"/v1/experts/{quote(name, safe='')}/exemplars").json()["exemplars"]
+        return found
+
+    def set_exemplars(self, name: str, exemplars: Sequence[str] | None) -> Json:
+        """Let an expert be found by other prompts; None goes back to those in its file."""
+        path = f"/v1/experts/{quote(name, safe='')}/exemplars"
+        if exemplars is None:
+            reset: Json = self._send("DELETE", path).json()
+            return reset
+        record: Json = self._send("PUT", path, json={"exemplars": list(exemplars)}).json()
+        return record
+
     def put_alias(self, alias: str, target: str) -> None:
         """Let an alias point to an expert."""
         self._send("PUT", f"/v1/aliases/{quote(alias, safe='')}", json={"target": target})

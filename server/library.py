@@ -15,9 +15,10 @@ from server.teaching import Routing, Teaching
 from store.access import OPERATOR, AccessChange, Caller
 from store.alias import Alias
 from store.errors import EngineDeadError, SwitchyardError
+from store.exemplar_changes import Choice
 from store.expert_file import ExpertHeader, read_header
 from store.intake import Received
-from store.ownership import NO_QUOTA, Quota
+from store.ownership import NO_QUOTA, Quota, check_owned
 from store.record import ExpertRecord
 from store.registry import Registry
 from store.trust import Signer
@@ -183,6 +184,29 @@ class Library:
         return await asyncio.to_thread(
             self._registry.describe, name, description=description, tags=tags, metadata=metadata, by=by
         )
+
+    async def set_exemplars(self, name: str, choose: Choice, by: Caller) -> ExpertRecord:
+        """Let prompts find an expert by other exemplars; see `Registry.set_exemplars`.
+
+        Routing learns them within the library's patience, or a little later.
+        """
+        async with self._changing:
+            record = await asyncio.to_thread(self._registry.set_exemplars, name, choose, by)
+            teaching = await self._teaching.begin(record) if self._teaching.is_stale(record) else None
+        if teaching is not None:
+            await self._teaching.stand(record, teaching)
+        return record
+
+    async def exemplars(self, name: str, by: Caller) -> tuple[ExpertRecord, Sequence[str]]:
+        """An expert of the caller's, and the prompts that it is found by.
+
+        Raises:
+            NotFoundError: there is none for this caller.
+            NotPermittedError: it is not the caller's.
+        """
+        record = await self.get(name, by)
+        check_owned(record, by)
+        return record, await asyncio.to_thread(self._registry.exemplars, record)
 
     async def put_alias(self, name: str, target: str, by: Caller) -> tuple[Alias, bool]:
         """Let an alias point to an expert; see `Aliases.put`."""

@@ -99,6 +99,12 @@ class Teaching:
             self._behind[record.name] = teaching
             teaching.add_done_callback(lambda task: self._done(record, task))
 
+    async def stand(self, record: ExpertRecord, teaching: asyncio.Task[None]) -> None:
+        """As `settle`, of a change that stands whatever the router makes of it: where it fails, it is tried again."""
+        self._behind[record.name] = teaching
+        teaching.add_done_callback(lambda task: self._done(record, task))
+        await asyncio.wait({teaching}, timeout=self._patience)
+
     def forget(self, record: ExpertRecord) -> None:
         """Route nothing to an expert any more."""
         self.known.pop(record.name, None)

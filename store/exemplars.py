@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from store.errors import InvalidRequestError, StoreError, TooLargeError
+from store.errors import InvalidRequestError, TooLargeError
 from store.strict_json import FieldError, parse_json
 
 MAX_LINES = 4096
@@ -83,15 +82,3 @@ def _text_of(content: object) -> str | None:
         return None
     texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
     return "\n".join(text for text in texts if isinstance(text, str)) if texts else None
-
-
-def write_exemplars(path: Path, data: bytes) -> None:
-    """Write what `exemplar_bytes` gave.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"cannot store the exemplars: {error.strerror}") from None

@@ -13,14 +13,9 @@ from store.alias import Alias, parse_entry
 from store.aliases import Aliases
 from store.backends import ABSENT, BlobStore, Expect
 from store.catalogue import Catalogue
-from store.errors import (
-    ConflictError,
-    NotFoundError,
-    StoreError,
-    StoreUnavailableError,
-    UntrustedError,
-)
-from store.exemplars import exemplar_bytes, write_exemplars
+from store.errors import ConflictError, NotFoundError, StoreError, StoreUnavailableError, UntrustedError
+from store.exemplar_changes import Choice, exemplified, put_exemplars
+from store.exemplars import exemplar_bytes
 from store.expert_file import digest_of, validate
 from store.expert_header import ExpertHeader
 from store.expert_info import NAME_PATTERN
@@ -118,10 +113,8 @@ class Registry(Catalogue):
                 check_quota(self._all().values(), record, by, quota)
             try:
                 # Blobs first: at no instant does a record lack its bytes.
-                if own is not None and record.exemplars_digest is not None:
-                    beside = path.with_name(f"{path.name}.exemplars")
-                    write_exemplars(beside, own)
-                    self._store.put_blob(beside, record.exemplars_digest)
+                if own is not None:
+                    put_exemplars(self._store, own)
                 self._store.put_blob(path, digest)
             except StoreError:
                 for blob in fresh:  # a store that is full needs the room
@@ -211,6 +204,10 @@ class Registry(Catalogue):
         """Let an expert be seen by others, or be somebody else's. Raises as `_change`."""
         return self._change(name, by, lambda record: replace(record, access=changed_access(record.access, change, by)))
 
+    def set_exemplars(self, name: str, choose: Choice, by: Caller = OPERATOR) -> ExpertRecord:
+        """Let prompts find an expert by other exemplars, see `exemplified`; its file stays. Raises as both."""
+        return self._change(name, by, lambda one: exemplified(self._store, one, choose, self.exemplars))
+
     def _change(self, name: str, by: Caller, change: Callable[[ExpertRecord], ExpertRecord]) -> ExpertRecord:
         """Change what is kept beside an expert's file.
 
@@ -225,6 +222,8 @@ class Registry(Catalogue):
             check_record(changed)
             if changed != record:
                 self._put(changed, present)
+                if idle := record.blobs - changed.blobs:
+                    self._release(idle)
         return changed
 
     def undo(self, record: ExpertRecord) -> None:

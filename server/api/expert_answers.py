@@ -7,6 +7,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from server.api.services import Services
+from server.teaching import Routing
 from store.access import Caller
 from store.expert_header import ExpertHeader, SparseEntry
 from store.record import ExpertRecord
@@ -63,6 +64,10 @@ class Tensors(TypedDict):
 class ExpertDetails(Expert):
     """An expert, and what its file says about how it was made."""
 
+    routed: bool
+    """Whether prompts are routed to it now."""
+    routing_reason: str
+    """Why they are, or are not, and what to do about it."""
     codec_params: dict[str, Any]
     tool: str
     tensors: Tensors
@@ -154,10 +159,20 @@ def details_answer(record: ExpertRecord, header: ExpertHeader, services: Service
     """One expert, and how its file was made."""
     return {
         **expert_answer(record, services, by),
+        "routed": services.library.routing(record) is Routing.READY,
+        "routing_reason": _REASONS[services.library.routing(record)].format(name=record.name),
         "codec_params": dict(header.codec_params),
         "tool": header.tool,
         "tensors": _tensors(header),
     }
+
+
+_REASONS = {
+    Routing.NONE: "it has no exemplars, so that no prompt is routed to it and it is reached by its name only: "
+    "PUT /v1/experts/{name}/exemplars gives it some",
+    Routing.PENDING: "the router does not know its exemplars yet; until then it is reached by its name only",
+    Routing.READY: "prompts that are like its exemplars are routed to it",
+}
 
 
 def _signer(record: ExpertRecord, services: Services) -> SignedBy | None:

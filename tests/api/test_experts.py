@@ -314,6 +314,8 @@ async def test_list_and_get(own: House) -> None:
         "codec_params": {"x": 1},
         "tool": "tests",
         "tensors": {"ternary": 0, "dense": 1, "elements": 4, "nonzeros": 4},
+        "routed": False,
+        "routing_reason": details["routing_reason"],
     }
     assert error(await own.http.get("/v1/experts/c"), 404)["code"] == "model_not_found"
 
