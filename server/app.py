@@ -21,6 +21,7 @@ from server.api import (
     aliases,
     chat,
     completions,
+    debug,
     embeddings,
     errors,
     exemplars,
@@ -51,6 +52,7 @@ from server.metering import Meter
 from server.metrics import Metrics
 from server.mirrors import mirroring
 from server.settings import Settings
+from server.tracing import tracing_to
 from store.backends.ledger import Ledger
 from store.errors import SwitchyardError
 from store.expert_header import ExpertHeader
@@ -91,6 +93,7 @@ def create_app(
         check: checks an uploaded expert file, where it can do no harm; see `Library`.
         base_folder: the base's checkpoint, for jobs.
     """
+    tracing = tracing_to(settings.otel_endpoint)
     api_keys, tenants = Keys(ledger), Tenants(ledger, settings.tenant_limits())
     meter = Meter(ledger, api_keys, tenants)
     metrics = Metrics(engine.stats, registry.list, registry.tiers)
@@ -112,7 +115,7 @@ def create_app(
         library=library,
         inbox=Inbox(_uploads_of(settings, book), quarantine),
         jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
-        generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge),
+        generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing),
         metrics=metrics,
         chores=[
             *_upkeep(settings, registry),
@@ -123,6 +126,7 @@ def create_app(
         keys=api_keys,
         tenants=tenants,
         meter=meter,
+        tracing=tracing,
         audit=AuditLog(settings.data_dir / "audit.jsonl"),
         started=int(time.time()),
     )
@@ -152,6 +156,7 @@ def create_app(
         jobs,
         keys,
         usage,
+        debug,
         route,
         ops,
     ):
@@ -171,7 +176,7 @@ def create_app(
     app.add_middleware(LimitMiddleware, meter=meter)
     app.add_middleware(AuthMiddleware, settings=settings, keys=services.keys)
     app.add_middleware(AuditMiddleware, audit=services.audit)
-    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(RequestMiddleware, metrics=metrics, tracing=tracing)
     return app
 
 
@@ -207,6 +212,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
         await services.engine.stop()
+        await asyncio.to_thread(services.tracing.close)
         with suppress(SwitchyardError):
             await services.meter.settle()
 

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from server.engine.timing import Timing
 from server.engine.types import FinishReason, Likelihood, TokenEvent, TokenStream
 from server.metrics import Metrics
 from server.text import IncrementalDecoder, StopMatcher
+from server.tracing import Tracing, record_answer
 from store.mix import Mix
 
 
@@ -69,7 +71,8 @@ class Answer:
         choices: Sequence[tuple[TokenStream, ChoiceText]],
         metrics: Metrics,
         began: float,
-        on_close: Callable[[int], None] = lambda _: None,
+        on_close: Callable[[int], None],
+        tracing: Tracing,
     ) -> None:
         self.routes = routes
         """The route of each prompt."""
@@ -79,6 +82,7 @@ class Answer:
         self.choices = len(choices)
         self._metrics = metrics
         self._began = began
+        self._tracing = tracing
         self._on_close: Callable[[int], None] | None = on_close
         self._unfinished = len(choices)
         self._pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -123,9 +127,13 @@ class Answer:
 
     async def _pump(self, choice: int, stream: TokenStream, text: ChoiceText) -> None:
         previous: float | None = None
+        timing: Timing | None = None
+        tokens = 0
         try:
             async for event in stream:
                 now = time.monotonic()
+                timing = timing or event.timing
+                tokens += event.token is not None
                 if previous is None:
                     self._metrics.time_to_first_token.observe(now - self._began)
                 else:
@@ -142,6 +150,9 @@ class Answer:
             self._pieces.put_nowait(error)
         finally:
             await stream.aclose()
+            if timing is not None:
+                self._metrics.time_inside(timing)
+                record_answer(self._tracing, timing, time.monotonic(), choice=choice, tokens=tokens)
 
 
 class ChoiceText:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from rich.console import Console
 from rich.panel import Panel
 
 from server.settings import Settings
 from store.errors import InvalidRequestError
 from store.keys import Keys
+
+log = logging.getLogger(__name__)
 
 
 def check_exposure(settings: Settings, keys: Keys, out: Console) -> None:
@@ -26,6 +30,8 @@ def check_exposure(settings: Settings, keys: Keys, out: Console) -> None:
             "this address is trusted"
         )
     who = "on this machine" if settings.on_loopback else f"who can reach {settings.host}"
+    if out.quiet:
+        log.warning("this server runs open: there is no API key, and everyone %s may do anything", who)
     out.print(
         Panel(
             f"There is no API key: everyone {who} may ask, upload, delete and make keys.\n"

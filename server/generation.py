@@ -18,6 +18,7 @@ from server.engine.types import Engine, EngineRequest, SamplingParams, TokenStre
 from server.metrics import Metrics
 from server.prompts import Prompt
 from server.text import IncrementalDecoder, StopMatcher
+from server.tracing import Tracing
 from store.access import Caller
 from store.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from store.mix import BASE_MIX, WEIGHT_DECIMALS, Mix
@@ -70,6 +71,7 @@ class Generation:
         max_n: int,
         max_sequences: int,
         charge: Charge,
+        tracing: Tracing,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -78,6 +80,7 @@ class Generation:
         self._max_n = max_n
         self._max_sequences = max_sequences
         self._charge = charge
+        self._tracing = tracing
 
     async def start(self, request: GenerationRequest, by: Caller) -> Answer:
         """Route the request and queue it in the engine; the answer must be closed.
@@ -93,6 +96,7 @@ class Generation:
         began = time.monotonic()
         self._check_limits(request)
         routes = await self._routes(request, by)
+        self._tracing.record("route", began, time.monotonic(), reason=routes[0].reason, prompts=len(routes))
         prompts = [await self._encode(prompt) for prompt in request.prompts]
         if request.sampling.grammar is not None:
             await self._engine.check_grammar(request.sampling.grammar)
@@ -126,6 +130,7 @@ class Generation:
             self._metrics,
             began,
             lambda spent: self._charge(by, completion_tokens=spent),
+            self._tracing,
         )
 
     async def check_model(self, model: str, by: Caller) -> None:

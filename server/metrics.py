@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from server.engine.stats import EngineStats
+from server.engine.timing import Timing
 from store.errors import StoreError
 from store.record import ExpertRecord
 from store.tiers import Tier, TierStats
@@ -17,7 +19,10 @@ from store.tiers import Tier, TierStats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 EXPERT_LABELS = 100
-"""Experts with a time series of their own; later ones share the label `other`."""
+"""Experts with a time series of their own; all others share the label `other`. A series never falls: an expert that
+gets one begins at 0, and what was counted under `other` stays there."""
+EXPERT_IDLE_SECONDS = 3600.0
+"""An expert that nobody has used for so long gives its series up to another one."""
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -53,6 +58,17 @@ class Metrics:
         self.end_to_end = self._histogram(
             "switchyard_request_duration_seconds", "From the request to the last token of an answer.", _SECONDS
         )
+        self.load_wait = self._histogram(
+            "switchyard_expert_wait_seconds",
+            "From a request's way into the engine until its experts are there.",
+            _SECONDS,
+        )
+        self.queue_wait = self._histogram(
+            "switchyard_queue_seconds", "From then until its first step begins.", _SECONDS
+        )
+        self.prefill = self._histogram(
+            "switchyard_prefill_seconds", "From its first step to its first token, the patch included.", _SECONDS
+        )
         self.router_distance = self._histogram(
             "switchyard_router_distance", "Distance from a routed prompt to the nearest centre.", _DISTANCES
         )
@@ -64,18 +80,34 @@ class Metrics:
         )
         self._expert_requests = Counter(
             "switchyard_expert_requests",
-            f"Prompts answered by an expert; experts after the first {EXPERT_LABELS} count as `other`.",
+            f"Prompts answered by an expert; those beyond {EXPERT_LABELS} in use within the hour count as `other`.",
             ["expert"],
             registry=self.registry,
         )
-        self._labelled: set[str] = set()
+        self._labelled: dict[str, float] = {}
+        """Names with a time series of their own → when they were last used; the idlest first."""
         self.registry.register(_Snapshot(engine, experts, stored))
 
     def count_expert(self, name: str) -> None:
         """Count one prompt that the expert takes part in answering."""
-        if len(self._labelled) < EXPERT_LABELS:
-            self._labelled.add(name)
-        self._expert_requests.labels(name if name in self._labelled else "other").inc()
+        now = time.monotonic()
+        if name not in self._labelled and len(self._labelled) >= EXPERT_LABELS:
+            idlest = next(iter(self._labelled))
+            if now - self._labelled[idlest] > EXPERT_IDLE_SECONDS:
+                del self._labelled[idlest]
+                self._expert_requests.remove(idlest)
+        if name in self._labelled or len(self._labelled) < EXPERT_LABELS:
+            self._labelled.pop(name, None)
+            self._labelled[name] = now
+            self._expert_requests.labels(name).inc()
+        else:
+            self._expert_requests.labels("other").inc()
+
+    def time_inside(self, timing: Timing) -> None:
+        """Note how an answer came to its first token."""
+        self.load_wait.observe(timing.granted - timing.arrived)
+        self.queue_wait.observe(timing.scheduled - timing.granted)
+        self.prefill.observe(timing.answered - timing.scheduled)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes. Reads the registry: call it from a thread."""

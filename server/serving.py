@@ -14,15 +14,17 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
 from server.api.services import Services
 from server.assembly import assembled
 from server.generation import AUTO
+from server.logs import set_up
 from server.settings import Settings
 from store.record import ExpertRecord
 from store.registry import Registry
+
+log = logging.getLogger(__name__)
 
 _UNRELATED_PROMPT = "What is the tallest mountain in Africa?"
 
@@ -36,9 +38,9 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
     Raises:
         SwitchyardError: the base, the store or a setting is unusable.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=out, show_path=False)])
-    for chatty in ("httpx", "uvicorn", "uvicorn.access", "faiss"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    set_up(settings.log_format, out)
+    if settings.log_format == "json":  # nothing but JSON may come between two lines of JSON
+        out = Console(quiet=True)
     started = time.monotonic()
     with assembled(settings, out, preload=preload) as house:
         server = _Server(house.app, settings, house.registry, out, started, with_key=house.has_keys)
@@ -87,6 +89,8 @@ class _Server(uvicorn.Server):
         experts = self._registry.list()
         names = ", ".join(record.name for record in experts) or "none yet: switchyard push FILE adds one"
         self._out.print(f"{len(experts)} experts: {escape(names)}")
+        if self._out.quiet:
+            log.info("ready", extra={"experts": len(experts), "port": port, "seconds": time.monotonic() - self._began})
         self._out.print(f"[green]ready[/] after {time.monotonic() - self._began:.1f} s at http://{host}:{port}\n")
         for title, command in curl_lines(f"http://{host}:{port}", experts, self._registry, self._with_key):
             self._out.print(f"[dim]# {escape(title)}[/]")

@@ -118,6 +118,13 @@ class Settings(BaseSettings):
     max_n: int = Field(16, ge=1, description="Largest `n` of one request.")
     max_sequences: int = Field(128, ge=1, description="Most answers one request may ask for: prompts × n.")
 
+    log_format: Literal["text", "json"] = Field(
+        "text", description="What is logged: lines for people, or JSON with one object for every request as well."
+    )
+    otel_endpoint: str | None = Field(
+        None, description="Where OpenTelemetry traces go, such as http://collector:4318; needs the extra otel."
+    )
+
     dtype: str = Field(
         EngineSettings.dtype,
         description="Type of the weights: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.",

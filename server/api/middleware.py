@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 
@@ -11,7 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response
+from server.logs import REQUEST_ID as LOGGED_ID
 from server.metrics import Metrics
+from server.tracing import Span, Tracing
+
+log = logging.getLogger("server.requests")
 
 REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -20,9 +26,10 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class RequestMiddleware:
     """Gives each request an id, counts it, and answers what nobody else has caught."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -31,12 +38,21 @@ class RequestMiddleware:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        status: int | None = None
+        LOGGED_ID.set(request_id)
+        began = time.monotonic()
+        with self._tracing.request(scope["method"], Headers(scope=scope)) as span:
+            try:
+                await self._answer(scope, receive, send, request_id)
+            finally:
+                self._note(scope, time.monotonic() - began, span)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        """Have the request answered; the status is noted in its state."""
+        state = scope["state"]
 
         async def respond(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                state["status"] = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
@@ -44,18 +60,34 @@ class RequestMiddleware:
             await self._app(scope, receive, respond)
         except Exception as error:
             response = error_response(error, scope)
-            if status is not None:  # half an answer is out: only closing the connection can tell
+            if "status" in state:  # half an answer is out: only closing the connection can tell
                 raise
             await response(scope, receive, respond)
-        finally:
-            self._count(scope, status)
 
-    def _count(self, scope: Scope, status: int | None) -> None:
+    def _note(self, scope: Scope, seconds: float, span: Span) -> None:
         # The route, not the path: paths are the client's choice, and each would be a time series.
-        route = getattr(scope.get("route"), "path", "unmatched")
-        self._metrics.requests.labels(route, str(status or 0)).inc()
-        if code := scope["state"].get("error_code"):
+        route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
+        status = state.get("status", 0)
+        self._metrics.requests.labels(route, str(status)).inc()
+        code, caller = state.get("error_code"), state.get("caller")
+        if code:
             self._metrics.failures.labels(code).inc()
+        told = {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 6),
+            "error_code": code,
+            "key": None if caller is None else caller.key,
+            "tenant": None if caller is None else caller.tenant,
+        }
+        log.info("%s %s %s", scope["method"], route, status, extra={k: v for k, v in told.items() if v is not None})
+        span.set(
+            name=f"{scope['method']} {route}",
+            http__route=route,
+            http__response__status_code=status,
+            request_id=state["request_id"],
+        )
 
 
 class BodyLimitMiddleware:

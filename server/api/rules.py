@@ -76,6 +76,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("HEAD", "/v1/uploads/{upload_id}"): Rule(Role.UPLOAD),
     ("PATCH", "/v1/uploads/{upload_id}"): _upload("upload.receive"),
     ("DELETE", "/v1/uploads/{upload_id}"): _upload("upload.delete"),
+    ("GET", "/debug/engine"): _ADMIN,
     ("GET", "/v1/usage"): _READ,
     ("GET", "/v1/admin/usage"): _ADMIN,
     ("GET", "/v1/admin/audit"): _ADMIN,

@@ -20,6 +20,7 @@ from server.library import Library
 from server.metering import Meter
 from server.metrics import Metrics
 from server.tools.use import ToolFormat
+from server.tracing import Tracing
 from store.access import Caller
 from store.keys import Keys
 from store.tenants import Tenants
@@ -42,6 +43,7 @@ class Services:
     keys: Keys
     tenants: Tenants
     meter: Meter
+    tracing: Tracing
     audit: AuditLog
     started: int
     """Unix seconds."""

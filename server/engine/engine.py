@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import torch
 
 from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
+from server.engine.inspection import view
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel, choose_device, choose_dtype
 from server.engine.outbox import Outbox
@@ -182,6 +184,18 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         return self._worker.stats
+
+    async def inspect(self) -> Mapping[str, Any]:
+        loop = asyncio.get_running_loop()
+        seen: asyncio.Future[Mapping[str, Any]] = loop.create_future()
+
+        def look() -> None:
+            found = view(self._worker.scheduler, self._worker.residency, self._worker.executor)
+            self._outbox.call(lambda: None if seen.done() else seen.set_result(found))
+
+        if not self._worker.post(look):
+            raise EngineDeadError(_NOT_RUNNING)
+        return await seen
 
     def check_integrity(self) -> tuple[str, str]:
         """sha256 of the pristine weights now, and of what the model runs with now. For tests; call when idle."""

@@ -110,6 +110,15 @@ class Residency:
         """Every resident expert by digest; always the same object."""
         return self._experts
 
+    def pins(self) -> Mapping[str, tuple[int, int, bool]]:
+        """Digest → bytes, how many requests use it, and whether it is decoded yet."""
+        return {digest: (slot.nbytes, slot.pins, slot.expert is not None) for digest, slot in self._slots.items()}
+
+    def waiting(self) -> Mapping[Mix, float]:
+        """Mixes that wait for room or a load, each with the seconds that the first of it has waited."""
+        now = self._clock()
+        return {ticket.mix: now - ticket.since for ticket in reversed(self._queue)}
+
     def stats(self) -> TierStats:
         """What is on the device, and what has been going on there."""
         return self.meter.stats(used_bytes=self.used_bytes, limit_bytes=self.budget_bytes, experts=len(self._experts))

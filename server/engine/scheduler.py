@@ -100,6 +100,11 @@ class Scheduler:
     def running(self) -> int:
         return sum(len(lane.running) for lane in self._lanes.values())
 
+    @property
+    def lanes(self) -> Items[Lane]:
+        """Every lane, the one whose turn it is in front."""
+        return list(self._lanes.values())
+
     def add(self, sequence: Sequence) -> None:
         """Take in a sequence whose experts are resident."""
         sequence.state = SequenceState.WAITING

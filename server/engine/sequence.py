@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from llguidance import LLMatcher
 
+from server.engine.timing import Timing
 from server.engine.token_counts import TokenCounts
 from server.engine.types import EngineRequest, FinishReason, Likelihood, TokenEvent
 from store.mix import Mix
@@ -55,6 +57,16 @@ class Sequence:
     scored: list[Likelihood] = field(default_factory=list)
     """Likelihoods of the prompt's first tokens, as far as they are known, where the request asks for them."""
 
+    arrived: float = field(default_factory=time.monotonic)
+    granted: float | None = None
+    """When its experts were resident, by the same clock as all of these."""
+    scheduled: float | None = None
+    """When its first step began."""
+    patching: float = 0.0
+    """Seconds that its steps up to its first token spent on building weights."""
+    is_timed: bool = False
+    """Whether its times have been told."""
+
     def __post_init__(self) -> None:
         sampling = self.request.sampling
         self.tokens = list(self.request.prompt)
@@ -84,6 +96,16 @@ class Sequence:
             return range(0)
         # The logits at one position are about the next; after a preemption positions are computed a second time.
         return range(max(self.computed + 1, len(self.scored)), min(self.computed + count + 1, len(self.request.prompt)))
+
+    def timing(self) -> Timing | None:
+        """How it came to its first token; None but for the first time."""
+        if self.is_timed:
+            return None
+        self.is_timed = True
+        now = time.monotonic()
+        granted = self.arrived if self.granted is None else self.granted
+        scheduled = granted if self.scheduled is None else self.scheduled
+        return Timing(self.arrived, granted, scheduled, now, self.patching)
 
     def append(self, token: int, likelihood: Likelihood | None = None) -> TokenEvent:
         """Take a sampled token and say what the client learns of it."""

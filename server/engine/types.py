@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.stats import EngineStats
+from server.engine.timing import Timing
 from store.manifest import BaseManifest
 from store.mix import BASE_MIX, Mix
 
@@ -129,6 +130,8 @@ class TokenEvent:
     """Of the token, or of the one that ended the turn."""
     prompt: tuple[Likelihood, ...] = ()
     """Of each token of the prompt."""
+    timing: Timing | None = field(default=None, compare=False)
+    """With the first event: how it came to it."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,14 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    async def inspect(self) -> Mapping[str, Any]:
+        """What runs, waits and is resident just now, between two steps. For people: its form may change.
+
+        Raises:
+            EngineDeadError: the engine's thread has failed.
+        """
+        ...
 
     @property
     def alive(self) -> bool:

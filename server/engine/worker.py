@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -161,6 +163,7 @@ class Worker:
                 self._held.discard(sequence)
                 sequence.emit(error)
             elif sequence in self._held:
+                sequence.granted = time.monotonic()
                 self.scheduler.add(sequence)
             else:  # cancelled while its experts were loading
                 self.residency.release(sequence.mix)
@@ -191,6 +194,7 @@ class Worker:
         return self._chooser.choose(self.scheduler.demand(), self.residency.experts, self.executor.merged.built)
 
     def _execute(self, batch: Batch) -> None:
+        began, patched = time.monotonic(), self.executor.merged.seconds
         try:
             sampled = self.executor.run(batch, self.residency.experts)
         except Exception:
@@ -206,6 +210,11 @@ class Worker:
                 self.end(item.sequence, SwitchyardError("the engine failed on this batch; see the server's log"))
             return
         self._steps += 1
+        patched = self.executor.merged.seconds - patched
+        for item in batch.work:
+            if not item.sequence.is_timed:
+                item.sequence.scheduled = item.sequence.scheduled or began
+                item.sequence.patching += patched
         self._postprocess(batch, sampled)
 
     def _postprocess(self, batch: Batch, sampled: list[Sampled | None]) -> None:
@@ -226,6 +235,8 @@ class Worker:
                 continue
             self._generated_tokens += 1
             event = sequence.append(choice.token, choice.likelihood)
+            if (timing := sequence.timing()) is not None:
+                event = replace(event, timing=timing)
             if event.finish is not None:
                 self.end(sequence)
             sequence.emit(event)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.stats import EngineStats
+from server.engine.timing import Timing
 from server.engine.types import BaseInfo, EngineRequest, FinishReason, Grammar, Likelihood, Message, TokenEvent
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.manifest import BaseManifest
@@ -92,16 +93,17 @@ class DummyStream:
             self.closed = True
             return TokenEvent(None, FinishReason.LENGTH, prompt=scored)
         best = self.request.sampling.logprobs
+        timing = None if self.given else self._engine.timing
         if self.given == len(self._reply):
             self.closed = True
             own = None if best is None else likelihood(SPECIAL, best)
-            return TokenEvent(None, FinishReason.STOP, own, scored)
+            return TokenEvent(None, FinishReason.STOP, own, scored, timing)
         token = self._reply[self.given]
         self.given += 1
         self._engine.generated += 1
         self.closed = self.given == self._limit
         own = None if best is None else likelihood(token, best)
-        return TokenEvent(token, FinishReason.LENGTH if self.closed else None, own, scored)
+        return TokenEvent(token, FinishReason.LENGTH if self.closed else None, own, scored, timing)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -129,6 +131,7 @@ class DummyEngine:
         """Put the levers back."""
         self.reply: Reply = tell
         self.delay = 0.0
+        self.timing: Timing | None = None
         self.max_queue = 64
         self.failure: Exception | None = None
         self.fail_after = 0
@@ -192,6 +195,12 @@ class DummyEngine:
 
     async def drop_expert(self, digest: str) -> None:
         self.dropped.append(digest)
+
+    async def inspect(self) -> dict[str, Any]:
+        if not self.alive:
+            raise EngineDeadError("the dummy is dead")
+        lanes = [{"mix": dict(s.request.mix.parts), "running": 1} for s in self.streams if not s.closed]
+        return {"lanes": lanes, "weights": {}, "experts": [], "waiting_for_experts": []}
 
     def stats(self) -> EngineStats:
         return EngineStats(

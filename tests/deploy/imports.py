@@ -38,10 +38,12 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     "server.tools": ("server.engine.types", "server.tools"),
     "server.audit": (),
+    "server.logs": (),
+    "server.tracing": ("server.engine.timing", "store.errors"),
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
     "server.settings": ("server.engine.types", "server.tools", "router", "store.tenants"),
-    "server.metrics": ("server.engine.stats", "store.errors", "store.record", "store.tiers"),
+    "server.metrics": ("server.engine.stats", "server.engine.timing", "store.errors", "store.record", "store.tiers"),
     "server.chores": ("store.errors",),
     "server.mirror": (
         "server.library",
@@ -93,7 +95,14 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     "server.jobs": ("server.jobs", "server.library", "store"),
     "server.inbox": ("store.access", "store.errors", "store.intake", "store.upload", "store.uploads"),
-    "server.choices": ("server.engine.types", "server.metrics", "server.text", "store.mix"),
+    "server.choices": (
+        "server.engine.types",
+        "server.metrics",
+        "server.text",
+        "store.mix",
+        "server.engine.timing",
+        "server.tracing",
+    ),
     "server.generation": (
         "server.choices",
         "server.engine.types",
@@ -108,6 +117,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.mix",
         "store.record",
         "store.registry",
+        "server.tracing",
     ),
     "server.api": (
         "server.api",
@@ -140,6 +150,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.ownership",
         "store.tenants",
         "server.tools",
+        "server.logs",
+        "server.tracing",
     ),
     "server.app": (
         "server.api",
@@ -163,6 +175,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.metering",
         "store.errors",
         "store.tenants",
+        "server.tracing",
     ),
     # Puts everything together.
     "server.assembly": (
@@ -174,7 +187,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "router",
         "store",
     ),
-    "server.serving": ("server.api", "server.assembly", "server.generation", "server.settings", "store"),
+    "server.serving": ("server.api", "server.assembly", "server.generation", "server.settings", "store", "server.logs"),
     # The command line and what its verbs need: they talk to a server over HTTP, or to the store.
     "server.cli": ("server", "store"),
     "server.cli_files": ("server", "store"),

@@ -1,0 +1,53 @@
+"""`/debug/engine`: what the engine is doing just now, for administrators."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from typing_extensions import TypedDict
+
+from server.api.errors import NotReadyError
+from server.api.services import AnyServices
+from store.access import OPERATOR
+
+router = APIRouter(prefix="/debug")
+
+_SECONDS = 10.0
+
+
+class EngineView(TypedDict):
+    """What runs, waits and is resident; its form may change. It holds no prompt and no answer."""
+
+    object: Literal["engine"]
+    stats: dict[str, Any]
+    lanes: list[dict[str, Any]]
+    weights: dict[str, float]
+    experts: list[dict[str, Any]]
+    waiting_for_experts: list[dict[str, Any]]
+    names: dict[str, list[str]]
+    """Digest → what experts are called."""
+
+
+@router.get("/engine")
+async def debug_engine(services: AnyServices) -> EngineView:
+    """Batch, mixes and tiers now: lanes with their sequences, experts on the device, and who waits for one."""
+    try:
+        seen = await asyncio.wait_for(services.engine.inspect(), _SECONDS)
+    except TimeoutError:
+        raise NotReadyError(f"the engine's present step takes more than {_SECONDS:g} seconds") from None
+    names: dict[str, list[str]] = {}
+    for record in await services.library.list(OPERATOR):
+        names.setdefault(record.digest, []).append(record.name)
+    shown = {expert["digest"] for expert in seen["experts"]} | {part for lane in seen["lanes"] for part in lane["mix"]}
+    return {
+        "object": "engine",
+        "stats": asdict(services.engine.stats()),
+        "lanes": seen["lanes"],
+        "weights": seen["weights"],
+        "experts": seen["experts"],
+        "waiting_for_experts": seen["waiting_for_experts"],
+        "names": {digest: called for digest, called in names.items() if digest in shown},
+    }

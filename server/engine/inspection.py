@@ -1,0 +1,57 @@
+"""What the engine is doing, for `/debug/engine`. Read on the engine's thread, between two steps."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from server.engine.executor import Executor
+from server.engine.residency import Residency
+from server.engine.scheduler import Lane, Scheduler
+from server.engine.sequence import Sequence
+from store.mix import Mix
+
+_SHOWN = 100
+"""Sequences of a lane, of either kind: a page is for people."""
+
+
+def view(scheduler: Scheduler, residency: Residency, executor: Executor) -> dict[str, Any]:
+    """Lanes with their sequences, experts on the device, and what the weights are. No tokens, no text."""
+    now = time.monotonic()
+    return {
+        "lanes": [_lane(lane, now) for lane in scheduler.lanes],
+        "weights": _mix(executor.merged.built),
+        "experts": [
+            {"digest": digest, "bytes": size, "used_by": pins, "decoded": decoded}
+            for digest, (size, pins, decoded) in residency.pins().items()
+        ],
+        "waiting_for_experts": [
+            {"mix": _mix(mix), "seconds": round(seconds, 3)} for mix, seconds in residency.waiting().items()
+        ],
+    }
+
+
+def _lane(lane: Lane, now: float) -> dict[str, Any]:
+    return {
+        "mix": _mix(lane.mix),
+        "running": len(lane.running),
+        "waiting": len(lane.waiting),
+        "sequences": [_sequence(one, now) for one in [*lane.running[:_SHOWN], *list(lane.waiting)[:_SHOWN]]],
+    }
+
+
+def _sequence(sequence: Sequence, now: float) -> dict[str, Any]:
+    return {
+        "id": sequence.id,
+        "state": sequence.state.value,
+        "prompt_tokens": len(sequence.request.prompt),
+        "output_tokens": sequence.output_length,
+        "max_tokens": sequence.max_tokens,
+        "computed": sequence.computed,
+        "blocks": len(sequence.blocks),
+        "age_seconds": round(now - sequence.arrived, 3),
+    }
+
+
+def _mix(mix: Mix) -> dict[str, float]:
+    return dict(mix.parts)
