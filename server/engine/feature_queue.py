@@ -22,16 +22,11 @@ Job = tuple[list[int], "asyncio.Future[Row]"]
 
 
 class FeatureQueue:
-    """Prompts whose features are wanted. For the engine's thread.
+    """Prompts whose features are wanted. For the engine's thread."""
 
-    Args:
-        budget: most tokens of one batch, so that a library of exemplars cannot hold up running streams.
-    """
-
-    def __init__(self, model: BaseModel, outbox: Outbox, budget: int) -> None:
+    def __init__(self, model: BaseModel, outbox: Outbox) -> None:
         self._model = model
         self._outbox = outbox
-        self._budget = budget
         self._jobs: deque[Job] = deque()
 
     @property
@@ -41,9 +36,13 @@ class FeatureQueue:
     def add(self, jobs: Sequence[Job]) -> None:
         self._jobs.extend(jobs)
 
-    def serve(self) -> None:
-        """Compute one batch, oldest first."""
-        jobs = self._next_batch()
+    def serve(self, budget: int) -> None:
+        """Compute one batch, oldest first.
+
+        Args:
+            budget: most tokens of it, so that a library of exemplars cannot hold up running streams.
+        """
+        jobs = self._next_batch(budget)
         if not jobs:
             return
         try:
@@ -60,9 +59,9 @@ class FeatureQueue:
         self._reject(self._jobs, error)
         self._jobs.clear()
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self, budget: int) -> list[Job]:
         jobs: list[Job] = []
-        room = self._budget
+        room = budget
         while self._jobs and (not jobs or room >= len(self._jobs[0][0])):
             jobs.append(self._jobs.popleft())
             room -= len(jobs[-1][0])

@@ -32,8 +32,8 @@ from store.tiers import Tier
 
 log = logging.getLogger(__name__)
 
-_FEATURES_SHARE = 4
-"""Routing features get this part of `step_tokens` between two steps: a request must not wait for those of a library."""
+_FEATURES_BESIDE = 4
+"""While somebody waits for an answer, routing features get this part of `step_tokens` between two steps, else all."""
 
 Command = Callable[[], None]
 
@@ -70,7 +70,7 @@ class Worker:
         self._chooser: ModeChooser | None = None
         if settings.mode is Mode.AUTO:
             self._chooser = ModeChooser(calibrate(model, kernels), settings.turn_steps)
-        self.features = FeatureQueue(model, outbox, settings.step_tokens // _FEATURES_SHARE)
+        self.features = FeatureQueue(model, outbox)
         self._held: set[Sequence] = set()
         """Sequences whose experts are pinned, or being waited for."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -120,7 +120,8 @@ class Worker:
         try:
             while not self._stopping:
                 self._receive()
-                self.features.serve()
+                tokens = self._settings.step_tokens
+                self.features.serve(tokens // _FEATURES_BESIDE if self._held else tokens)
                 self._step()
                 self.stats = self._snapshot()
                 self._outbox.flush()

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _MODULE = f"{__package__}.process"
 _LOOK_SECONDS = 0.2
+_EXIT_SECONDS = 30.0
+"""From a process's last word to its end."""
 _IDLE_SECONDS = 1.0
 
 
@@ -233,13 +235,16 @@ class Jobs:
                     return None
                 if time.monotonic() > deadline:
                     return _error(f"it takes more than {limits.seconds} s (job_hours)", "job_time_exceeded")
-            said = reading.result()
+            # Not killed before it is waited for: asking whether it lives would take its status from whoever waits.
+            status = await asyncio.wait_for(process.wait(), _EXIT_SECONDS)
+            return reading.result() or _died(status)
+        except TimeoutError:
+            return _error("its process did not end", "job_failed")
         finally:
             reading.cancel()
             if process.returncode is None:
                 process.kill()
-            status = await process.wait()
-        return said or _died(status)
+                await process.wait()
 
     async def _read(self, job: Job, process: Process) -> dict[str, Any] | None:
         assert process.stdout is not None

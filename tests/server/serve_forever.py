@@ -2,7 +2,8 @@
 
 For every line on its input this forks a child that serves FOLDER on a port of its own, and answers with the child's
 process id; the child then writes its port. Once it is dead, its status follows. Forking takes milliseconds where
-starting Python takes seconds. The engine is the dummy one; store, registry, uploads and checker are real.
+starting Python takes seconds. The engine is the dummy one, and jobs copy what they are given; store, registry,
+uploads and checker are real.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from server.jobs import jobs
 from store.validation import Validator
 from tests.api.dummy_engine import MANIFEST
 from tests.api.house import open_house
@@ -37,6 +39,7 @@ def say(word: int) -> None:
 
 
 def main(folder: Path) -> None:
+    jobs._MODULE = "tests.server.strange_job"
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -27,8 +27,8 @@ def main() -> None:
         process._say(process._out_of_memory())
         return
     assert not {"SWITCHYARD_API_KEYS", "SECRET"} & os.environ.keys()
-    assert sorted(path.name for path in Path(task["input"]).iterdir()) == ["model.safetensors"]
-    shutil.copy(Path(task["input"]) / "model.safetensors", task["out"])
+    [given] = Path(task["input"]).iterdir()
+    shutil.copy(given, task["out"])
     process._say({"report": {"bytes": 1, "codec": task["options"]["codec"]}})
 
 
