@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from server.signing import make_key, sign_file
 from store.apply import apply_expert
 from tests.e2e.conftest import Start, switchyard
 from tests.tiny import save_base, save_tuned
@@ -155,6 +159,39 @@ def test_experts_survive_a_kill_and_answer_as_before(world: World, start: Start,
     second = start(*options)
     assert httpx.post(f"{second.url}/v1/completions", json=ask, timeout=60).json()["choices"] == before
     assert switchyard("route", "boats sail along the 5", SWITCHYARD_SERVER=second.url).stdout.startswith("1 × water")
+
+
+def test_signed_experts_of_a_watched_folder(
+    world: World, start: Start, options: list[str | Path], tmp_path: Path
+) -> None:
+    watched, key = tmp_path / "watched", tmp_path / "key"
+    watched.mkdir()
+    make_key(key, "ada")
+    shutil.copy(world.experts["rivers"], watched / "rivers.safetensors")
+    sign_file(watched / "rivers.safetensors", key, lambda: "")
+    trust = ("--trusted-keys", f"{key}.pub", "--require-signature")
+    server = start(*options, "--watch", watched, *trust, "--gc-grace", "0")
+    client = server.client()
+    with httpx.Client(base_url=f"{server.url}/v1", timeout=60) as http:
+        _until(lambda: "rivers" in {model.id for model in client.models.list()})
+        unsigned = http.post("/experts", files={"file": ("e", world.experts["numbers"].read_bytes())})
+        assert unsigned.json()["error"]["code"] == "signature_required"
+        assert http.put("/aliases/water", json={"target": "rivers"}).status_code == 201
+        answer = client.completions.create(model="water", prompt="the river 3 is long", max_tokens=4)
+        assert answer.usage.switchyard["mix"][0]["id"] == "rivers"  # type: ignore[union-attr]
+        shown = http.get("/experts/water").json()
+        assert (shown["id"], shown["signed_by"]["name"], shown["aliases"]) == ("rivers", "ada", ["water"])
+        assert http.delete("/aliases/water").status_code == 200
+        (watched / "rivers.safetensors").unlink()
+        _until(lambda: not list((tmp_path / "data" / "blobs").glob("*/*")))
+    assert server.stop() == 0
+
+
+def _until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_printed_curl_lines_work(world: World, start: Start, options: list[str | Path]) -> None:

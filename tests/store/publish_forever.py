@@ -42,7 +42,9 @@ def work(address: str, samples: Path, log: int, seed: int) -> None:
 
 
 def change(registry: Registry, store: BlobStore, rng: random.Random, files: list[Path], log: int) -> None:
-    """One change at random."""
+    """One change at random; now and then a collection of what the others have left."""
+    if rng.random() < 0.1:
+        registry.collect_garbage(0)
     name, file = rng.choice(NAMES), rng.choice(files)
     there = {record.name for record in registry.list()}
     if name in there and rng.random() < 0.5:
