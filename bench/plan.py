@@ -62,6 +62,7 @@ CASES = (
     Case(200, 1.0, 20),
     Case(200, 1.4, 20),
     Case(1000, 1.0, 50),
+    Case(200, 1.0, 20, host=20),
     Case(200, 1.0, 20, host=40),
     Case(200, 1.0, 20, host=60, apart=True),
     Case(200, 1.0, 20, replicas=4),

@@ -41,7 +41,7 @@ try:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import RequestRouterConfig
-    from ray.serve.exceptions import BackPressureError
+    from ray.serve.exceptions import BackPressureError, RayServeException
 except ImportError as error:
     raise SwitchyardError("replicas behind Ray Serve need the extra `ray`: pip install 'switchyard[ray]'") from error
 
@@ -173,7 +173,7 @@ class Gateway:
             return need.expert
         try:
             name: str = await self._nearest.remote(need.text)
-        except (RayError, BackPressureError, SwitchyardError):
+        except (RayError, RayServeException, SwitchyardError):
             return ""
         return name
 
@@ -193,7 +193,7 @@ class Gateway:
             start = await anext(pieces)
         except BackPressureError:
             raise QueueFullError("all replicas are busy, and enough requests wait for them") from None
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             _log.error("a replica failed", exc_info=error)
             raise EngineDeadError("the replica that worked on this request has failed; try again") from None
         if start.status not in (401, 403):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -41,6 +45,7 @@ class Cluster:
     library: Library
     redis: RedisServer
     replicas: tuple[str, ...]
+    screen: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         sys.executable, "-m", "deploy.ray_serve", "--base", library.base, "--base-name", "tiny", "--store", redis.url,
         "--data-dir", folder / "data", "--cache-dir", folder / "cache", "--feature-layer", "2", "--kv-bytes", "8MiB",
         "--port", str(port), "--ray-replicas", "2", "--ray-cpus", "0.1", "--ray-report-seconds", "0.3",
+        "--ray-max-replicas", "3", "--ray-target-requests", "3", "--ray-upscale-delay", "1",
     ]  # fmt: skip
     process = subprocess.Popen(
         list(map(str, command)),
@@ -88,7 +94,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             assert created.status_code == 201, created.text + "".join(screen)
         seen: set[str] = set()
         eventually(lambda: seen.add(who(ask(url, "tiny"))) or len(seen) == 2, 60)  # type: ignore[func-returns-value]
-        yield Cluster(url, library, redis, tuple(sorted(seen)))
+        yield Cluster(url, library, redis, tuple(sorted(seen)), screen)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -223,6 +229,43 @@ def test_errors_keep_their_shape(cluster: Cluster) -> None:
     large = httpx.post(f"{cluster.url}/v1/experts", content=bytes(65 << 20), timeout=60)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "payload_too_large")
     assert httpx.get(f"{cluster.url}/ready", timeout=60).status_code == 200
+
+
+def test_a_replica_that_dies_is_replaced_and_the_other_serves_on(cluster: Cluster) -> None:
+    """Its experts' requests go to the other one; the base's reach the new one too.
+
+    The last test that needs the replicas as they were.
+    """
+    [pid, *_] = re.findall(r"ServeReplica:switchyard:replica pid=(\d+)", "".join(cluster.screen))
+    os.kill(int(pid), signal.SIGKILL)
+    statuses, answering = Counter[int](), set[str]()
+
+    def both_answer() -> bool:
+        for model in ("tiny", "tiny", *(f"expert-{i}" for i in range(EXPERTS))):
+            response = ask(cluster.url, model)
+            statuses[response.status_code] += 1
+            if response.status_code == 200:
+                answering.add(who(response))
+        return len(answering - set(cluster.replicas)) == 1 and len(answering) >= 2
+
+    eventually(both_answer, 120)
+    assert set(statuses) <= {200, 503}
+    assert statuses[503] <= 2, "what was under way when it died"
+
+
+def test_more_requests_bring_more_replicas(cluster: Cluster) -> None:
+    """Three in progress per replica are enough; twelve at once make a third replica."""
+    seen: set[str] = set()
+    with ThreadPoolExecutor(12) as pool:
+
+        def three_answer() -> bool:
+            answers = pool.map(lambda _: ask(cluster.url, "tiny", tokens=64), range(24))
+            seen.update(who(response) for response in answers)
+            return len(seen - before) >= 1
+
+        before = {who(ask(cluster.url, "tiny")) for _ in range(12)}
+        eventually(three_answer, 300)
+    assert len(before) == 2
 
 
 def test_without_keys_it_does_not_listen_to_everybody(cluster: Cluster) -> None:
