@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _FOR_GOOD = (InvalidRequestError, ConflictError, NotPermittedError, TooLargeError, UntrustedError)
 """What another attempt with the same file would meet again."""
+
+
+_LONGEST_PAUSE = 60.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Mirror:
         self._source = source
         self._library = library
         self._state = state
+        self._failed: dict[str, tuple[int, float]] = {}
+        """File → failures in a row that may pass, and when to try again."""
 
     async def sync(self) -> None:
         """One look, and what follows from it.
@@ -93,6 +99,9 @@ class Mirror:
         for key, stamp in sorted(there.items()):
             if stamp is None or not _is_news(taken.get(key), stamp, published):
                 continue
+            failures, not_before = self._failed.get(key, (0, 0.0))
+            if time.monotonic() < not_before:
+                continue
             try:
                 await self._take(key, stamp, gone)
             except _FOR_GOOD as error:
@@ -102,6 +111,11 @@ class Mirror:
                 await self._note(key, Taken(stamp, name, digest, error.message))
             except SwitchyardError as error:
                 failure = failure or error
+                # Every attempt copies the file: a store that is full need not hear of it every second.
+                pause = min(_LONGEST_PAUSE, 2.0 * failures)
+                self._failed[key] = failures + 1, time.monotonic() + pause
+            else:
+                self._failed.pop(key, None)
         # Last: a file that was renamed has taken its expert over by now.
         for key in sorted(gone):
             await self._let_go(key)

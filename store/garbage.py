@@ -61,8 +61,9 @@ def collect(store: BlobStore, used: Used, grace: float, *, dry_run: bool = False
     due = iter([] if dry_run else [one.digest for one in idle if one.is_due])
     while batch := list(itertools.islice(due, _AT_ONCE)):
         with store.exclusive():
-            # A record may have come to name one of them meanwhile.
-            for digest in set(batch) & _idle_of(used, batch):
+            # A record may have come to name one of them meanwhile, or have left it only now.
+            known = store.idle()
+            for digest in [one for one in _idle_of(used, batch) if known.get(one, 0.0) >= grace]:
                 store.delete_blob(digest)
                 store.forget_idle({digest})
     return idle

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,14 @@ async def test_trouble_that_passes_is_tried_again(house: House, folder: Path, mo
     with pytest.raises(StoreError, match="no features"):
         await mirror.sync()
     assert names(house) == ["b"], "one's trouble is not the other's"
+    with pytest.raises(StoreError, match="no features"):
+        await mirror.sync()
+    await mirror.sync()
     house.engine.features_failure = None
+    await mirror.sync()
+    assert names(house) == ["b"], "not again at every look"
+    clock = time.monotonic
+    monkeypatch.setattr("server.mirror.time.monotonic", lambda: clock() + 60)
     await mirror.sync()
     assert names(house) == ["a", "b"]
 

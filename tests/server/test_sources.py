@@ -76,7 +76,7 @@ def mirror_of(house: House, url: str, **limits: Any) -> Mirror:
     services: Services = house.app.state.services
     given: dict[str, Any] = {"max_bytes": 1 << 20, "seconds": 60.0, **limits}
     source = RemoteSource(parse_location(url), services.library.quarantine, **given)
-    return Mirror(source, services.library, MirrorState(house.folder / "sources" / "state.json"))
+    return Mirror(source, services.library, MirrorState(house.folder / "sources" / f"{url.rpartition('/')[2]}.json"))
 
 
 def expert(house: House, **info: Any) -> bytes:
@@ -126,6 +126,10 @@ async def test_one_file_of_a_repository(house: House, repository: Repository) ->
     assert len(house.registry.get("named").versions) == 2
     await mirror_of(house, "hf://org/repo").sync()
     assert names(house) == ["b", "named"]
+    repository.tagged["old.safetensors"] = expert(house, value=4)
+    await mirror_of(house, "hf://org/repo@v1").sync()
+    assert "old" in names(house)
+    await house.http.delete("/v1/experts/old")
     with pytest.raises((NotFoundError, StoreUnavailableError)):
         await mirror_of(house, "hf://org/private").sync()
     repository.close()

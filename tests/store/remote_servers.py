@@ -51,16 +51,19 @@ class Repository:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        files = self.files
+        self.tagged: dict[str, bytes] = {}
+        """What its revision `v1` holds."""
+        main, tagged = self.files, self.tagged
 
         class Hub(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
-                if path.startswith("/api/models/org/repo/tree/main"):
+                files, where = (tagged, "v1") if "/v1" in path else (main, "main")
+                if path.startswith(f"/api/models/org/repo/tree/{where}"):
                     self._answer(200, json.dumps([_entry(name, data) for name, data in files.items()]).encode())
-                elif path == "/api/models/org/repo":
+                elif path in ("/api/models/org/repo", f"/api/models/org/repo/revision/{where}"):
                     self._answer(200, json.dumps({"id": "org/repo", "sha": "c" * 40, "siblings": []}).encode())
-                elif (name := path.removeprefix("/org/repo/resolve/main/")) in files:
+                elif (name := path.removeprefix(f"/org/repo/resolve/{where}/")) in files:
                     self._send_part(files[name])
                 else:
                     self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})

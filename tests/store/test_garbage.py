@@ -68,6 +68,25 @@ def test_the_period_begins_anew_whenever_a_blob_is_left(
     assert store.blobs() == {digest}
 
 
+def test_a_blob_that_is_left_anew_between_looking_and_deleting_stays(
+    store: BlobStore, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = publish(store, registry, "a")
+    registry.remove("a")
+    real, looks = store.idle(), 0
+
+    def idle() -> dict[str, float]:
+        """Old when it is looked at first, and new again afterwards."""
+        nonlocal looks
+        looks += 1
+        return {one: known + (1000 if looks <= 2 else 0) for one, known in real.items()}
+
+    monkeypatch.setattr(store, "idle", idle)
+    assert [one.is_due for one in registry.collect_garbage(100)] == [True]
+    assert looks == 3
+    assert store.blobs() == {digest}
+
+
 def test_all_ways_of_leaving_a_blob(store: BlobStore, registry: Registry) -> None:
     replaced = [publish(store, registry, "a", seed, replace=True) for seed in range(10)]
     assert store.idle().keys() == {replaced[0]}, "the one version too many"
