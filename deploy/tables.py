@@ -26,6 +26,7 @@ from server.cli import app as cli
 from server.engine.stats import EngineStats
 from server.metrics import Metrics
 from server.settings import Settings
+from server.work_metrics import WorkCollector
 from store.errors import SwitchyardError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,7 @@ def metrics_table() -> str:
     """Every time series that /metrics shows."""
     zeros: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(EngineStats) if field.name != "tiers"}
     metrics = Metrics(lambda: EngineStats(**zeros), lambda: [])
+    metrics.registry.register(WorkCollector(lambda: [], lambda: []))
     rows = []
     for family in metrics.registry.collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name

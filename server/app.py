@@ -53,6 +53,7 @@ from server.metrics import Metrics
 from server.mirrors import mirroring
 from server.settings import Settings
 from server.tracing import tracing_to
+from server.work_metrics import WorkCollector
 from store.backends.ledger import Ledger
 from store.errors import SwitchyardError
 from store.expert_header import ExpertHeader
@@ -109,11 +110,13 @@ def create_app(
         quota_of=tenants.quota,
     )
     book = JobBook(settings.data_dir / "jobs", settings.max_jobs)
+    kept = _uploads_of(settings, book)
+    metrics.registry.register(WorkCollector(kept.list, book.list))
     services = Services(
         engine=engine,
         router=router,
         library=library,
-        inbox=Inbox(_uploads_of(settings, book), quarantine),
+        inbox=Inbox(kept, quarantine),
         jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
         generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing),
         metrics=metrics,

@@ -138,7 +138,7 @@ class Inbox:
         files: dict[str, Put] = {}
         for upload_id in upload_ids:
             upload = await self.get(upload_id, by)
-            if upload.digest is None:
+            if upload.offset != upload.bytes:
                 raise ConflictError(
                     f"{upload.filename} has {upload.offset} of {upload.bytes} bytes: send the rest first",
                     param="uploads",

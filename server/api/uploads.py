@@ -171,7 +171,7 @@ def _answer(upload: Upload, services: Services) -> UploadAnswer:
         "bytes": upload.bytes,
         "offset": upload.offset,
         "sha256": upload.digest or upload.sha256,
-        "status": "pending" if upload.digest is None else "complete",
+        "status": "complete" if upload.offset == upload.bytes else "pending",
         "created_at": upload.created,
         "expires_at": services.inbox.expires(upload),
     }

@@ -154,6 +154,9 @@ async def test_one_at_a_time_and_not_too_many(strange: House) -> None:
     assert (await strange.http.get(f"/v1/uploads/{refused}")).status_code == 200, "it was not used up"
     await strange.http.delete(f"/v1/uploads/{refused}")
     assert (await strange.http.get(second)).json()["status"] == "queued"
+    metrics = (await strange.http.get("/metrics")).text
+    for line in ('jobs{state="running"} 1.0', 'jobs{state="queued"} 1.0', "uploads_open 0.0"):
+        assert f"\nswitchyard_{line}\n" in metrics
     assert (await strange.http.delete(first)).status_code == 202
     assert (await ended(strange, first))["status"] == "cancelled"
     assert (await ended(strange, second))["status"] == "succeeded"
@@ -232,6 +235,19 @@ async def test_jobs_that_cannot_be(strange: House, filename: str, body: Any, par
     assert answer.json()["error"]["param"] == param
     await strange.http.delete(f"/v1/uploads/{there}")
     assert (await strange.http.get("/v1/jobs")).json()["data"] == []
+
+
+async def test_killed_between_the_last_byte_and_its_digest(strange: House) -> None:
+    expert = make_expert(strange.folder / "made", value=3).read_bytes()
+    there = await upload(strange, "model.safetensors", expert)
+    kept = strange.folder / "data" / "uploads" / f"{there}.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"digest": None}))
+    assert (await strange.http.get(f"/v1/uploads/{there}")).json()["status"] == "complete"
+    body = {"uploads": [there], "description": "fine"}
+    at = (await strange.http.post("/v1/jobs", json=body)).headers["location"]
+    job = await ended(strange, at)
+    assert job["status"] == "succeeded", job
+    assert job["expert"]["digest"] == hashlib.sha256(expert).hexdigest()
 
 
 async def test_files_twice_and_in_part(strange: House) -> None:

@@ -93,6 +93,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.registry",
         "store.trust",
     ),
+    "server.work_metrics": ("server.jobs.job", "store.upload"),
     "server.jobs": ("server.jobs", "server.library", "store"),
     "server.inbox": ("store.access", "store.errors", "store.intake", "store.upload", "store.uploads"),
     "server.choices": (
@@ -164,6 +165,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.metrics",
         "server.mirrors",
         "server.settings",
+        "server.work_metrics",
         "router.router",
         "store.backends.ledger",
         "store.errors",

@@ -86,10 +86,10 @@ class Customer(threading.Thread):
         if head.status_code == 404:
             self.upload = None
             jobs = [job for job in http.get("/v1/jobs").json()["data"] if job["name"] == self.name]
-            if jobs and jobs[0]["status"] in ("queued", "running"):  # accepted, and nobody was told
+            under_way = jobs and jobs[0]["status"] in ("queued", "running")
+            if under_way or self.acknowledged != digest:
+                assert jobs, "only what was published or accepted as a job may be gone"
                 self.job = digest, f"/v1/jobs/{jobs[0]['id']}"
-                return
-            assert self.acknowledged == digest or jobs, "only what was published or taken by a job may be gone"
             return
         offset = int(head.headers["upload-offset"])
         assert offset >= acknowledged, "what was acknowledged is there"
@@ -211,7 +211,9 @@ def check(folder: Path, customers: list[Customer]) -> None:
     for customer in customers:
         there = records[customer.name].digest if customer.name in records else "-"
         assert there in {customer.acknowledged, *customer.tried}, f"{customer.name} is not what was acknowledged"
-        customer.acknowledged, customer.tried = there, set()
+        # What a job may still make of it is open.
+        pending = customer.job or customer.upload
+        customer.acknowledged, customer.tried = there, {pending[0]} if pending else set()
     faults = [finding for finding in verify(store) if finding.verdict.is_fault]
     assert not faults
     store.close()
