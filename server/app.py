@@ -28,6 +28,7 @@ from server.api import (
     experts,
     jobs,
     keys,
+    lora,
     models,
     ops,
     route,
@@ -48,6 +49,7 @@ from server.inbox import Inbox
 from server.jobs.book import JobBook
 from server.jobs.jobs import JobLimits, Jobs
 from server.library import Library
+from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
 from server.mirrors import mirroring
@@ -126,6 +128,7 @@ def create_app(
             *mirroring(settings, library),
         ],
         tool_format=settings.tool_format(engine.tokenizer.chat_template),
+        local_files=LocalFiles(sorted(settings.lora_dirs)),
         keys=api_keys,
         tenants=tenants,
         meter=meter,
@@ -160,6 +163,7 @@ def create_app(
         keys,
         usage,
         debug,
+        lora,
         route,
         ops,
     ):

@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     max_n: int = Field(16, ge=1, description="Largest `n` of one request.")
     max_sequences: int = Field(128, ge=1, description="Most answers one request may ask for: prompts × n.")
 
+    lora_dirs: Annotated[frozenset[Path], NoDecode] = Field(
+        frozenset(), description="Folders, separated by commas, below which /v1/load_lora_adapter may be told to look."
+    )
     log_format: Literal["text", "json"] = Field(
         "text", description="What is logged: lines for people, or JSON with one object for every request as well."
     )
@@ -209,6 +212,11 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return frozenset(key.strip() for key in value.split(",") if key.strip())
         return value
+
+    @field_validator("lora_dirs", mode="before")
+    @classmethod
+    def _split_folders(cls, value: object) -> object:
+        return frozenset(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -76,6 +76,9 @@ RULES: dict[tuple[str, str], Rule] = {
     ("HEAD", "/v1/uploads/{upload_id}"): Rule(Role.UPLOAD),
     ("PATCH", "/v1/uploads/{upload_id}"): _upload("upload.receive"),
     ("DELETE", "/v1/uploads/{upload_id}"): _upload("upload.delete"),
+    # Names files of the server, which may be anybody's.
+    ("POST", "/v1/load_lora_adapter"): _admin("expert.load"),
+    ("POST", "/v1/unload_lora_adapter"): _admin("expert.unload"),
     ("GET", "/debug/engine"): _ADMIN,
     ("GET", "/v1/usage"): _READ,
     ("GET", "/v1/admin/usage"): _ADMIN,

@@ -17,6 +17,7 @@ from server.generation import Generation
 from server.inbox import Inbox
 from server.jobs.jobs import Jobs
 from server.library import Library
+from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
 from server.tools.use import ToolFormat
@@ -40,6 +41,7 @@ class Services:
     chores: Sequence[Chore]
     tool_format: ToolFormat | None
     """How the base writes calls of tools; None if it cannot."""
+    local_files: LocalFiles
     keys: Keys
     tenants: Tenants
     meter: Meter

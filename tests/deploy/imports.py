@@ -39,6 +39,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.tools": ("server.engine.types", "server.tools"),
     "server.audit": (),
     "server.logs": (),
+    "server.local_files": ("store.errors",),
     "server.tracing": ("server.engine.timing", "store.errors"),
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
@@ -153,6 +154,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.tools",
         "server.logs",
         "server.tracing",
+        "server.local_files",
+        "store.codecs.base",
     ),
     "server.app": (
         "server.api",
@@ -178,6 +181,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.errors",
         "store.tenants",
         "server.tracing",
+        "server.local_files",
     ),
     # Puts everything together.
     "server.assembly": (
