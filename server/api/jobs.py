@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -17,7 +18,9 @@ from server.api.wire import Text, Wire
 from server.jobs.inputs import inputs_of
 from server.jobs.job import Job, JobRequest
 from store.access import Caller
+from store.card import Card, card_to_json, check_card
 from store.errors import InvalidRequestError
+from store.strict_json import FieldError
 
 router = APIRouter(prefix="/v1/jobs")
 
@@ -36,6 +39,11 @@ class JobBody(Wire):
     name: Text | None = Field(None, max_length=64, description='What to call it; default: "expert-" and its digest.')
     replace: bool = Field(False, description="Replace what the name points to.")
     description: Text = Field("", max_length=2000, description="One line for people.")
+    author: Text = Field("", description="Who made it.")
+    license: Text = Field("", description="Its licence, as an SPDX expression.")
+    tags: list[Text] = Field([], description="What it can be found by.")
+    parents: list[Text] = Field([], description="Digests of the experts it was made from.")
+    metadata: dict[Text, Text] = Field({}, description="Anything else.")
     exemplars: list[Text] | None = Field(
         None, min_length=1, max_length=1024, description="Prompts the expert is for; they calibrate it, and route."
     )
@@ -51,9 +59,18 @@ class JobBody(Wire):
     max_kl: float | None = Field(None, gt=0, description="Fail where the expert ends further from its fine-tune.")
 
     def options(self) -> dict[str, Any]:
-        """What `store.convert.compress` is given."""
-        settings = self.model_dump(exclude={"uploads", "replace"}, exclude_none=True)
-        return settings
+        """What `store.convert.compress` is given; the card as JSON has it.
+
+        Raises:
+            InvalidRequestError: what is said about the expert breaks a rule of the format.
+        """
+        said = Card(self.author, self.license, tuple(self.tags), tuple(self.parents), self.metadata)
+        try:
+            check_card(said)
+        except FieldError as error:
+            raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
+        left_out = {"uploads", "replace", *(field.name for field in dataclasses.fields(Card))}
+        return self.model_dump(exclude=left_out, exclude_none=True) | {"card": card_to_json(said)}
 
 
 class JobProgress(TypedDict):

@@ -36,8 +36,10 @@ def main() -> None:
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
     """Compress what lies in the input folder; a report, or an error."""
+    from store.card import card_from_json
     from store.convert import compress
     from store.errors import SwitchyardError
+    from store.strict_json import Fields
 
     base, tuned, out = Path(task["base"]), Path(task["input"]), Path(task["out"])
     told = 0.0
@@ -51,7 +53,9 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     try:
         if not (tuned / "adapter_config.json").is_file():
             _furnish(tuned, base)
-        report = compress(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **task["options"])
+        options = dict(task["options"])
+        options["card"] = card_from_json(Fields(options.get("card", {}), "card"))
+        report = compress(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **options)
     except SwitchyardError as error:
         return {"error": {"message": error.message, "param": error.param, "code": error.code}}
     except MemoryError:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from server.jobs import book, jobs
+from store.card import Card
 from store.convert import compress
 from store.fingerprint import manifest_of
 from tests.api.dummy_engine import DummyEngine
@@ -100,6 +101,7 @@ async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
         uploads.append(await upload(house, "config.json", b"{}"))
         prompts = ["a river", "a house", "a tree"]
         body = {"uploads": uploads, "name": "tuned", "exemplars": prompts, "density": 0.2, "description": "raw"}
+        body |= {"author": "ada", "license": "MIT", "tags": ["raw"], "parents": ["a" * 64], "metadata": {"k": "v"}}
         answer = await house.http.post("/v1/jobs", json=body)
         assert answer.status_code == 202, answer.text
         at = answer.headers["location"]
@@ -117,6 +119,7 @@ async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
         record = house.registry.get("tuned")
         assert job["expert"] == {"id": "tuned", "digest": record.digest}
         assert (record.description, record.exemplar_count) == ("raw", 3)
+        assert record.card == Card("ada", "MIT", ("raw",), ("a" * 64,), {"k": "v"})
         assert (await house.chat(model="tuned")).headers["x-switchyard-mix"] == "tuned=1"
         await cleared(house, at)
 
@@ -253,6 +256,7 @@ async def test_killed_between_the_last_byte_and_its_digest(strange: House) -> No
 async def test_files_twice_and_in_part(strange: House) -> None:
     one, two = await upload(strange, "model.safetensors", b"x"), await upload(strange, "model.safetensors", b"y")
     assert error(await strange.http.post("/v1/jobs", json={"uploads": [one, two]}), 400)["param"] == "uploads"
+    assert error(await strange.http.post("/v1/jobs", json={"uploads": [one], "tags": ["No"]}), 400)["param"] == "tags"
     begun = (await strange.http.post("/v1/uploads", json={"filename": "a.safetensors", "bytes": 9})).json()["id"]
     detail = error(await strange.http.post("/v1/jobs", json={"uploads": [one, begun]}), 409)
     assert detail["code"] == "upload_incomplete"

@@ -52,6 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         done = switchyard(
             "compress", "--base", base, "--tuned", tuned, "--out", experts[name], "--density", "0.3", "--name", name,
             "--exemplars", exemplars[name], "--description", f"knows {name}", "--cache-dir", folder / "cache",
+            "--author", "ada", "--license", "MIT", "--tag", name, "--meta", "seed=1",
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         report += done.stdout
@@ -181,6 +182,8 @@ def test_signed_experts_of_a_watched_folder(
         assert answer.usage.switchyard["mix"][0]["id"] == "rivers"  # type: ignore[union-attr]
         shown = http.get("/experts/water").json()
         assert (shown["id"], shown["signed_by"]["name"], shown["aliases"]) == ("rivers", "ada", ["water"])
+        assert (shown["author"], shown["license"], shown["tags"]) == ("ada", "MIT", ["rivers"])
+        assert shown["metadata"] == {"seed": "1"}
         assert http.delete("/aliases/water").status_code == 200
         (watched / "rivers.safetensors").unlink()
         _until(lambda: not list((tmp_path / "data" / "blobs").glob("*/*")))
