@@ -72,6 +72,10 @@ class Router:
         """Names that prompts can be routed to, in alphabetical order."""
         return tuple(sorted(self._experts))
 
+    def knows(self, name: str) -> bool:
+        """Whether prompts can be routed to that name."""
+        return name in self._experts
+
     async def add_expert(self, name: str, digest: str, exemplars: Sequence[str], exemplars_key: str) -> None:
         """Let prompts find an expert by its exemplars; an expert of that name is replaced when this one is ready.
 

@@ -54,6 +54,7 @@ from server.metering import Meter
 from server.metrics import Metrics
 from server.mirrors import mirroring
 from server.settings import Settings
+from server.shadow import Shadow
 from server.tracing import tracing_to
 from server.work_metrics import WorkCollector
 from store.backends.ledger import Ledger
@@ -68,6 +69,8 @@ log = logging.getLogger(__name__)
 
 _USAGE_SECONDS = 5.0
 """What a server that is killed has not saved of its tenants' usage."""
+
+_SHADOW_SECONDS = 0.5
 
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": errors.ErrorAnswer, "description": "Any failure."} for status in ("4XX", "5XX")
@@ -114,18 +117,20 @@ def create_app(
     book = JobBook(settings.data_dir / "jobs", settings.max_jobs)
     kept = _uploads_of(settings, book)
     metrics.registry.register(WorkCollector(kept.list, book.list))
+    generation = Generation(engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing)
     services = Services(
         engine=engine,
         router=router,
         library=library,
         inbox=Inbox(kept, quarantine),
         jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
-        generation=Generation(engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing),
+        generation=generation,
         metrics=metrics,
         chores=[
             *_upkeep(settings, registry),
             Chore("saving usage", _USAGE_SECONDS, meter.settle),
             *mirroring(settings, library),
+            *_watching(settings, generation, router, metrics),
         ],
         tool_format=settings.tool_format(engine.tokenizer.chat_template),
         local_files=LocalFiles(sorted(settings.lora_dirs)),
@@ -185,6 +190,15 @@ def create_app(
     app.add_middleware(AuditMiddleware, audit=services.audit)
     app.add_middleware(RequestMiddleware, metrics=metrics, tracing=tracing)
     return app
+
+
+def _watching(settings: Settings, generation: Generation, router: Router, metrics: Metrics) -> list[Chore]:
+    """What is done with requests that name their expert, where that is asked for."""
+    if not settings.router_shadow:
+        return []
+    shadow = Shadow(settings.router_shadow, generation.decide, router.knows, metrics.routing)
+    generation.watch(shadow.consider)
+    return [Chore("routing in the shadow", _SHADOW_SECONDS, shadow.work)]
 
 
 def _job_limits(settings: Settings, engine: Engine) -> JobLimits:

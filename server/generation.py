@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -27,6 +27,9 @@ from store.registry import Registry
 
 AUTO = "auto"
 """The model name that asks for routing."""
+
+EXPERT_REQUESTED = "expert_requested"
+"""The reason of a route that the request said itself, by an expert's name."""
 
 _INLINE_CHARACTERS = 4096
 """Longer prompts are tokenised in a thread, so that they do not hold up other streams."""
@@ -58,6 +61,10 @@ class Charge(Protocol):
     def __call__(self, caller: Caller, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> None: ...
 
 
+Watcher = Callable[[Sequence[Prompt], Part, Caller], None]
+"""Is told the prompts of a request, the expert that it named, and who asked; it must neither wait nor raise."""
+
+
 class Generation:
     """Turns requests into answers."""
 
@@ -81,6 +88,7 @@ class Generation:
         self._max_sequences = max_sequences
         self._charge = charge
         self._tracing = tracing
+        self._watchers: list[Watcher] = []
 
     async def start(self, request: GenerationRequest, by: Caller) -> Answer:
         """Route the request and queue it in the engine; the answer must be closed.
@@ -129,9 +137,13 @@ class Generation:
             list(zip(streams, texts, strict=True)),
             self._metrics,
             began,
-            lambda spent: self._charge(by, completion_tokens=spent),
+            partial(self._close, request, routes[0], by),
             self._tracing,
         )
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell somebody of every request that named an expert, once it is answered."""
+        self._watchers.append(watcher)
 
     async def check_model(self, model: str, by: Caller) -> None:
         """Whether a request may name the model.
@@ -176,10 +188,7 @@ class Generation:
 
     async def _routed(self, prompt: Prompt, options: RouteOptions, by: Caller) -> Route:
         decision = await self.decide(prompt, options, by)
-        if decision.distance is not None:
-            self._metrics.router_distance.observe(decision.distance)
-        if decision.mix.is_base:
-            self._metrics.router_fallbacks.inc()
+        self._metrics.routing.decided(decision)
         parts = tuple(Part(name, digest, weight) for name, digest, weight in decision.parts)
         return Route(decision.mix, parts, decision.code, decision.distance)
 
@@ -195,7 +204,7 @@ class Generation:
         if request.model == self._engine.base.name:
             return Route(BASE_MIX, (), "base_requested")
         expert = await self._expert(request.model, "model", by)
-        return Route(Mix.of({expert.digest: 1.0}), (Part(expert.name, expert.digest, 1.0),), "expert_requested")
+        return Route(Mix.of({expert.digest: 1.0}), (Part(expert.name, expert.digest, 1.0),), EXPERT_REQUESTED)
 
     async def _explicit(self, experts: Sequence[tuple[str, float]], by: Caller) -> Route:
         parts: list[Part] = []
@@ -236,6 +245,12 @@ class Generation:
             return self._engine.submit(EngineRequest(tokens, sampling, mix))
         except ContextLengthError as error:  # the engine does not know which field the tokens came from
             raise ContextLengthError(error.message, param=prompt.param) from error
+
+    def _close(self, request: GenerationRequest, route: Route, by: Caller, spent: int) -> None:
+        self._charge(by, completion_tokens=spent)
+        if route.reason == EXPERT_REQUESTED:
+            for watch in self._watchers:
+                watch(request.prompts, route.parts[0], by)
 
     def _count(self, routes: Sequence[Route]) -> None:
         for route in routes:

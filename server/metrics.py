@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from server.engine.stats import EngineStats
 from server.engine.timing import Timing
+from server.expert_labels import ExpertLabels, drop
+from server.routing_metrics import RoutingMetrics
 from store.errors import StoreError
 from store.record import ExpertRecord
 from store.tiers import Tier, TierStats
@@ -26,7 +27,6 @@ EXPERT_IDLE_SECONDS = 3600.0
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
-_DISTANCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0)
 
 
 class Metrics:
@@ -69,12 +69,6 @@ class Metrics:
         self.prefill = self._histogram(
             "switchyard_prefill_seconds", "From its first step to its first token, the patch included.", _SECONDS
         )
-        self.router_distance = self._histogram(
-            "switchyard_router_distance", "Distance from a routed prompt to the nearest centre.", _DISTANCES
-        )
-        self.router_fallbacks = Counter(
-            "switchyard_router_fallbacks", "Routed prompts that went to the base.", registry=self.registry
-        )
         self.mix_size = self._histogram(
             "switchyard_mix_experts", "Experts in the mix of an answer.", (0, 1, 2, 4, 8, 16)
         )
@@ -84,24 +78,13 @@ class Metrics:
             ["expert"],
             registry=self.registry,
         )
-        self._labelled: dict[str, float] = {}
-        """Names with a time series of their own → when they were last used; the idlest first."""
+        self._labels = ExpertLabels(EXPERT_LABELS, EXPERT_IDLE_SECONDS, self._forget)
+        self.routing = RoutingMetrics(self.registry, self._labels.of)
         self.registry.register(_Snapshot(engine, experts, stored))
 
     def count_expert(self, name: str) -> None:
         """Count one prompt that the expert takes part in answering."""
-        now = time.monotonic()
-        if name not in self._labelled and len(self._labelled) >= EXPERT_LABELS:
-            idlest = next(iter(self._labelled))
-            if now - self._labelled[idlest] > EXPERT_IDLE_SECONDS:
-                del self._labelled[idlest]
-                self._expert_requests.remove(idlest)
-        if name in self._labelled or len(self._labelled) < EXPERT_LABELS:
-            self._labelled.pop(name, None)
-            self._labelled[name] = now
-            self._expert_requests.labels(name).inc()
-        else:
-            self._expert_requests.labels("other").inc()
+        self._expert_requests.labels(self._labels.of(name)).inc()
 
     def time_inside(self, timing: Timing) -> None:
         """Note how an answer came to its first token."""
@@ -112,6 +95,10 @@ class Metrics:
     def render(self) -> bytes:
         """The text that Prometheus scrapes. Reads the registry: call it from a thread."""
         return generate_latest(self.registry)
+
+    def _forget(self, label: str) -> None:
+        drop(self._expert_requests, label)
+        self.routing.forget(label)
 
     def _histogram(self, name: str, what: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, what, buckets=tuple(buckets), registry=self.registry)

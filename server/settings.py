@@ -198,6 +198,12 @@ class Settings(BaseSettings):
         0.98, ge=0.75, le=1, description="Share of an expert's held-out exemplars that lie within its reach."
     )
     router_margin: float = Field(3.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
+    router_shadow: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the requests that name an expert of which /metrics tells what routing would do.",
+    )
     routing_wait: float = Field(
         0.05,
         ge=0,

@@ -122,7 +122,7 @@ def test_prometheus_scrapes_with_a_key_and_grafana_finds_what_it_loads() -> None
 
 def test_labels_of_experts_are_bounded_and_series_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("server.metrics.time", Mock(monotonic=lambda: now))
+    monkeypatch.setattr("server.expert_labels.time", Mock(monotonic=lambda: now))
     monkeypatch.setattr("server.metrics.EXPERT_LABELS", 2)
     metrics = Metrics(DummyEngine().stats, list)
 
