@@ -13,8 +13,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from router.decision import Decision, Reason
+from router.index import Neighbour
 from server.engine.timing import Timing
 from server.metrics import Metrics
+from store.mix import Mix
 from store.tiers import Tier, TierMeter
 from tests.api.dummy_engine import DummyEngine
 
@@ -33,6 +36,10 @@ def shown() -> dict[str, set[str]]:
     metrics.requests.labels("/health", "200").inc()
     metrics.failures.labels("x").inc()
     metrics.count_expert("cron")
+    near = Neighbour("cron", "d", 1.0, 2.0, 3, "")
+    decision = Decision(Mix.of({"d": 1.0}), (("cron", "d", 1.0),), Reason.MATCHED, "", 1.0, 2.0, 0.9, (near,))
+    metrics.routing.decided(decision)
+    metrics.routing.shadowed("cron", "d", decision)
     metrics.time_inside(Timing(0, 1, 2, 3, 0.5))
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
