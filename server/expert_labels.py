@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from prometheus_client.metrics import MetricWrapperBase
 
@@ -43,7 +42,7 @@ class ExpertLabels:
         return name
 
 
-def drop(metric: MetricWrapperBase[Any], *labels: str) -> None:
+def drop(metric: MetricWrapperBase, *labels: str) -> None:
     """Remove a series, if it is there."""
     with suppress(KeyError):
         metric.remove(*labels)
