@@ -76,9 +76,8 @@ class ApartLoader(ExpertLoader):
         super().__init__(BASE, CPU, read, host)
         self._in_place = False
 
-    def _moved(self, parcel: Parcel) -> Parcel:
-        moved = super()._moved(parcel)
-        return Parcel(moved.digest, moved.buffer.clone(), moved.checksum, moved.pieces)
+    def _copy(self, parcel: Parcel) -> Parcel:
+        return Parcel(parcel.digest, parcel.buffer.clone(), parcel.checksum, parcel.pieces)
 
 
 class Replica:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -60,7 +60,7 @@ class ExpertLoader:
         with self._kept(digest) as kept:
             if kept is not None:
                 parcel = self._moved(kept)
-                if parcel.is_intact:
+                if parcel is not None:
                     return DecodedExpert(digest, parcel.tensors(), parcel)
                 damaged = True
                 self.host.meter.damaged(digest)
@@ -70,7 +70,7 @@ class ExpertLoader:
         if not self._in_place:
             self.host.put(decoded, time.perf_counter() - began)
         parcel = self._moved(decoded)
-        if not parcel.is_intact:
+        if parcel is None:
             raise ExpertUnavailableError(f"expert {digest[:12]} was damaged on its way to the device; try again")
         if damaged:
             self.host.meter.healed(digest, Tier.STORE)
@@ -112,16 +112,21 @@ class ExpertLoader:
 
         return wrap(digest, _decoded_bytes(read_header(data)), packed())
 
-    def _moved(self, parcel: Parcel) -> Parcel:
-        """On the device. Copied on a stream of its own, so that the engine computes meanwhile, and waited for."""
-        if self._stream is None:
-            return parcel.to(self._device)
-        with torch.cuda.stream(self._stream):
-            moved = parcel.to(self._device)
-        self._stream.synchronize()
-        # The allocator must not give the memory to the next copy while the engine's stream still reads it.
-        moved.buffer.record_stream(torch.cuda.default_stream(self._device))
-        return moved
+    def _moved(self, parcel: Parcel) -> Parcel | None:
+        """On the device; None if it is not there what it was when it had been decoded.
+
+        Copied and summed up on a stream of its own, so that the engine computes meanwhile, and waited for.
+        """
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            moved = self._copy(parcel)
+            is_intact = moved.is_intact
+        if self._stream is not None:
+            # The allocator must not give the memory to the next copy while the engine's stream still reads it.
+            moved.buffer.record_stream(torch.cuda.default_stream(self._device))
+        return moved if is_intact else None
+
+    def _copy(self, parcel: Parcel) -> Parcel:
+        return parcel.to(self._device)
 
 
 def _decoded_bytes(header: ExpertHeader) -> int:

@@ -21,10 +21,10 @@ def pin(buffer: torch.Tensor) -> bool:
     """
     if buffer.nbytes == 0:
         return False
-    status = _runtime().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-    if int(status) != 0:
+    status = int(_runtime().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if status != 0:
         _log.warning("an expert's host memory could not be page-locked (CUDA error %d): its loads are slower", status)
-    return int(status) == 0
+    return status == 0
 
 
 def unpin(buffer: torch.Tensor) -> None:

@@ -66,6 +66,21 @@ def test_an_upload_a_replacement_and_a_removal_reach_the_other_server(pair: Pair
     assert answer(here, "other")[1] == first
 
 
+def test_a_new_name_reaches_the_other_server(pair: Pair) -> None:
+    """An alias moves from one expert to another, and the old name of either goes on."""
+    digests = {name: pair.library.add(seed) for seed, name in enumerate(("old", "newer"), start=10)}
+    here, there = pair.here.url, pair.there.url
+    for name, digest in digests.items():
+        assert upload(here, pair.library, digest, name).status_code == 201
+    for name, digest in digests.items():
+        assert httpx.put(f"{here}/v1/aliases/stable", json={"target": name}, timeout=60).is_success
+        eventually(lambda: ask(there, "stable").status_code == 200)
+        eventually(lambda digest=digest: answer(there, "stable")[1] == digest)  # type: ignore[misc]
+        assert answer(there, name)[1] == digest
+    assert httpx.delete(f"{there}/v1/aliases/stable", timeout=60).is_success
+    eventually(lambda: ask(here, "stable").status_code == 404)
+
+
 def test_a_bit_flipped_in_redis_is_healed_by_the_server_that_has_a_copy(pair: Pair) -> None:
     digest = pair.library.add(3)
     assert upload(pair.here.url, pair.library, digest, "flipped").status_code == 201

@@ -31,9 +31,8 @@ class ApartLoader(ExpertLoader):
         super().__init__(base_manifest(), CPU, read, host)
         self._in_place = False
 
-    def _moved(self, parcel: Parcel) -> Parcel:
-        moved = super()._moved(parcel)
-        return Parcel(moved.digest, moved.buffer.clone(), moved.checksum, moved.pieces)
+    def _copy(self, parcel: Parcel) -> Parcel:
+        return Parcel(parcel.digest, parcel.buffer.clone(), parcel.checksum, parcel.pieces)
 
 
 class Shelf:
@@ -137,8 +136,8 @@ def test_damage_that_nothing_heals_reaches_nobody(tmp_path: Path) -> None:
 
 def test_bytes_damaged_on_the_way_to_the_device_are_refused(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     class BadBus(ApartLoader):
-        def _moved(self, parcel: Parcel) -> Parcel:
-            moved = super()._moved(parcel)
+        def _copy(self, parcel: Parcel) -> Parcel:
+            moved = super()._copy(parcel)
             flip(moved, 7)
             return moved
 
