@@ -18,6 +18,7 @@ from server.cli_options import with_settings
 from server.cli_plan import plan_verb
 from server.cli_routing import exemplars_verb, route_verb
 from server.cli_store import store_verbs
+from server.cli_tenants import tenant_verbs
 from server.client import Client
 from server.settings import Settings
 from store.codecs.base import CodecName
@@ -228,6 +229,7 @@ def chat(
 app.command("plan")(plan_verb)
 app.add_typer(store_verbs, name="store")
 app.add_typer(key_verbs, name="keys")
+app.add_typer(tenant_verbs, name="tenants")
 
 
 def _version(show: bool) -> None:

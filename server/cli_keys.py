@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from server.audit import AuditEntry, AuditLog
 from server.client import Client, Json
 from store.access import Role
 from store.backends.opening import open_ledger
@@ -60,8 +62,9 @@ def keys_create(
         key_id, token = made["id"], made["key"]
     else:
         with _opened(store) as keys:
-            key, token = keys.create(**given, by=f"cli:{getpass.getuser()}")
+            key, token = keys.create(**given, by=_user())
             key_id = key.id
+            _write_down(store, "key.create", key)
     Console(stderr=True).print(f"the key [bold]{key_id}[/] works now; it is shown this once:")
     # Alone on its line and on stdout, so that it can be piped into a secret.
     out.print(token, markup=False, highlight=False, soft_wrap=True)
@@ -97,7 +100,7 @@ def keys_revoke(
         Client(server, api_key).revoke_key(id)
     else:
         with _opened(store) as keys:
-            keys.revoke(id)
+            _write_down(store, "key.revoke", keys.revoke(id))
     out.print(f"the key [bold]{escape(id)}[/] is revoked")
 
 
@@ -108,6 +111,18 @@ def _opened(address: str) -> Iterator[Keys]:
         yield Keys(ledger)
     finally:
         ledger.close()
+
+
+def _write_down(address: str, action: str, key: ApiKey) -> None:
+    """In the audit log beside a folder's experts; a Redis has none, its servers' are theirs."""
+    if "://" in address:
+        return
+    details = {"for": key.tenant or "", "roles": " ".join(sorted(key.roles)), "label": key.label}
+    AuditLog(Path(address) / "audit.jsonl").write(AuditEntry(action, key.id, _user(), None, "done", details=details))
+
+
+def _user() -> str:
+    return f"cli:{getpass.getuser()}"
 
 
 def _moment(after: str | None) -> int | None:

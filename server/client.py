@@ -194,6 +194,23 @@ class Client:
         key: Json = self._send("POST", "/v1/admin/keys", json=given).json()
         return key
 
+    def usage(self, month: str | None) -> list[Json]:
+        """What every tenant spent in a month ("2026-11"; None is this one)."""
+        found: list[Json] = self._send("GET", "/v1/admin/usage", params={"month": month} if month else {}).json()[
+            "data"
+        ]
+        return found
+
+    def set_limits(self, tenant: str, limits: Json) -> Json:
+        """Give a tenant limits of its own; returns what it may."""
+        given: Json = self._send("PUT", f"/v1/admin/tenants/{quote(tenant, safe='')}", json=limits).json()
+        return given
+
+    def reset_limits(self, tenant: str) -> Json:
+        """Let a tenant have the usual limits again; returns what it may."""
+        given: Json = self._send("DELETE", f"/v1/admin/tenants/{quote(tenant, safe='')}").json()
+        return given
+
     def revoke_key(self, key_id: str) -> None:
         self._send("DELETE", f"/v1/admin/keys/{quote(key_id, safe='')}")
 

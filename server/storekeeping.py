@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from store.backends import BlobStore
-from store.backends.opening import open_store
+from store.backends.opening import open_ledger, open_store
 from store.errors import SwitchyardError
 from store.garbage import collect, used_in
+from store.keys import KIND as KEYS
+from store.tenants import KIND as TENANTS
 from store.upkeep import Verdict, migrate, verify
 
 
@@ -69,7 +71,7 @@ def collect_store(address: str, out: Console, *, grace: float, dry_run: bool) ->
 
 
 def migrate_store(source: str, target: str, out: Console) -> None:
-    """Copy all experts of one store into another, with progress.
+    """Copy all experts of one store into another, with progress, then API keys and tenants' limits.
 
     Raises:
         SwitchyardError: as `store.upkeep.migrate`; what was copied before stays.
@@ -85,6 +87,20 @@ def migrate_store(source: str, target: str, out: Console) -> None:
             progress.advance(task)
             copied, there = copied + is_new, there + (not is_new)
     out.print(f"{copied} experts copied, {there} were there already")
+    keys = _copy_ledger(source, target)
+    if keys:
+        out.print(f"{keys} API keys and limits of tenants copied; what was used so far is not")
+
+
+def _copy_ledger(source: str, target: str) -> int:
+    """Keys work on under their own names; what the target has already stays."""
+    with ExitStack() as opened:
+        origin = opened.enter_context(closing(open_ledger(source)))
+        documents = [(kind, name, data) for kind in (KEYS, TENANTS) for name, data in origin.documents(kind).items()]
+        if not documents:
+            return 0
+        goal = opened.enter_context(closing(open_ledger(target)))
+        return sum(goal.put(kind, name, data, absent=True) for kind, name, data in documents)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 
 from server.api.services import Asker, ReadyServices, Services
@@ -17,6 +18,9 @@ from store.codecs.base import CodecName
 from store.errors import ConflictError, InvalidRequestError, NotFoundError, NotPermittedError
 
 router = APIRouter(prefix="/v1")
+
+
+_SAID: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}, "description": "A sentence, as vLLM's."}}
 
 
 class LoadBody(Wire):
@@ -36,7 +40,7 @@ class UnloadBody(Wire):
     lora_int_id: int | None = Field(None, description="Accepted and not used.")
 
 
-@router.post("/load_lora_adapter", response_class=PlainTextResponse)
+@router.post("/load_lora_adapter", response_class=Response, responses=_SAID)
 async def load_lora_adapter(body: LoadBody, services: ReadyServices, asker: Asker) -> PlainTextResponse:
     """Make an expert of an adapter on the server's disk, and wait until it is live. vLLM's; see `POST /v1/jobs`."""
     if not services.local_files:
@@ -53,7 +57,7 @@ async def load_lora_adapter(body: LoadBody, services: ReadyServices, asker: Aske
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/unload_lora_adapter", response_class=Response, responses=_SAID)
 async def unload_lora_adapter(body: UnloadBody, services: ReadyServices, asker: Asker) -> PlainTextResponse:
     """Unpublish an expert. vLLM's; see `DELETE /v1/experts/{name}`."""
     await services.library.remove(body.lora_name, asker)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response
+from server.api.rules import path_of
 from server.logs import REQUEST_ID as LOGGED_ID
 from server.metrics import Metrics
 from server.tracing import Span, Tracing
@@ -66,7 +67,9 @@ class RequestMiddleware:
 
     def _note(self, scope: Scope, seconds: float, span: Span) -> None:
         # The route, not the path: paths are the client's choice, and each would be a time series.
-        route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
+        # What was refused before it came to its route is counted there all the same.
+        route = getattr(scope.get("route"), "path", None) or path_of(scope["path"]) or "unmatched"
+        state = scope["state"]
         status = state.get("status", 0)
         self._metrics.requests.labels(route, str(status)).inc()
         code, caller = state.get("error_code"), state.get("caller")

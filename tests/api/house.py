@@ -20,6 +20,7 @@ from server.app import create_app
 from server.settings import Settings
 from store.backends.disk import DiskStore
 from store.backends.disk_ledger import DiskLedger
+from store.backends.ledger import Ledger
 from store.expert_file import validate, write_expert
 from store.expert_header import ExpertHeader
 from store.expert_info import ExpertInfo
@@ -93,6 +94,7 @@ async def open_house(
     check: Callable[[Path], ExpertHeader] | None = None,
     base_folder: Path | None = None,
     wait: bool = True,
+    ledger: Ledger | None = None,
     **settings: Any,
 ) -> AsyncIterator[House]:
     """Start a server whose data is in `folder`."""
@@ -101,7 +103,7 @@ async def open_house(
     settings = {"routing_wait": 60.0} | settings
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
     store = DiskStore(given.data_dir)
-    ledger = DiskLedger(given.data_dir / "ledger")
+    ledger = ledger or DiskLedger(given.data_dir / "ledger")
     trust = Trust(trusted_keys(given.trusted_keys), required=given.require_signature)
     registry = Registry(store, manifest, frozenset({BASE, "auto"}), trust)
     router = Router(engine.features, FeatureCache(folder / "cache", manifest.fingerprint, 0), given.router())

@@ -9,6 +9,8 @@ import pytest
 from server.cli import main
 from store.backends import ABSENT
 from store.backends.disk import DiskStore
+from store.backends.opening import open_ledger
+from store.keys import Keys
 from store.registry import Registry
 from tests.store.builders import base_manifest, write_sample
 
@@ -55,3 +57,18 @@ def _run(*arguments: str) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def test_keys_and_limits_come_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = str(tmp_path / "a"), str(tmp_path / "b")
+    assert _run("keys", "create", "--tenant", "acme", "--store", source) == 0
+    token = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sy_"))
+    DiskStore(tmp_path / "a").close()
+    for copied in (1, 0):
+        assert _run("store", "migrate", source, target) == 0
+        assert ("1 API keys and limits" in capsys.readouterr().out) == bool(copied)
+    ledger = open_ledger(target)
+    found = Keys(ledger).find(token)
+    assert found is not None
+    assert found.tenant == "acme"
+    ledger.close()
