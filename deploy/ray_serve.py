@@ -19,14 +19,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
-from pydantic import ByteSize, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import ValidationError
 from rich.console import Console
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from deploy.affinity import needs
 from deploy.asgi_call import Head, Start, call
+from deploy.ray_settings import RaySettings
 from server.api.errors import error_response
 from server.exposure import check_exposure
 from server.settings import Settings
@@ -58,27 +58,6 @@ _GATEWAY_CPUS = 0.1
 """What Ray sets aside for a gateway, which mostly waits."""
 _GATEWAY_REQUESTS = 10_000
 """Requests in progress per gateway: replicas set the limit, not gateways."""
-
-
-class RaySettings(BaseSettings):
-    """How many replicas, and on what. Values come from arguments first, then from `SWITCHYARD_RAY_*`."""
-
-    model_config = SettingsConfigDict(env_prefix="SWITCHYARD_RAY_", extra="forbid")
-
-    replicas: int = Field(1, ge=1, description="Replicas to start with, and the fewest there are.")
-    max_replicas: int | None = Field(None, ge=1, description="Most replicas; default: no more than at the start.")
-    target_requests: float = Field(
-        16.0, gt=0, description="Requests in progress per replica: with more, replicas are added, with fewer, removed."
-    )
-    upscale_delay: float = Field(10.0, ge=0, description="Seconds of too many requests before replicas are added.")
-    downscale_delay: float = Field(600.0, ge=0, description="Seconds of too few before replicas are removed.")
-    gateways: int = Field(1, ge=1, description="Processes that read requests and hand them on.")
-    cpus: float = Field(1.0, ge=0, description="CPUs that Ray sets aside per replica.")
-    gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside per replica.")
-    body_bytes: ByteSize = Field(
-        ByteSize(64 << 20), gt=0, description="Largest body: a gateway holds it whole. Larger files come in pieces."
-    )
-    report_seconds: float = Field(1.0, gt=0, description="How often replicas tell which experts they hold.")
 
 
 class Replica:
