@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import socket
 import statistics
@@ -121,6 +122,7 @@ def first_token(url: str, stream: bool, experts: list[Path]) -> list[dict[str, o
             "expert": file.stem,
             "bytes": file.stat().st_size,
             "beside a stream": stream,
+            "load of the machine": os.getloadavg()[0],
             "last byte to 201 (s)": published - sent,
             "201 to first token (s)": told - published,
             "last byte to first token (s)": told - sent,
