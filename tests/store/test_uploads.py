@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.errors import (
@@ -71,6 +71,7 @@ def test_in_one_piece(folder: Path, tmp_path: Path, declared: str | None) -> Non
         uploads.take(upload.id, tmp_path / "again")
 
 
+@settings(deadline=None)  # it writes to a disk
 @given(cuts=st.lists(st.tuples(st.integers(1, 400), st.sampled_from(["same", "new process", "lost tail"]))))
 def test_any_pieces_and_restarts(tmp_path_factory: pytest.TempPathFactory, cuts: list[tuple[int, str]]) -> None:
     folder = tmp_path_factory.mktemp("any")
