@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bench.unrelated import unrelated_prompts
+from bench.unrelated import held_out_prompts, unrelated_prompts
 from examples.build import load_rows
 from examples.tasks import TASKS
 
@@ -92,11 +92,13 @@ def reformed(task: str, prompt: str, form: str, index: int) -> str:
 
 @dataclass(frozen=True)
 class RoutingPrompts:
-    """Exemplars by task, held-out prompts by form and task, and prompts that belong to no task."""
+    """Exemplars by task, held-out prompts by form and task, and prompts that belong to no task: those that the
+    router was tuned on, and others."""
 
     exemplars: Mapping[str, list[str]]
     test: Mapping[str, Mapping[str, list[str]]]
     unrelated: list[str]
+    held_out: list[str]
 
     @classmethod
     def load(cls, *, quick: bool = False) -> RoutingPrompts:
@@ -113,4 +115,5 @@ class RoutingPrompts:
                 for form in FORMS
             },
             unrelated_prompts(UNRELATED)[: QUICK_UNRELATED if quick else None],
+            held_out_prompts()[: QUICK_UNRELATED if quick else None],
         )

@@ -11,6 +11,8 @@ import gzip
 import json
 import os
 import random
+import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,13 @@ EVALS_SETS = (
     "which_is_heavier/which_is_heavier",
 )
 CODE_SHARE = 0.2
+HELD_OUT_SETS, HELD_OUT_EACH, HELD_OUT_SEED = 50, 10, 2026
+LEAST_SAMPLES, LARGEST_SET = 15, 3_000_000
+RELATED = re.compile("cron|sarcas|irony|spam|sentiment|number_reading|numeral|smart|language")
+"""Sets with these in their names are about what the example tasks are for."""
+ENGLISH = re.compile(r"\b(the|is|of|what|a|to|and|in|for|with|are|that|which)\b", re.IGNORECASE)
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
+_EVALS_DATA = "evals/registry/data/"
 _EVERYDAY = Path(__file__).resolve().parent / "data" / "everyday_prompts.txt"
 
 
@@ -88,6 +96,41 @@ def unrelated_prompts(count: int = 200, seed: int = 0, cache: Path = CACHE) -> l
     return prompts
 
 
+def held_out_prompts() -> list[str]:
+    """HELD_OUT_EACH prompts of each of HELD_OUT_SETS further sets of `evals`, drawn by chance.
+
+    Raises:
+        examples.fetch.FetchError: the package cannot be had.
+    """
+    sets = other_sets()
+    families: dict[str, str] = {}
+    for name in sets:
+        families.setdefault(name.split("/")[0], name)
+    rng = random.Random(HELD_OUT_SEED)
+    chosen = sorted(rng.sample(sorted(families.values()), HELD_OUT_SETS))
+    return [prompt for name in chosen for prompt in rng.sample(sets[name], HELD_OUT_EACH)]
+
+
+def other_sets() -> dict[str, list[str]]:
+    """Name → prompts of the sets of `evals` that are in English, about no example task, and not in EVALS_SETS.
+
+    Texts in other languages are left out: whatever they ask, they are what the language task's bare prompts are.
+    """
+    found: dict[str, list[str]] = {}
+    with zipfile.ZipFile(fetch(EVALS)) as wheel:
+        for member in sorted(wheel.namelist()):
+            name = member.removeprefix(_EVALS_DATA).removesuffix(".jsonl")
+            if not (member.startswith(_EVALS_DATA) and member.endswith(".jsonl")) or name in EVALS_SETS:
+                continue
+            if RELATED.search(name) or wheel.getinfo(member).file_size > LARGEST_SET:
+                continue
+            prompts = _last_questions(wheel.read(member).decode())
+            english = sum(text.isascii() and len(ENGLISH.findall(text[:300])) >= 2 for text in prompts)
+            if len(prompts) >= LEAST_SAMPLES and english >= 0.7 * len(prompts):
+                found[name] = prompts
+    return found
+
+
 def everyday_prompts() -> list[str]:
     """The hand-written chat questions, one per line of the file."""
     return [line for line in _EVERYDAY.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -99,11 +142,19 @@ def _human_eval() -> list[str]:
 
 
 def _evals_set(name: str) -> list[str]:
+    return _last_questions(read_member(fetch(EVALS), f"{_EVALS_DATA}{name}.jsonl").decode())
+
+
+def _last_questions(lines: str) -> list[str]:
     """The last user message of every sample: the user's own words without the set's system instruction."""
-    lines = read_member(fetch(EVALS), f"evals/registry/data/{name}.jsonl").decode().splitlines()
-    samples: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
-    asked = ([turn["content"] for turn in s["input"] if turn["role"] == "user"] for s in samples)
-    return sorted({turns[-1].strip() for turns in asked if turns and turns[-1].strip()})
+    asked: set[str] = set()
+    for line in filter(str.strip, lines.splitlines()):
+        sample: Any = json.loads(line)
+        turns = sample.get("input") if isinstance(sample, dict) else None
+        texts = [turn["content"] for turn in turns if turn.get("role") == "user"] if isinstance(turns, list) else []
+        if texts and isinstance(texts[-1], str) and texts[-1].strip():
+            asked.add(texts[-1].strip())
+    return sorted(asked)
 
 
 def _in_turn(sets: list[list[str]], rng: random.Random) -> Iterator[str]:
