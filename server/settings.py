@@ -172,7 +172,9 @@ class Settings(BaseSettings):
         EngineSettings.threads, ge=1, description="CPU threads of the engine; default: torch's choice."
     )
     feature_layer: int = Field(
-        EngineSettings.feature_layer, ge=0, description="How many layers of the base routing features pass through."
+        EngineSettings.feature_layer,
+        ge=0,
+        description="How many layers of the base routing features pass through, at most all.",
     )
     feature_tokens: int = Field(
         EngineSettings.feature_tokens, ge=1, description="Most tokens of a prompt that routing looks at."

@@ -81,7 +81,7 @@ class TransformersEngine:
             context_length=min(self._model.context_length, self._worker.cache.capacity_tokens),
             vocabulary=self._model.vocabulary,
             feature_dim=self._model.hidden_size,
-            feature_layer=settings.feature_layer,
+            feature_layer=self._model.feature_layer,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
         )

@@ -130,8 +130,8 @@ class BaseModel:
             dtype=dtype,
         )
         self.stop_tokens = _stop_tokens(folder, text)
-        self.feature_layer = feature_layer
-        self._early = self._early_layers(feature_layer)
+        self.feature_layer = min(feature_layer, text.num_hidden_layers)
+        self._early = self._early_layers(self.feature_layer)
         self._check_attention()
 
     @property
@@ -199,11 +199,8 @@ class BaseModel:
         """
         decoder: nn.Module = self._model.get_decoder()  # type: ignore[no-untyped-call]
         stack = getattr(decoder, "layers", None)
-        if not isinstance(stack, nn.ModuleList) or not hasattr(decoder, "norm") or layers > len(stack):
-            raise CheckpointError(
-                f"{type(decoder).__name__} has no stack of at least {layers} layers followed by a norm",
-                param="feature_layer",
-            )
+        if not isinstance(stack, nn.ModuleList) or not hasattr(decoder, "norm"):
+            raise CheckpointError(f"{type(decoder).__name__} has no stack of layers followed by a norm", param="base")
         shared: dict[int, object] = {
             id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in decoder.parameters()
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -71,6 +73,12 @@ def test_features_are_mean_hidden_states_without_the_first_token(models: tuple[B
         with torch.inference_mode():
             states = reference(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[2][0]
         torch.testing.assert_close(row, states[min(1, len(prompt) - 1) :].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shallow_base_gives_features_of_all_its_layers(tmp_path: Path) -> None:
+    base = BaseModel(save_base(tmp_path), dtype=torch.float32, device=CPU, feature_layer=99, cache_dir=None)
+    assert base.feature_layer == base.kv_shape.layers
+    assert base.features([[1, 2, 3]]).shape == (1, base.hidden_size)
 
 
 def test_a_freed_block_full_of_nan_does_not_reach_its_next_owner(models: tuple[BaseModel, torch.nn.Module]) -> None:
