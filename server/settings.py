@@ -214,23 +214,11 @@ class Settings(BaseSettings):
     )
     router_max_exemplars: int = Field(512, ge=1, description="Exemplars beyond, evenly spread, are left out.")
 
-    @field_validator("trusted_keys", "sources", "hub_allow", mode="before")
+    @field_validator("api_keys", "trusted_keys", "sources", "hub_allow", "lora_dirs", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
         if isinstance(value, str):
-            return frozenset(key.strip() for key in value.split(",") if key.strip())
-        return value
-
-    @field_validator("lora_dirs", mode="before")
-    @classmethod
-    def _split_folders(cls, value: object) -> object:
-        return frozenset(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    @field_validator("api_keys", mode="before")
-    @classmethod
-    def _split_keys(cls, value: object) -> object:
-        if isinstance(value, str):
-            return frozenset(key.strip() for key in value.split(",") if key.strip())
+            return frozenset(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @model_validator(mode="after")
