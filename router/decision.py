@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
+from router.features import Features
 from router.index import BACKGROUND, Neighbour
 from router.mix import MixMode, Votes, tally, voters, weigh
 from router.options import ANY, RouteOptions
@@ -56,6 +57,7 @@ class Decision:
         confidence: the first expert's share of the votes, the background's included; 0 if nobody could vote.
         neighbours: the nearest centres, nearest first, whether they voted or not.
         votes: expert name → neighbours that voted. A neighbour votes if the prompt lies within its expert's reach.
+        features: `[e]`, of the prompt; None without a search. Equal decisions need not have equal ones.
     """
 
     mix: Mix
@@ -67,6 +69,7 @@ class Decision:
     confidence: float | None = None
     neighbours: tuple[Neighbour, ...] = ()
     votes: dict[str, int] = field(default_factory=dict)
+    features: Features | None = field(default=None, compare=False, repr=False)
 
 
 EMPTY_PROMPT = Decision(BASE_MIX, (), Reason.EMPTY_PROMPT, "the prompt is empty, so the base answers")

@@ -104,6 +104,7 @@ class Snapshot:
         self._entries = distinct(entries)
         self._names = names_of(entries)
         self.metric = metric
+        self.background = background
         self._measured: dict[Profile, _Measured] = {}
         if not self._entries or metric is None:
             return
@@ -132,14 +133,31 @@ class Snapshot:
         """How many experts can be found."""
         return len(self._entries)
 
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The experts that can be found, by name, each once."""
+        return self._entries
+
+    def name_of(self, entry: Entry, visible: Callable[[str], bool] | None = None) -> str | None:
+        """What an expert is called where only some names may be found; None where none of its names may."""
+        names = self._names.get((entry.digest, entry.key), ())
+        return next((name for name in names if visible is None or visible(name)), None)
+
     def search(
-        self, features: Features, count: int, *, visible: Callable[[str], bool] | None = None
+        self,
+        features: Features,
+        count: int,
+        *,
+        visible: Callable[[str], bool] | None = None,
+        part_of: tuple[int, int] | None = None,
     ) -> tuple[Neighbour, ...]:
         """The `count` nearest centres, or all if there are fewer, nearest first.
 
         Args:
             features: `[e]`, of one prompt.
             visible: which names may be found; the background always is. Without any of them nothing is found.
+            part_of: of which of the `entries` the prompt is an exemplar, and part of which of its centres: it is
+                searched as if it were not, see `Profile.reach`.
         """
         if not self._entries:
             return ()
@@ -151,9 +169,23 @@ class Snapshot:
             rows = self._rows_of(self._nearest_experts(self._metric.along(whitened), shown))
             distances = self._candidates.distances(whitened[0], self._owner_of(rows), rows)
         else:
-            rows, distances = self._nearest(self._metric.project(features[None]), count, shown)
+            # One more: the centre that the prompt is part of may fall behind.
+            rows, distances = self._nearest(self._metric.project(features[None]), count + bool(part_of), shown)
+        if part_of is not None:
+            rows, distances = self._left_out(rows, distances, *part_of)
         nearest = np.argsort(distances, kind="stable")[:count]
         return tuple(self._neighbour(int(rows[i]), float(distances[i]), visible) for i in nearest)
+
+    def _left_out(
+        self, rows: npt.NDArray[np.int64], distances: Features, owner: int, centre: int
+    ) -> tuple[npt.NDArray[np.int64], Features]:
+        """The same without a prompt in one of the centres: without it a mean of n is n / (n - 1) times as far from it,
+        under any linear metric; a centre of it alone would not be there."""
+        row, size = self._first[owner] + centre, int(self._entries[owner].profile.sizes[centre])
+        own = rows == row
+        if size == 1:
+            return rows[~own], distances[~own]
+        return rows, np.where(own, distances * np.float32(size / (size - 1)), distances)
 
     def _shown(self, visible: Callable[[str], bool]) -> npt.NDArray[np.bool_]:
         """Which owners may be found; the background always is."""
@@ -196,10 +228,9 @@ class Snapshot:
     def _neighbour(self, row: int, distance: float, visible: Callable[[str], bool] | None) -> Neighbour:
         owner = int(self._owner[row])
         entry, first = self._owners[owner], self._first[owner]
-        names = self._names.get((entry.digest, entry.key), ())
         return Neighbour(
             # An expert is called by a name that may be found: others' names are not told.
-            next((name for name in names if visible is None or visible(name)), entry.name),
+            self.name_of(entry, visible) or entry.name,
             entry.digest,
             distance,
             self._reach[owner],

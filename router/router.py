@@ -20,6 +20,7 @@ from router.index import BACKGROUND, Entry, Snapshot, distinct
 from router.metric import LowRank, Metric, MetricKind, Standardised
 from router.options import ANY, RouteOptions
 from router.profile import Profile, fit_profile
+from router.report import Report, Seen, make_report
 from router.settings import RouterSettings
 from router.state import Learned, StateFile
 from router.variants import variants
@@ -131,6 +132,11 @@ class Router:
         snapshot = await self._current()
         return in_conversation(await asyncio.to_thread(self._decide, snapshot, features, options))
 
+    async def report(self, seen: Sequence[Seen], options: RouteOptions, most: int) -> Report:
+        """How well experts are told apart; see `router.report`."""
+        snapshot, count = await self._current(), self._settings.neighbours
+        return await asyncio.to_thread(make_report, snapshot, seen, self._rules, options, neighbours=count, most=most)
+
     async def prepare(self) -> None:
         """Compute what the first routed prompt would have to wait for: the background, the metric, the index.
 
@@ -151,7 +157,8 @@ class Router:
     def _decide(self, snapshot: Snapshot, features: Features, options: RouteOptions) -> list[Decision]:
         visible = None if options.sees_all else options.sees
         count = self._settings.neighbours
-        return [decide(snapshot.search(row, count, visible=visible), self._rules, options) for row in features]
+        decisions = (decide(snapshot.search(row, count, visible=visible), self._rules, options) for row in features)
+        return [replace(decision, features=row) for decision, row in zip(decisions, features, strict=True)]
 
     def _forget(self, name: str) -> None:
         if self._experts.pop(name, None) is not None:

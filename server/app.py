@@ -32,6 +32,7 @@ from server.api import (
     models,
     ops,
     route,
+    route_report,
     sharing,
     tokens,
     uploads,
@@ -53,6 +54,7 @@ from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
 from server.mirrors import mirroring
+from server.route_reports import RouteReports
 from server.settings import Settings
 from server.shadow import Shadow
 from server.tracing import tracing_to
@@ -125,6 +127,7 @@ def create_app(
         inbox=Inbox(kept, quarantine),
         jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
         generation=generation,
+        reports=_reporting(registry, router, generation),
         metrics=metrics,
         chores=[
             *_upkeep(settings, registry),
@@ -170,6 +173,7 @@ def create_app(
         debug,
         lora,
         route,
+        route_report,
         ops,
     ):
         app.include_router(resource.router)
@@ -190,6 +194,12 @@ def create_app(
     app.add_middleware(AuditMiddleware, audit=services.audit)
     app.add_middleware(RequestMiddleware, metrics=metrics, tracing=tracing)
     return app
+
+
+def _reporting(registry: Registry, router: Router, generation: Generation) -> RouteReports:
+    reports = RouteReports(registry, router)
+    generation.watch_routed(reports.note)
+    return reports
 
 
 def _watching(settings: Settings, generation: Generation, router: Router, metrics: Metrics) -> list[Chore]:

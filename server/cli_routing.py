@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.client import Client, Json
+from server.drawing import draw_map, print_matrix
 from store.errors import SwitchyardError
 from store.exemplars import parse_exemplars
 
@@ -52,12 +53,25 @@ def exemplars_verb(
 
 
 def route_verb(
-    prompt: Annotated[str, typer.Argument(help="What a user might ask.")],
+    prompt: Annotated[str | None, typer.Argument(help="What a user might ask.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Instead: a confusion matrix of the experts, and a map of them as a PNG.")
+    ] = False,
+    picture: Annotated[Path, typer.Option("--out", help="Where the report's map goes.")] = Path("report.png"),
+    most: Annotated[int, typer.Option("--experts", min=1, max=64, help="Most experts of the report.")] = 24,
     server: Server = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
     """Show which experts would answer a prompt, and why."""
-    _show(Client(server, api_key).route(prompt))
+    if report == (prompt is not None):
+        raise SwitchyardError("give either a prompt or --report")
+    if prompt is not None:
+        _show(Client(server, api_key).route(prompt))
+        return
+    found = Client(server, api_key).route_report(most)
+    print_matrix(found, out)
+    draw_map(found, picture)
+    out.print(f"the map is in [bold]{escape(str(picture))}[/]")
 
 
 def _show(decision: Json) -> None:

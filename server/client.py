@@ -218,6 +218,11 @@ class Client:
         decision: Json = self._send("POST", "/v1/route", json={"prompt": prompt}).json()
         return decision
 
+    def route_report(self, experts: int) -> Json:
+        """How well experts are told apart, of at most so many; see docs/api.md."""
+        report: Json = self._send("GET", "/v1/route/report", params={"experts": experts}).json()
+        return report
+
     def chat(self, messages: list[dict[str, str]], *, model: str, **options: Any) -> ChatTurn:
         """Stream one answer; `options` are further fields of the request (`temperature`, `experts`, ...)."""
         body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}

@@ -64,6 +64,9 @@ class Charge(Protocol):
 Watcher = Callable[[Sequence[Prompt], Part, Caller], None]
 """Is told the prompts of a request, the expert that it named, and who asked; it must neither wait nor raise."""
 
+RoutedWatcher = Callable[[Decision, Caller], None]
+"""Is told what was decided for a prompt, and who asked; it must neither wait nor raise."""
+
 
 class Generation:
     """Turns requests into answers."""
@@ -89,6 +92,7 @@ class Generation:
         self._charge = charge
         self._tracing = tracing
         self._watchers: list[Watcher] = []
+        self._routed_watchers: list[RoutedWatcher] = []
 
     async def start(self, request: GenerationRequest, by: Caller) -> Answer:
         """Route the request and queue it in the engine; the answer must be closed.
@@ -145,6 +149,10 @@ class Generation:
         """Tell somebody of every request that named an expert, once it is answered."""
         self._watchers.append(watcher)
 
+    def watch_routed(self, watcher: RoutedWatcher) -> None:
+        """Tell somebody of every routed prompt."""
+        self._routed_watchers.append(watcher)
+
     async def check_model(self, model: str, by: Caller) -> None:
         """Whether a request may name the model.
 
@@ -189,6 +197,8 @@ class Generation:
     async def _routed(self, prompt: Prompt, options: RouteOptions, by: Caller) -> Route:
         decision = await self.decide(prompt, options, by)
         self._metrics.routing.decided(decision)
+        for watch in self._routed_watchers:
+            watch(decision, by)
         parts = tuple(Part(name, digest, weight) for name, digest, weight in decision.parts)
         return Route(decision.mix, parts, decision.code, decision.distance)
 

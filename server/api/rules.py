@@ -49,6 +49,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/completions"): _ASK,
     ("POST", "/v1/embeddings"): _ASK,
     ("POST", "/v1/route"): _ASK,
+    ("GET", "/v1/route/report"): _ASK,
     ("POST", "/tokenize"): _ASK,
     ("POST", "/detokenize"): _ASK,
     ("GET", "/v1/models"): _READ,

@@ -20,6 +20,7 @@ from server.library import Library
 from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
+from server.route_reports import RouteReports
 from server.tools.use import ToolFormat
 from server.tracing import Tracing
 from store.access import Caller
@@ -37,6 +38,7 @@ class Services:
     inbox: Inbox
     jobs: Jobs
     generation: Generation
+    reports: RouteReports
     metrics: Metrics
     chores: Sequence[Chore]
     tool_format: ToolFormat | None

@@ -65,3 +65,13 @@ def test_faults_of_exemplars_are_told(said: Said, tmp_path: Path) -> None:
     assert "cannot read" in said("exemplars", "cron", str(tmp_path / "none"), code=1)
     assert "not both" in said("exemplars", "cron", str(file), "--reset", code=1)
     assert "no expert named 'none'" in said("exemplars", "none", "--reset", code=1)
+
+
+def test_a_report_is_printed_and_drawn(said: Said, tmp_path: Path) -> None:
+    picture = tmp_path / "map.png"
+    printed = said("route", "--report", "--out", str(picture))
+    assert "expert 1 2 other base 1 cron" in printed
+    assert "exemplars find their own expert" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "either a prompt or --report" in said("route", code=1)
+    assert "either a prompt or --report" in said("route", "x", "--report", code=1)

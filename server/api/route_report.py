@@ -1,0 +1,90 @@
+"""`GET /v1/route/report`: how well experts are told apart, as numbers and as a map."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from typing_extensions import TypedDict
+
+from router.report import EXEMPLARS, Points
+from server.api.services import Asker, ReadyServices
+
+router = APIRouter()
+
+MOST = 64
+METHOD = (
+    f"leave-one-out: up to {EXEMPLARS} exemplars of each expert, in all their forms, each routed as if it were no part "
+    "of its centre; the metric and the centres of its other forms have seen it"
+)
+
+Point = list[float]
+
+
+class ReportedExpert(TypedDict):
+    """One expert of a report."""
+
+    id: str
+    digest: str
+    recent_requests: int
+    centres: list[Point]
+    routed_to: list[int]
+    """How many of its own exemplars would go to each of the experts, in the order of the report."""
+    routed_to_others: int
+    routed_to_base: int
+
+
+class RecentRequest(TypedDict):
+    """Where a prompt that was routed lately lies; `id` is null where the base answered, or an expert not shown."""
+
+    x: float
+    y: float
+    id: str | None
+
+
+class RouteReport(TypedDict):
+    """Experts against each other: a confusion matrix, row by row, and a map."""
+
+    object: Literal["route.report"]
+    method: str
+    experts: list[ReportedExpert]
+    left_out: int
+    axes: list[float]
+    """Shares of the centres' spread that the two axes of the map show."""
+    background: list[Point]
+    recent: list[RecentRequest]
+
+
+@router.get("/v1/route/report")
+async def route_report(
+    services: ReadyServices, asker: Asker, experts: Annotated[int, Query(ge=1, le=MOST)] = 24
+) -> RouteReport:
+    """A confusion matrix and a map, of experts that the caller may use: those asked for lately, then an even choice."""
+    report = await services.reports.make(experts, asker)
+    return {
+        "object": "route.report",
+        "method": METHOD,
+        "experts": [
+            {
+                "id": row.name,
+                "digest": row.digest,
+                "recent_requests": row.requests,
+                "centres": _points(row.centres),
+                "routed_to": list(row.counts[:-2]),
+                "routed_to_others": row.counts[-2],
+                "routed_to_base": row.counts[-1],
+            }
+            for row in report.rows
+        ],
+        "left_out": report.left_out,
+        "axes": [round(share, 4) for share in report.spread],
+        "background": _points(report.background),
+        "recent": [
+            {"x": x, "y": y, "id": name} for (x, y), name in zip(_points(report.seen), report.seen_names, strict=True)
+        ],
+    }
+
+
+def _points(points: Points) -> list[Point]:
+    rounded: list[Point] = points.round(4).tolist()
+    return rounded
