@@ -46,6 +46,7 @@ from server.audit import AuditLog
 from server.chores import Chore, do_all
 from server.engine.types import Engine
 from server.generation import Generation
+from server.harvest import Harvest
 from server.inbox import Inbox
 from server.jobs.book import JobBook
 from server.jobs.jobs import JobLimits, Jobs
@@ -73,6 +74,7 @@ _USAGE_SECONDS = 5.0
 """What a server that is killed has not saved of its tenants' usage."""
 
 _SHADOW_SECONDS = 0.5
+_HARVEST_SECONDS = 60.0
 
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": errors.ErrorAnswer, "description": "Any failure."} for status in ("4XX", "5XX")
@@ -119,6 +121,7 @@ def create_app(
     book = JobBook(settings.data_dir / "jobs", settings.max_jobs)
     kept = _uploads_of(settings, book)
     metrics.registry.register(WorkCollector(kept.list, book.list))
+    audit = AuditLog(settings.data_dir / "audit.jsonl")
     generation = Generation(engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing)
     services = Services(
         engine=engine,
@@ -134,6 +137,7 @@ def create_app(
             Chore("saving usage", _USAGE_SECONDS, meter.settle),
             *mirroring(settings, library),
             *_watching(settings, generation, router, metrics),
+            *_harvesting(settings, generation, library, engine, audit),
         ],
         tool_format=settings.tool_format(engine.tokenizer.chat_template),
         local_files=LocalFiles(sorted(settings.lora_dirs)),
@@ -141,7 +145,7 @@ def create_app(
         tenants=tenants,
         meter=meter,
         tracing=tracing,
-        audit=AuditLog(settings.data_dir / "audit.jsonl"),
+        audit=audit,
         started=int(time.time()),
     )
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
@@ -200,6 +204,17 @@ def _reporting(registry: Registry, router: Router, generation: Generation) -> Ro
     reports = RouteReports(registry, router)
     generation.watch_routed(reports.note)
     return reports
+
+
+def _harvesting(
+    settings: Settings, generation: Generation, library: Library, engine: Engine, audit: AuditLog
+) -> list[Chore]:
+    most = settings.harvest_exemplars
+    if not most:
+        return []
+    harvest = Harvest(library, engine.tokenizer, audit, most=most, tokens=settings.feature_tokens)
+    generation.watch(harvest.note)
+    return [Chore("harvesting exemplars", _HARVEST_SECONDS, harvest.work)]
 
 
 def _watching(settings: Settings, generation: Generation, router: Router, metrics: Metrics) -> list[Chore]:

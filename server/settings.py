@@ -201,10 +201,10 @@ class Settings(BaseSettings):
     )
     router_margin: float = Field(3.0, gt=0, lt=1e6, description="Factor on every reach; larger accepts more prompts.")
     router_shadow: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the requests that name an expert of which /metrics tells what routing would do.",
+        0.0, ge=0, le=1, description="Share of the requests naming an expert that are routed too, for /metrics alone."
+    )
+    harvest_exemplars: int = Field(
+        0, ge=0, le=512, description="Make stored exemplars of prompts that name an expert, up to so many; 0: never."
     )
     routing_wait: float = Field(
         0.05,

@@ -45,6 +45,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
     "server.settings": ("server.engine.types", "server.tools", "router", "store.tenants"),
     "server.routing_metrics": ("server.expert_labels", "router.decision"),
+    "server.harvest": (
+        "server.audit",
+        "server.choices",
+        "server.engine.types",
+        "server.library",
+        "server.prompts",
+        "store.access",
+        "store.errors",
+    ),
     "server.shadow": (
         "server.choices",
         "server.prompts",
@@ -185,6 +194,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.chores",
         "server.engine.types",
         "server.generation",
+        "server.harvest",
         "server.inbox",
         "server.jobs",
         "server.library",
