@@ -112,6 +112,8 @@ def _decode_node(reader: _Reader, count: int, width: int) -> Symbols:
     if mark in (_NONE, _ALL):
         return _decode_node(reader, count, width - 1) | (high if mark == _ALL else np.uint8(0))
     is_set = _decode_mask(reader, mark, count)
+    if width == 1:  # nothing below: the mask is the symbols
+        return is_set.view(np.uint8)
     ones = int(np.count_nonzero(is_set))
     symbols = np.empty(count, dtype=np.uint8)
     symbols[~is_set] = _decode_node(reader, count - ones, width - 1)
