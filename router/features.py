@@ -53,6 +53,11 @@ def checked(features: Features, rows: int) -> Features:
     return np.ascontiguousarray(features, dtype=np.float32)
 
 
+def features_key(exemplars: str, forms: int) -> str:
+    """Under which the features of so many forms of an expert's exemplars are cached; `max_exemplars` may change."""
+    return f"{exemplars}/{forms}"
+
+
 class RecentFeatures:
     """Features of the prompts seen last: each turn of a conversation sends all of those before it again.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -39,6 +39,7 @@ class Entry:
     Attributes:
         key: identifies its exemplars.
         examples: for each centre of the profile, the exemplar nearest to it.
+        origins: `[n]`, of which exemplar each of the features is a form that the profile was fitted to.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Entry:
     key: str
     profile: Profile
     examples: tuple[str, ...]
+    origins: npt.NDArray[np.int16] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

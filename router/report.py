@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from router.decision import Rules, decide
 from router.features import Features
-from router.index import Entry, Snapshot
+from router.held_out import HeldOut
+from router.index import Entry, Neighbour, Snapshot
 from router.metric import Metric
 from router.options import RouteOptions
 
@@ -20,6 +22,9 @@ EXEMPLARS = 24
 
 Points = npt.NDArray[np.float64]
 """`[n, 2]`: places on the map."""
+
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,7 @@ class Row:
         counts: exemplars of its own that are routed to each of the experts of the report, in its order, to any other,
             and to the base.
         requests: how many of the seen prompts went to it.
+        is_held_out: whether the exemplars were held out of all that was fitted, or each of its centre only.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Row:
     centres: Points
     counts: tuple[int, ...]
     requests: int
+    is_held_out: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +81,23 @@ class Report:
 
 
 def make_report(
-    snapshot: Snapshot, seen: Sequence[Seen], rules: Rules, options: RouteOptions, *, neighbours: int, most: int
+    snapshot: Snapshot,
+    seen: Sequence[Seen],
+    hold: Callable[[Sequence[Entry]], HeldOut],
+    rules: Rules,
+    options: RouteOptions,
+    *,
+    neighbours: int,
+    most: int,
 ) -> Report:
-    """Route exemplars of experts as if each were not among them, and draw a map. Takes a search an exemplar.
+    """Route exemplars of experts as if they had not been shown, and draw a map. Takes seconds.
 
-    An exemplar counts as left out of its centre, as in `Profile.reach`; the metric has seen it, and so have other
-    centres its other forms (`router.variants`): what is confused here is confused by users too, while what is not may
-    still be.
+    Of an expert with enough exemplars a fifth is held out, and all is fitted without. Where that cannot be, an exemplar
+    counts as left out of its centre, as in `Profile.reach`; the metric has seen it then, and so have other centres its
+    other forms (`router.variants`): what is confused is confused by users too, while what is not may still be.
 
     Args:
+        hold: fits the experts without a fifth of the exemplars of these.
         options: what the caller may find; nothing is told of other experts.
         most: experts shown: first those that were seen most, then an even choice by name.
     """
@@ -92,8 +107,7 @@ def make_report(
     shown = _chosen(named, snapshot.entries, traffic, most)
     column = {snapshot.entries[owner].digest: i for i, owner in reversed(list(enumerate(shown)))}
 
-    def routed(owner: int, row: int, features: Features, centre: int) -> int:
-        found = snapshot.search(features, neighbours, visible=visible, part_of=(owner, centre))
+    def routed(owner: int, row: int, found: tuple[Neighbour, ...]) -> int:
         mix = decide(found, rules, options).parts
         if not mix:
             return len(shown) + 1
@@ -102,24 +116,30 @@ def make_report(
     background = snapshot.background
     drawn = [snapshot.entries[owner] for owner in shown]
     project, spread = _map(snapshot.metric, drawn if background is None else [*drawn, background])
+    held = hold([snapshot.entries[owner] for owner in shown])
+
+    def found_by(owner: int, entry: Entry) -> Iterator[tuple[Neighbour, ...]]:
+        if (features := held.features.get((entry.digest, entry.key))) is not None:
+            for one in _evenly(features):
+                yield held.snapshot.search(one, neighbours, visible=visible)
+            return
+        for one, centre in zip(_evenly(entry.profile.points), _evenly(entry.profile.members), strict=True):
+            yield snapshot.search(one, neighbours, visible=visible, part_of=(owner, int(centre)))
+
     rows = []
     for row, owner in enumerate(shown):
         entry = snapshot.entries[owner]
-        sample = np.unique(np.linspace(0, len(entry.profile.points) - 1, EXEMPLARS).round().astype(int))
-        members = entry.profile.members[sample]
-        counts = Counter(
-            routed(owner, row, features, int(centre))
-            for features, centre in zip(entry.profile.points[sample], members, strict=True)
-        )
-        told = tuple(counts[i] for i in range(len(shown) + 2))
-        rows.append(Row(named[owner], entry.digest, project(entry.profile.centres), told, traffic[entry.digest]))
-    places = np.stack([one.features for one in seen]) if seen else None
+        counts = Counter(routed(owner, row, found) for found in found_by(owner, entry))
+        told, is_held = tuple(counts[i] for i in range(len(shown) + 2)), (entry.digest, entry.key) in held.features
+        places = project(entry.profile.centres)
+        rows.append(Row(named[owner], entry.digest, places, told, traffic[entry.digest], is_held))
+    prompts = np.stack([one.features for one in seen]) if seen else None
     names = {row.digest: row.name for row in reversed(rows)}
     return Report(
         tuple(rows),
         len(named) - len(shown),
         np.empty((0, 2)) if background is None else project(background.profile.centres),
-        np.empty((0, 2)) if places is None else project(places),
+        np.empty((0, 2)) if prompts is None else project(prompts),
         tuple(None if one.digest is None else names.get(one.digest) for one in seen),
         spread,
     )
@@ -134,6 +154,12 @@ def _chosen(named: dict[int, str], entries: Sequence[Entry], traffic: Counter[st
         spaced = np.unique(np.linspace(0, len(idle) - 1, max(0, min(most - len(busy), len(idle)))).round().astype(int))
         idle = [idle[i] for i in spaced]
     return sorted([*busy, *idle], key=lambda owner: named[owner])
+
+
+def _evenly(rows: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """At most EXEMPLARS of the rows."""
+    chosen: npt.NDArray[Scalar] = rows[np.unique(np.linspace(0, len(rows) - 1, EXEMPLARS).round().astype(int))]
+    return chosen
 
 
 def _map(metric: Metric | None, entries: Sequence[Entry]) -> tuple[Callable[[Features], Points], tuple[float, float]]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from router.background import background_key, background_texts
 from router.conversation import in_conversation, last_turns
 from router.decision import EMPTY_PROMPT, NO_EXPERTS, NONE_ALLOWED, Decision, Rules, decide
 from router.discriminant import Discriminant
-from router.features import FeatureCache, Features, Featurizer, RecentFeatures, featurize_all
+from router.features import FeatureCache, Features, Featurizer, RecentFeatures, features_key, featurize_all
 from router.flex import flex_metric
+from router.held_out import HeldOut, hold_out
 from router.index import BACKGROUND, Entry, Snapshot, distinct
 from router.metric import LowRank, Metric, MetricKind, Standardised
 from router.options import ANY, RouteOptions
@@ -134,8 +136,23 @@ class Router:
 
     async def report(self, seen: Sequence[Seen], options: RouteOptions, most: int) -> Report:
         """How well experts are told apart; see `router.report`."""
-        snapshot, count = await self._current(), self._settings.neighbours
-        return await asyncio.to_thread(make_report, snapshot, seen, self._rules, options, neighbours=count, most=most)
+        snapshot, given = await self._current(), self._settings
+        hold = partial(self._hold_out, tuple(self._experts.values()), snapshot)
+        return await asyncio.to_thread(
+            make_report, snapshot, seen, hold, self._rules, options, neighbours=given.neighbours, most=most
+        )
+
+    def _hold_out(self, entries: Sequence[Entry], snapshot: Snapshot, shown: Sequence[Entry]) -> HeldOut:
+        return hold_out(
+            shown,
+            entries,
+            cache=self._cache,
+            # As for a library that has changed: fitting few is fast, of many the metric at hand tells enough.
+            fit=self._fit if len(entries) <= self._settings.rank else lambda _: snapshot.metric,
+            build=lambda rest, metric: self._build(rest, metric, snapshot),
+            centres=self._settings.centres,
+            seed=self._settings.seed,
+        )
 
     async def prepare(self) -> None:
         """Compute what the first routed prompt would have to wait for: the background, the metric, the index.
@@ -179,7 +196,9 @@ class Router:
         if given.frames:
             forms = await asyncio.to_thread(variants, texts, frames=given.frames)
         entry = await self._fitted(name, digest, list(forms), f"{key}/{given.frames}", given.centres)
-        return replace(entry, examples=tuple(forms[text] for text in entry.examples))
+        place = {text: i for i, text in enumerate(texts)}
+        origins = np.array([place[text] for text in forms.values()], dtype=np.int16)
+        return replace(entry, examples=tuple(forms[text] for text in entry.examples), origins=origins)
 
     async def _fitted(self, name: str, digest: str, texts: Sequence[str], key: str, centres: int) -> Entry:
         features = await self._exemplar_features(texts, key)
@@ -187,7 +206,7 @@ class Router:
         return Entry(name, digest, key, profile, tuple(texts[row] for row in profile.medoids))
 
     async def _exemplar_features(self, texts: Sequence[str], key: str) -> Features:
-        key = f"{key}/{len(texts)}"  # `max_exemplars` may have changed
+        key = features_key(key, len(texts))
         features = await asyncio.to_thread(self._cache.load, key, len(texts))
         if features is None:
             async with self._featurizing:  # one expert at a time, or a start with many would flood the engine

@@ -14,8 +14,8 @@ router = APIRouter()
 
 MOST = 64
 METHOD = (
-    f"leave-one-out: up to {EXEMPLARS} exemplars of each expert, in all their forms, each routed as if it were no part "
-    "of its centre; the metric and the centres of its other forms have seen it"
+    "every fifth exemplar of an expert is held out in all its forms, the router is fitted without them, and up to "
+    f"{EXEMPLARS} forms of them are routed; of an expert with fewer than five, each is left out of its centre only"
 )
 
 Point = list[float]
@@ -28,6 +28,8 @@ class ReportedExpert(TypedDict):
     digest: str
     recent_requests: int
     centres: list[Point]
+    held_out: bool
+    """Whether the exemplars routed were held out of all that was fitted, or each was left out of its centre only."""
     routed_to: list[int]
     """How many of its own exemplars would go to each of the experts, in the order of the report."""
     routed_to_others: int
@@ -70,6 +72,7 @@ async def route_report(
                 "digest": row.digest,
                 "recent_requests": row.requests,
                 "centres": _points(row.centres),
+                "held_out": row.is_held_out,
                 "routed_to": list(row.counts[:-2]),
                 "routed_to_others": row.counts[-2],
                 "routed_to_base": row.counts[-1],

@@ -66,13 +66,15 @@ async def test_each_sees_its_own(house: House) -> None:
     assert [one["id"] for one in told["recent"]] == ["cron", "french", "cake", None]
     for i, expert in enumerate(told["experts"]):
         assert len(expert["routed_to"]) == 3
-        assert expert["routed_to"][i] > 0.7 * (sum(expert["routed_to"]) + expert["routed_to_base"]), expert
+        assert expert["held_out"]
+        assert 0 < expert["routed_to"][i] == sum(expert["routed_to"]), expert
+        assert 4 <= sum(expert["routed_to"]) + expert["routed_to_base"] <= 24
         assert expert["routed_to_others"] == 0
         assert expert["recent_requests"] == 1
         assert all(len(point) == 2 for point in expert["centres"])
     assert told["left_out"] == 0
     assert len(told["background"]) > 100
-    assert "leave-one-out" in told["method"]
+    assert "held out" in told["method"]
     assert all(text not in str(told) for text in (CRON[1], FRENCH[1], "Africa")), "no text of anybody"
 
     told = await report(house, acme)
