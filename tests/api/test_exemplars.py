@@ -168,3 +168,15 @@ async def test_they_survive_a_restart(tmp_path: Path) -> None:
         await put(house, "bare", FRENCH)
     async with open_house(tmp_path) as house:
         assert await mix_of(house, FRENCH[3]) == "bare=1"
+
+
+async def test_two_servers_of_one_store_learn_from_each_other(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as one, open_house(tmp_path) as other:
+        one.publish("bare", value=2)
+        assert (await put(one, "bare", FRENCH)).status_code == 200
+        while (await other.http.get("/v1/experts/bare")).json().get("routing") != "ready":
+            await asyncio.sleep(0.01)
+        assert await mix_of(other, FRENCH[3]) == "bare=1"
+        assert (await other.http.delete("/v1/experts/bare/exemplars")).json()["routing"] == "none"
+        while await mix_of(one, FRENCH[3]) != "base":
+            await asyncio.sleep(0.01)
