@@ -21,9 +21,8 @@ from tests.store.publish_forever import NAMES, open_store
 @pytest.mark.parametrize(
     ("backend", "kills"),
     [
-        ("disk", 15),
+        ("disk", 200),
         ("redis", 10),
-        pytest.param("disk", 200, marks=pytest.mark.slow),
         pytest.param("redis", 200, marks=pytest.mark.slow),
     ],
 )
