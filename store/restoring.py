@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-from pathlib import Path
 
 from store.alias import Alias, parse_entry
 from store.backends import ABSENT, BlobStore
-from store.errors import ExpertUnavailableError, StoreError
+from store.backends.copying import copy_blob
+from store.errors import ExpertUnavailableError
 from store.record import ExpertRecord
 
 _log = logging.getLogger(__name__)
@@ -28,22 +26,10 @@ def restore_lost(store: BlobStore) -> None:
                 if isinstance(entry, Alias) and store.get_record(entry.target) is None:
                     raise ExpertUnavailableError("its expert is lost")
                 for digest in entry.blobs if isinstance(entry, ExpertRecord) else ():
-                    _put_again(store, digest)
+                    copy_blob(store, store, digest)
             except ExpertUnavailableError:
                 _log.error("%s is lost: its bytes are nowhere; upload it again", name)
                 store.delete_record(name)
                 continue
             if store.put_record(name, data, expected=ABSENT):
                 _log.warning("%s was lost by the store and has been put back", name)
-
-
-def _put_again(store: BlobStore, digest: str) -> None:
-    with tempfile.NamedTemporaryFile(dir=store.quarantine(), delete=False) as copy:
-        path = Path(copy.name)
-    try:
-        shutil.copyfile(store.fetch(digest), path)
-        store.put_blob(path, digest)
-    except OSError as error:
-        raise StoreError(f"cannot copy the file: {error.strerror}") from error
-    finally:
-        path.unlink(missing_ok=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 from store.alias import Alias, parse_entry
 from store.backends import ABSENT, BlobStore, Health
+from store.backends.copying import copy_blob
 from store.errors import ConflictError, ExpertUnavailableError, StoreError
 from store.garbage import collect, used_in
 from store.record import ExpertRecord
@@ -104,22 +102,10 @@ def migrate(source: BlobStore, target: BlobStore) -> Iterator[tuple[str, bool]]:
             there = target.blobs()
             for digest in sorted(entry.blobs) if isinstance(entry, ExpertRecord) else ():
                 if digest not in there or target.verify(digest, repair=False) is not Health.SOUND:
-                    _copy(source, target, digest)
+                    copy_blob(source, target, digest)
             if not target.put_record(name, data, expected=ABSENT):
                 raise StoreError("the target let another writer in")
         yield name, True
 
 
 _SEVERITY = [Health.SOUND, Health.HEALED, Health.DAMAGED, Health.GONE]
-
-
-def _copy(source: BlobStore, target: BlobStore, digest: str) -> None:
-    with tempfile.NamedTemporaryFile(dir=target.quarantine(), prefix="migrate-", delete=False) as file:
-        path = Path(file.name)
-    try:
-        shutil.copyfile(source.fetch(digest), path)
-        target.put_blob(path, digest)
-    except OSError as error:
-        raise StoreError(f"cannot copy {digest[:12]}…: {error.strerror}") from error
-    finally:
-        path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
+from store.backends.edition_file import EditionFile
 from store.backends.filesystem import reading, reported, sync_folder
 from store.backends.idle_notes import IdleNotes
 from store.backends.quarantine import Quarantine
@@ -60,17 +61,16 @@ class DiskStore:
             for folder in ("blobs", "records", "quarantine"):
                 (root / folder).mkdir(parents=True, exist_ok=True)
             self._lock_file = (root / "lock").open("ab")
-            (root / "edition").touch()
-            self._edition_file = (root / "edition").open("r+b", buffering=0)
+            self._edition = EditionFile(root / "edition")
         with self.exclusive(), reported("open the store"):
-            self._bump(odd=False)
+            self._edition.settle()
             self._quarantine = Quarantine(root / "quarantine")
 
     def close(self) -> None:
         """See `BlobStore.close`. Empties this process's quarantine."""
         self._quarantine.close()
         self._lock_file.close()
-        self._edition_file.close()
+        self._edition.close()
 
     def quarantine(self) -> Path:
         """See `BlobStore.quarantine`."""
@@ -189,7 +189,7 @@ class DiskStore:
                         os.fsync(file.fileno())
                     # The kernel's own time stamps come in ticks of milliseconds: two changes could look like one.
                     os.utime(temporary, ns=(now := time.time_ns(), now))
-                    with self._changing_records():
+                    with self._edition.changing():
                         temporary.replace(target)
                 finally:
                     with suppress(OSError):
@@ -211,7 +211,7 @@ class DiskStore:
         with self.exclusive(), reported("delete the record"):
             if not target.exists():
                 return False
-            with self._changing_records():
+            with self._edition.changing():
                 target.unlink()
             sync_folder(target.parent)
         return True
@@ -238,9 +238,7 @@ class DiskStore:
 
     def edition(self) -> int:
         """See `BlobStore.edition`."""
-        count = self._count()
-        # Half a change, or one whose maker was killed: nobody may take it for the last word.
-        return count if count % 2 == 0 else -time.monotonic_ns()
+        return self._edition.value()
 
     def lost(self) -> Mapping[str, bytes]:
         """See `BlobStore.lost`. A file system that loses what was flushed is beyond us."""
@@ -260,22 +258,6 @@ class DiskStore:
                 self._depth -= 1
                 if self._depth == 0:
                     fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-
-    @contextmanager
-    def _changing_records(self) -> Iterator[None]:
-        """Around the one step that changes a record; the store is held."""
-        self._bump(odd=True)
-        try:
-            yield
-        finally:
-            self._bump(odd=False)
-
-    def _bump(self, *, odd: bool) -> None:
-        count = self._count() + 1
-        os.pwrite(self._edition_file.fileno(), (count + (count % 2 != odd)).to_bytes(8, "little"), 0)
-
-    def _count(self) -> int:
-        return int.from_bytes(os.pread(self._edition_file.fileno(), 8, 0), "little")
 
     def _check(self, digest: str, found: str) -> None:
         if found != digest:

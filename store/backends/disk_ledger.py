@@ -15,11 +15,12 @@ import fcntl
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from store.backends.edition_file import EditionFile
+from store.backends.filesystem import sync_folder
 from store.backends.ledger import Balance, LocalBuckets, Rate
 from store.errors import StoreError
 from store.expert_info import NAME_PATTERN
@@ -41,20 +42,18 @@ class DiskLedger:
         with _reported("open the ledger"):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = (root / "lock").open("ab")
-            (root / "edition").touch()
-            self._edition_file = (root / "edition").open("r+b", buffering=0)
+            self._edition = EditionFile(root / "edition")
         with self._exclusive(), _reported("open the ledger"):
-            self._bump(odd=False)
+            self._edition.settle()
 
     def close(self) -> None:
         """See `Ledger.close`."""
         self._lock_file.close()
-        self._edition_file.close()
+        self._edition.close()
 
     def edition(self) -> int:
         """See `Ledger.edition`."""
-        count = self._count()
-        return count if count % 2 == 0 else -time.monotonic_ns()
+        return self._edition.value()
 
     def documents(self, kind: str) -> Mapping[str, bytes]:
         """See `Ledger.documents`."""
@@ -75,7 +74,7 @@ class DiskLedger:
             if absent and target.exists():
                 return False
             target.parent.mkdir(exist_ok=True, mode=0o700)
-            with self._changing():
+            with self._edition.changing():
                 _replace(target, data)
         return True
 
@@ -85,9 +84,9 @@ class DiskLedger:
         with self._exclusive(), _reported("write to the ledger"):
             if not target.exists():
                 return False
-            with self._changing():
+            with self._edition.changing():
                 target.unlink()
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
         return True
 
     def add(self, kind: str, amounts: Mapping[str, int]) -> None:
@@ -130,21 +129,6 @@ class DiskLedger:
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        self._bump(odd=True)
-        try:
-            yield
-        finally:
-            self._bump(odd=False)
-
-    def _bump(self, *, odd: bool) -> None:
-        count = self._count() + 1
-        os.pwrite(self._edition_file.fileno(), (count + (count % 2 != odd)).to_bytes(8, "little"), 0)
-
-    def _count(self) -> int:
-        return int.from_bytes(os.pread(self._edition_file.fileno(), 8, 0), "little")
-
 
 def _replace(target: Path, data: bytes) -> None:
     """Write a file atomically and durably; the lock is held."""
@@ -155,15 +139,7 @@ def _replace(target: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from router.decision import Decision, Reason
 from router.features import FeatureCache
-from router.metric import MetricKind
+from router.index import Entry
+from router.metric import Metric, MetricKind
 from router.mix import MixMode
 from router.options import RouteOptions
 from router.router import Router
@@ -36,7 +38,7 @@ def cache(tmp_path: Path) -> FeatureCache:
 def play(cache: FeatureCache, story: Story, **given_settings: object) -> None:
     async def run() -> None:
         world = World()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await story(world, world.router(cache, **given_settings))
 
     asyncio.run(run())
@@ -423,10 +425,17 @@ def test_additions_count_before_the_metric_is_fitted_to_them(cache: FeatureCache
         await add(router, "cron")
         await add(router, "spam")
         await router.settled()
-        old = router._metric
+        old, fit, may_fit = router._metric, router._fit, threading.Event()
+
+        def fit_when_told(entries: Sequence[Entry]) -> Metric:
+            assert may_fit.wait(60)
+            return fit(entries)
+
+        router._fit = fit_when_told  # type: ignore[method-assign]
         await add(router, "poems")
         assert chosen(await router.route("poems 1")) == ["poems"]
         assert router._snapshot.metric is old
+        may_fit.set()
         await router.settled()
         assert router._snapshot.metric is not old
         assert chosen(await router.route("poems 1")) == ["poems"]
