@@ -32,7 +32,7 @@ async def status(house: House, headers: dict[str, str], path: str = "/v1/models"
 
 
 async def until(house: House, headers: dict[str, str], wanted: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await status(house, headers) != wanted:
             await asyncio.sleep(0.005)
 

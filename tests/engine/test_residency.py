@@ -38,7 +38,7 @@ class Source:
 
     def load(self, digest: str) -> DecodedExpert:
         if digest in self.gates:
-            assert self.gates[digest].wait(5)
+            assert self.gates[digest].wait(60)
         if digest in self.broken:
             raise RuntimeError("unreadable")
         self.loaded.append(digest)
@@ -80,7 +80,7 @@ class Bench:
 
     def settle(self, until: Callable[[], bool]) -> None:
         while not until():
-            self.posted.get(timeout=5)()
+            self.posted.get(timeout=60)()
         while not self.posted.empty():
             self.posted.get()()
         assert self.residency.used_bytes <= self.residency.budget_bytes
@@ -203,7 +203,7 @@ def test_random_traffic_never_exceeds_the_budget_nor_forgets_anyone() -> None:
         bench.source.broken = {"e1"}
 
         def settle_one(bench: Bench = bench) -> None:
-            bench.posted.get(timeout=5)()
+            bench.posted.get(timeout=60)()
             assert bench.residency.used_bytes <= bench.residency.budget_bytes
 
         def give_back(rng: random.Random = rng, bench: Bench = bench) -> None:

@@ -194,7 +194,7 @@ def test_random_traffic_keeps_every_budget_and_every_byte(shelf: Shelf, seed: in
                 residency.release(in_use.pop(rng.randrange(len(in_use))))
                 check()
             if open_requests > most_open:
-                posted.get(timeout=10)()
+                posted.get(timeout=60)()
             check()
 
     for _ in range(200):

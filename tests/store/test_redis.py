@@ -54,7 +54,7 @@ def publish(registry: Registry, store: RedisStore, name: str, seed: int = 0) -> 
 
 
 def eventually(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.01)
