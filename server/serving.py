@@ -30,7 +30,7 @@ _UNRELATED_PROMPT = "What is the tallest mountain in Africa?"
 
 
 def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> None:
-    """Run a server until it is told to stop (SIGINT, SIGTERM: answers in progress get half a minute to end).
+    """Run a server until it is told to stop (SIGINT, SIGTERM: answers in progress get `drain_seconds` to end).
 
     Args:
         preload: a folder of expert files to publish first, where they are not there yet.
@@ -64,7 +64,7 @@ class _Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             ws="none",
-            timeout_graceful_shutdown=30,
+            timeout_graceful_shutdown=settings.drain_seconds,
         )
         super().__init__(config)
         self._app = app

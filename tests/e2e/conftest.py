@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import signal
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+
+from tests.zygote import Forked, clean_environment
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., "ServerProcess"]
@@ -35,16 +36,11 @@ def switchyard(*arguments: str | Path, typed: str = "", **environment: str) -> s
     )
 
 
-def clean_environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("SWITCHYARD_")}
-    return kept | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_WAIT_POLICY": "PASSIVE", "NO_COLOR": "1"}
-
-
 @dataclass
 class ServerProcess:
     """`switchyard serve`, its screen and its address."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     screen: list[str] = field(default_factory=list)
     url: str = ""
 
@@ -67,6 +63,11 @@ def start_server(*arguments: str | Path, ready_within: float = 240.0) -> ServerP
     process = subprocess.Popen(
         command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    return until_ready(process, ready_within)
+
+
+def until_ready(process: subprocess.Popen[str] | Forked, seconds: float = 240.0) -> ServerProcess:
+    """A server that was just started, once it says that it is ready, and has printed its examples."""
     server = ServerProcess(process)
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -78,7 +79,7 @@ def start_server(*arguments: str | Path, ready_within: float = 240.0) -> ServerP
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    deadline = time.monotonic() + ready_within
+    deadline = time.monotonic() + seconds
     while True:
         line = lines.get(timeout=max(0.1, deadline - time.monotonic()))
         if line is None:
