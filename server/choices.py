@@ -80,6 +80,8 @@ class Answer:
         self.completion_tokens = 0
         """Tokens spent so far on all choices."""
         self.choices = len(choices)
+        self._cached: dict[int, int] = {}
+        """Choice → tokens of its prompt that were not computed."""
         self._metrics = metrics
         self._began = began
         self._tracing = tracing
@@ -88,6 +90,15 @@ class Answer:
         self._pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._streams = [stream for stream, _ in choices]
         self._pumps = [asyncio.create_task(self._pump(i, *choice)) for i, choice in enumerate(choices)]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that no choice had to compute, as far as it is known."""
+        per_prompt = max(1, self.choices // len(self.routes))
+        least: dict[int, int] = {}
+        for choice, cached in self._cached.items():
+            least[choice // per_prompt] = min(cached, least.get(choice // per_prompt, cached))
+        return sum(least.values())
 
     def __aiter__(self) -> Answer:
         return self
@@ -133,6 +144,7 @@ class Answer:
             async for event in stream:
                 now = time.monotonic()
                 timing = timing or event.timing
+                self._cached.setdefault(choice, event.cached_tokens)
                 tokens += event.token is not None
                 if previous is None:
                     self._metrics.time_to_first_token.observe(now - self._began)

@@ -117,7 +117,7 @@ class Generation:
             for prompt, tokens, route in zip(request.prompts, prompts, routes, strict=True):
                 sampling = self._limited(request, len(tokens))
                 for i in range(request.n):
-                    streams.append(self._submit(prompt, tokens, route.mix, _nth(sampling, i)))
+                    streams.append(self._submit(prompt, EngineRequest(tokens, _nth(sampling, i), route.mix, by.tenant)))
         except BaseException:
             for stream in streams:
                 await stream.aclose()
@@ -250,9 +250,9 @@ class Generation:
         room = max(1, self._engine.base.context_length - prompt_tokens)
         return dataclasses.replace(sampling, max_tokens=min(request.usual_tokens, room))
 
-    def _submit(self, prompt: Prompt, tokens: tuple[int, ...], mix: Mix, sampling: SamplingParams) -> TokenStream:
+    def _submit(self, prompt: Prompt, request: EngineRequest) -> TokenStream:
         try:
-            return self._engine.submit(EngineRequest(tokens, sampling, mix))
+            return self._engine.submit(request)
         except ContextLengthError as error:  # the engine does not know which field the tokens came from
             raise ContextLengthError(error.message, param=prompt.param) from error
 

@@ -111,6 +111,7 @@ class _Snapshot(Collector):
         ("running", "switchyard_requests_running", "Sequences in the running batch."),
         ("waiting", "switchyard_requests_waiting", "Sequences that wait for room, a turn or an expert."),
         ("kv_bytes_used", "switchyard_kv_used_bytes", "Key/value cache in use."),
+        ("kv_bytes_kept", "switchyard_kv_kept_bytes", "Unused key/value cache that prompts may still find."),
         ("kv_bytes_total", "switchyard_kv_limit_bytes", "Key/value cache."),
         (
             "mode_is_mixed",
@@ -127,6 +128,7 @@ class _Snapshot(Collector):
         ("mixed_seconds", "switchyard_mixed_surcharge_seconds", "Time spent on deltas beside the weights."),
         ("mode_changes", "switchyard_mode_changes", "Times that `auto` changed between merged and mixed mode."),
         ("prompt_tokens", "switchyard_prompt_tokens", "Prompt tokens computed."),
+        ("cached_tokens", "switchyard_prompt_cached_tokens", "Prompt tokens found in the cache instead of computed."),
         ("generated_tokens", "switchyard_generated_tokens", "Tokens generated."),
         ("preemptions", "switchyard_preemptions", "Sequences put back to free their cache."),
         ("steps", "switchyard_engine_steps", "Steps of the engine."),

@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     kv_bytes: ByteSize = Field(
         ByteSize(EngineSettings.kv_bytes), gt=0, description="Memory for the key/value cache, e.g. 1GiB."
     )
+    prefix_cache: bool = Field(
+        EngineSettings.prefix_cache, description="Compute what prompts of one mix and tenant begin with once."
+    )
     expert_bytes: ByteSize = Field(
         ByteSize(EngineSettings.expert_bytes), gt=0, description="Device memory for decoded experts, e.g. 2GiB."
     )

@@ -43,10 +43,17 @@ class Origin(TypedDict):
     distance: float | None
 
 
+class PromptDetails(TypedDict):
+    """Of the tokens of prompts, those that were in the cache."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens spent. `switchyard` has an entry `prompts`, one origin each, if there were several prompts."""
 
     prompt_tokens: int
+    prompt_tokens_details: PromptDetails
     completion_tokens: int
     total_tokens: int
     switchyard: Json
@@ -168,6 +175,7 @@ def usage(answer: Answer) -> Usage:
         switchyard["prompts"] = origins
     return {
         "prompt_tokens": answer.prompt_tokens,
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
         "completion_tokens": answer.completion_tokens,
         "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         "switchyard": switchyard,

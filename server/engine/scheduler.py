@@ -171,23 +171,39 @@ class Scheduler:
             if count and self._make_room(sequence, sequence.computed + count):
                 work.append(Work(sequence, count))
                 budget -= count
+        # From here on nobody in `work` is preempted: what they will compute can be shared in this very step.
+        work = [item for item in work if item.sequence.state is SequenceState.RUNNING]
+        for item in work:
+            self._cache.publish(item.sequence, item.sequence.computed + item.count)
         while budget > 0 and sum(len(lane.running) for lane in lanes) < self._max_batch:
             lane = _oldest(lanes)
             if lane is None:
                 break
             sequence = lane.waiting[0]
-            count = min(sequence.pending, budget)
             # Newcomers never preempt: they wait for memory that others give back by themselves.
-            if not self._cache.grow(sequence, sequence.computed + count):
+            if not self._begin(sequence, budget):
                 if work or not self._preempt_paused(lanes):
                     break
                 continue
             lane.waiting.popleft()
             lane.running.append(sequence)
             sequence.state = SequenceState.RUNNING
+            self._cache.note_reuse(sequence)
+            count = min(sequence.pending, budget)
             work.append(Work(sequence, count))
+            self._cache.publish(sequence, sequence.computed + count)
             budget -= count
-        return [item for item in work if item.sequence.state is SequenceState.RUNNING]
+        return work
+
+    def _begin(self, sequence: Sequence, budget: int) -> bool:
+        """Give a waiting sequence the blocks for its next tokens; False if they are short."""
+        self._cache.adopt(sequence)
+        if self._cache.grow(sequence, sequence.computed + min(sequence.pending, budget)):
+            return True
+        self._cache.release(sequence)
+        # With nothing adopted it takes less room at once. Two lanes that each need more than the other leaves would
+        # else preempt each other at every turn, and never come further.
+        return self._cache.grow(sequence, min(sequence.pending, budget))
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Grow a running sequence, preempting others (youngest first) until it fits; False if it was itself the

@@ -6,7 +6,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from llguidance import LLMatcher
@@ -48,6 +48,12 @@ class Sequence:
     """KV cache blocks, in order."""
     computed: int = 0
     """How many of `tokens` have their keys and values in the cache."""
+    published: int = 0
+    """How many of `blocks` others with the same beginning may find."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """What the cache finds its full blocks by, as far as known; the first one is of no block."""
+    cached_tokens: int | None = None
+    """Tokens of the prompt that were found in the cache when it first ran."""
     seed: int = field(init=False)
     """Of its own random stream, unsigned 64 bit, so that a seed means the same whatever else is in the batch."""
     stop_tokens: frozenset[int] = field(init=False)
@@ -106,6 +112,11 @@ class Sequence:
         granted = self.arrived if self.granted is None else self.granted
         scheduled = granted if self.scheduled is None else self.scheduled
         return Timing(self.arrived, granted, scheduled, now, self.patching)
+
+    def told(self, event: TokenEvent) -> TokenEvent:
+        """The event, with what only the first one tells."""
+        timing = self.timing()
+        return event if timing is None else replace(event, timing=timing, cached_tokens=self.cached_tokens or 0)
 
     def append(self, token: int, likelihood: Likelihood | None = None) -> TokenEvent:
         """Take a sampled token and say what the client learns of it."""

@@ -14,6 +14,8 @@ class EngineStats:
     running: int
     waiting: int
     kv_bytes_used: int
+    kv_bytes_kept: int
+    """Unused, but what they hold may be found again."""
     kv_bytes_total: int
     mix_switches: int
     patches: int
@@ -25,6 +27,8 @@ class EngineStats:
     mode_is_mixed: int
     """1 or 0."""
     prompt_tokens: int
+    """Computed; those found in the cache are `cached_tokens`."""
+    cached_tokens: int
     generated_tokens: int
     preemptions: int
     steps: int

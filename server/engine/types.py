@@ -102,6 +102,8 @@ class EngineRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     mix: Mix = BASE_MIX
+    tenant: str | None = None
+    """Whose it is: beginnings of prompts that are in the cache already are shared within a tenant only."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class TokenEvent:
     """Of each token of the prompt."""
     timing: Timing | None = field(default=None, compare=False)
     """With the first event: how it came to it."""
+    cached_tokens: int = field(default=0, compare=False)
+    """With the first event: tokens of the prompt that were found in the cache instead of computed."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,8 @@ class EngineSettings:
     """"auto" (cuda where there is one), "cpu", "cuda", "cuda:1", ..."""
     kv_bytes: int = 1 << 30
     """Memory for the key/value cache."""
+    prefix_cache: bool = True
+    """Whether what is in the cache of a prompt's beginning is used again, for the same mix and tenant."""
     expert_bytes: int = 2 << 30
     """Memory for decoded experts on the device."""
     host_expert_bytes: int | None = None

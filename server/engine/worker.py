@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ class Worker:
         """
         self._settings = settings
         self._outbox = outbox
-        self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device)
+        self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
         kernels = backend(settings.kernels, model.device, cache_dir)
         self.executor = Executor(model, self.cache, kernels)
         self._host = loader.host
@@ -176,6 +175,8 @@ class Worker:
         if sequence not in self._held:
             return
         self._held.discard(sequence)
+        if error is not None:
+            self.cache.withdraw(sequence)
         if self.scheduler.remove(sequence):
             self.executor.mixed.forget()
             self.residency.release(sequence.mix)
@@ -235,9 +236,7 @@ class Worker:
                 self.end(sequence, InvalidRequestError("the grammar is too complex to follow"))
                 continue
             self._generated_tokens += 1
-            event = sequence.append(choice.token, choice.likelihood)
-            if (timing := sequence.timing()) is not None:
-                event = replace(event, timing=timing)
+            event = sequence.told(sequence.append(choice.token, choice.likelihood))
             if event.finish is not None:
                 self.end(sequence)
             sequence.emit(event)
@@ -249,6 +248,7 @@ class Worker:
             running=running,
             waiting=len(self._held) - running,
             kv_bytes_used=self.cache.used_bytes,
+            kv_bytes_kept=self.cache.kept_bytes,
             kv_bytes_total=self.cache.total_bytes,
             mix_switches=executor.merged.switches,
             patches=executor.merged.patches,
@@ -259,6 +259,7 @@ class Worker:
             mode_changes=0 if self._chooser is None else self._chooser.changes,
             mode_is_mixed=int((self._settings if self._chooser is None else self._chooser).mode is Mode.MIXED),
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.cache.reused_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
             steps=self._steps,

@@ -94,16 +94,17 @@ class DummyStream:
             return TokenEvent(None, FinishReason.LENGTH, prompt=scored)
         best = self.request.sampling.logprobs
         timing = None if self.given else self._engine.timing
+        cached = 0 if self.given else self._engine.cached_tokens
         if self.given == len(self._reply):
             self.closed = True
             own = None if best is None else likelihood(SPECIAL, best)
-            return TokenEvent(None, FinishReason.STOP, own, scored, timing)
+            return TokenEvent(None, FinishReason.STOP, own, scored, timing, cached)
         token = self._reply[self.given]
         self.given += 1
         self._engine.generated += 1
         self.closed = self.given == self._limit
         own = None if best is None else likelihood(token, best)
-        return TokenEvent(token, FinishReason.LENGTH if self.closed else None, own, scored, timing)
+        return TokenEvent(token, FinishReason.LENGTH if self.closed else None, own, scored, timing, cached)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -132,6 +133,7 @@ class DummyEngine:
         self.reply: Reply = tell
         self.delay = 0.0
         self.timing: Timing | None = None
+        self.cached_tokens = 0
         self.max_queue = 64
         self.failure: Exception | None = None
         self.fail_after = 0
@@ -207,6 +209,7 @@ class DummyEngine:
             running=self.open,
             waiting=0,
             kv_bytes_used=0,
+            kv_bytes_kept=0,
             kv_bytes_total=1 << 20,
             mix_switches=4,
             patches=3,
@@ -217,6 +220,7 @@ class DummyEngine:
             mode_changes=1,
             mode_is_mixed=1,
             prompt_tokens=0,
+            cached_tokens=0,
             generated_tokens=self.generated,
             preemptions=0,
             steps=self.generated,

@@ -30,6 +30,18 @@ async def test_usage(house: House, openai: AsyncOpenAI) -> None:
     assert usage.completion_tokens == len("base heard: user: hello")
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert usage.switchyard == {"mix": [], "reason": "base_requested", "distance": None}
+    assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+async def test_usage_tells_what_was_in_the_cache(house: House, openai: AsyncOpenAI) -> None:
+    """Once per prompt, as its tokens are, however many answers it gets; streamed as well."""
+    house.engine.cached_tokens = 16
+    answer = await openai.chat.completions.create(model=BASE, messages=HELLO, n=3)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 16
+    both = await openai.completions.create(model=BASE, prompt=["one prompt", "and another"], n=2)
+    assert both.usage.prompt_tokens_details.cached_tokens == 32
+    chunks = events(await house.chat(stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
 async def test_stream(house: House, openai: AsyncOpenAI) -> None:
