@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from server.access_settings import is_loopback, keys_in
 from server.engine.types import EngineSettings, Mode
 from server.tools.use import ToolFormat, format_of, knows_tools
 from store.tenants import Limits
@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_keys: Annotated[frozenset[SecretStr], NoDecode] = Field(
         frozenset(), description="Administrators' API keys, separated by commas, to make others with (switchyard keys)."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="A file of administrators' API keys, one a line, beside API_KEYS: a mounted secret."
     )
     allow_anonymous: bool = Field(
         False, description="Listen beyond loopback while there is no API key: anyone may do anything."
@@ -229,6 +232,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_keys(self) -> Settings:
+        if self.api_keys_file is not None:
+            self.api_keys |= keys_in(self.api_keys_file)
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("an API key is empty")
         return self
@@ -288,13 +293,3 @@ class Settings(BaseSettings):
             margin=self.router_margin,
             max_exemplars=self.router_max_exemplars,
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address, as written, can only mean this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -11,9 +11,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.access_settings import is_loopback
 from server.api.errors import ForbiddenError, error_response
 from server.api.rules import methods_of, path_of, rule_of
-from server.settings import Settings, is_loopback
+from server.settings import Settings
 from store.access import Caller, Role
 from store.errors import AuthenticationError
 from store.keys import Keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -51,6 +52,23 @@ def test_anything_else_needs_keys(host: str) -> None:
     assert not Settings(base="b", host=host, api_keys="k").may_run_open
     assert not Settings(base="b", host=host, api_keys="k").on_loopback
     assert not Settings(base="b", host=host, allow_anonymous=True).on_loopback
+
+
+def test_keys_may_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n two, three\n")
+    settings = Settings(base="b", api_keys="four", api_keys_file=file)
+    assert {key.get_secret_value() for key in settings.api_keys} == {"one", "two", "three", "four"}
+    assert not settings.may_run_open
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n,", b"\xff"])
+def test_a_file_without_a_key_does_not_open_the_server(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValidationError, match="api_keys_file"):
+        Settings(base="b", api_keys_file=file)
 
 
 def test_keys_do_not_show() -> None:
