@@ -26,7 +26,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install pip setuptools \
     && pip install --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch \
     && python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-extras = p["optional-dependencies"]; print(*p["dependencies"], *extras["signing"], *extras["s3"], sep="\n")' \
+extras = p["optional-dependencies"]; print(*p["dependencies"], *extras["signing"], *extras["s3"], *extras["otel"], sep="\n")' \
         >requirements.txt \
     && pip install -r requirements.txt
 # The same module in another build: the two must not be installed side by side.

@@ -186,7 +186,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+COPIES = {"deploy/monitoring/alerts.yml": "deploy/helm/switchyard/files/alerts.yml"}
+"""Files that must be the same in two places: a Helm chart reads nothing outside its folder."""
+
+
 if __name__ == "__main__":
+    for original, copy in COPIES.items():
+        (ROOT / copy).write_bytes((ROOT / original).read_bytes())
     for name in PAGES:
         path = ROOT / name
         before = path.read_text(encoding="utf-8")

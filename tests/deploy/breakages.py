@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tests.deploy import checks
+from tests.deploy import checks, compose_checks
 from tests.deploy.checks import Check
 
 DOCKERFILE = "Dockerfile"
@@ -13,7 +13,7 @@ README = "README.md"
 MAKEFILE = "Makefile"
 ENV = ".env.example"
 IGNORE = ".dockerignore"
-GPU = "deploy/compose.gpu.yml"
+UNIT = "deploy/systemd/switchyard.service"
 PROBE = "deploy/healthcheck.py"
 
 Edit = tuple[str, str, str, str]
@@ -42,7 +42,7 @@ BREAKAGES: Mapping[Check, Sequence[Edit]] = {
         (DOCKERFILE, "EXPOSE 8000", "EXPOSE 8080", "EXPOSE 8080, but the server listens on 8000"),
         (DOCKERFILE, "_PORT=8000", "_PORT=8080", "but SWITCHYARD_PORT is 8080"),
         (COMPOSE, '8000}:8000"', '8000}:80"', "publishes port 80"),
-        (COMPOSE, "127.0.0.1:8000}", "8000}", "published on every address by default"),
+        (COMPOSE, "PUBLISH:-127.0.0.1:8000}", "PUBLISH:-8000}", "published on every address by default"),
         (COMPOSE, "    user: redis\n", "    ports: ['127.0.0.1:6379:8000']\n", "redis is pub"),
         (README, "http://127.0.0.1:8000", "http://127.0.0.1:9000", "README.md speaks of port 9000"),
     ],
@@ -63,40 +63,60 @@ BREAKAGES: Mapping[Check, Sequence[Edit]] = {
         (DOCKERFILE, "py /opt/switchyard/healthcheck.py", "py /opt/hc.py", "HEALTHCHECK runs"),
         (COMPOSE, "[CMD, python,", "[CMD, curl,", "server's health check"),
     ],
-    checks.compose_builds: [
+    compose_checks.compose_builds: [
         (COMPOSE, "context: .", "context: docs", "where there is no Dockerfile"),
         (COMPOSE, "VARIANT: cpu", "FLAVOUR: cpu", "no argument FLAVOUR"),
-        (GPU, "VARIANT: cuda", "VARIANT: rocm", "there is no variant rocm"),
-        (GPU, "  server:", "  api:", "api is no service"),
+        (COMPOSE, "VARIANT: cuda", "VARIANT: rocm", "there is no variant rocm"),
+        (COMPOSE, "redis:7.4-alpine", "redis:alpine", "is whatever is newest"),
     ],
-    checks.compose_variables_are_known: [
+    compose_checks.compose_profiles_choose: [
+        (ENV, "COMPOSE_PROFILES=cpu", "COMPOSE_PROFILES=", "does not start the CPU server"),
+        (COMPOSE, "profiles: [cpu, gpu]", "profiles: [cpu]", "the profiles gpu start server-gpu"),
+        (COMPOSE, "    profiles: [gpu]\n", "    profiles: [gpu]\n    user: root\n", "differ in more"),
+    ],
+    compose_checks.compose_secrets_are_files: [
+        (COMPOSE, "  secrets: [admin_key]\n", "", "the server has no key"),
+        (COMPOSE, "secrets: [grafana_password]", "secrets: [password]", "secret password is not declared"),
+        (COMPOSE, "_PASSWORD__FILE: /run", "_PASSWORD: /run", "Grafana has its default password"),
+        (COMPOSE, "_PASSWORD__FILE: /run/secrets/grafana_password", "_PASSWORD: admin", "PASSWORD is no secret of it"),
+        (COMPOSE, "target: switchyard_monitor_key", "target: key", "Prometheus has no key"),
+        (COMPOSE, "file: ${SECRETS_DIR:-./secrets}/admin_key", "environment: KEY", "admin_key is no file"),
+        (".gitignore", "/secrets/", "/other/", "git would take the secrets"),
+    ],
+    compose_checks.streams_may_end: [
+        (COMPOSE, "stop_grace_period: 130s", "stop_grace_period: 40s", "compose kills after 40s"),
+        (UNIT, "TimeoutStopSec=130", "TimeoutStopSec=90", "systemd kills before"),
+    ],
+    compose_checks.compose_variables_are_known: [
         (COMPOSE, "_THREADS:", "_CORES:", "no setting SWITCHYARD_CORES"),
-        (COMPOSE, "API_KEYS:?", "API_KEYS:-", "API_KEYS is not required"),
-        (ENV, "PUBLISH=", "BIND=", "BIND is in .env.example or"),
-        (ENV, "API_KEYS=", "API_KEYS=abc", "everyone would have the same"),
+        (COMPOSE, "_BASE:?", "_BASE:-", "SWITCHYARD_BASE is not required"),
+        (ENV, "\nPUBLISH=", "\nBIND=", "BIND is in .env.example or"),
+        (ENV, "HF_TOKEN=", "HF_TOKEN=abc", "everyone would have the same"),
     ],
-    checks.compose_volumes_are_the_images: [
+    compose_checks.compose_volumes_are_the_images: [
         (COMPOSE, "- cache:/", "- other:/", "other is not declared"),
         (COMPOSE, "- data:/data", "- data:/srv", "keeps /data on no"),
     ],
-    checks.compose_services_are_guarded: [
+    compose_checks.compose_services_are_guarded: [
         (COMPOSE, "cap_drop: [ALL]", "cap_drop: []", "server: cap_drop"),
         (
             COMPOSE,
-            "redis:\n        condition: service_healthy",
-            "store:\n        condition: service_healthy",
+            "redis:\n      condition: service_healthy",
+            "store:\n      condition: service_healthy",
             "waits for store",
         ),
         (COMPOSE, "networks: [store]", "networks: [back]", "no network back"),
+        (COMPOSE, "          memory: 512m\n", "", "grafana: what it may use"),
+        (COMPOSE, "    stop_grace_period: 60s\n", "", "prometheus is killed"),
     ],
-    checks.redis_keeps_what_it_has: [
+    compose_checks.redis_keeps_what_it_has: [
         (COMPOSE, '- "yes"', '- "no"', "--appendonly is no"),
         (COMPOSE, "- always\n", "- everysec\n", "--appendfsync is everysec"),
         (COMPOSE, "redis://redis:6379", "redis://cache:6379", "keeps its experts elsewhere"),
-        (COMPOSE, "    mem_limit: 1g\n", "", "memory is not bounded"),
+        (COMPOSE, "      - --maxmemory\n      - 512mb\n", "", "memory is not bounded"),
         (COMPOSE, "redis-cli ping", "redis-cli info", "does not ping"),
     ],
-    checks.compose_starts_the_server: [
+    compose_checks.compose_starts_the_server: [
         (COMPOSE, "[serve]", "[serve, --bse, x]", "no option --bse"),
     ],
     checks.make_runs_what_exists: [

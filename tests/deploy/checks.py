@@ -8,20 +8,16 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 
-from deploy.tables import cli_commands, routes
+from deploy.tables import routes
 from server.api.rules import PUBLIC_PATHS
 from server.settings import Settings
-from tests.deploy.project import Instruction, Project, Yaml
+from tests.deploy import compose_checks
+from tests.deploy.faults import PREFIX, SECRET, last, services, unknown_settings, verb_faults
+from tests.deploy.project import Instruction, Project
 
 Check = Callable[[Project], Iterator[str]]
 
-PREFIX = "SWITCHYARD_"
-CLIENT_VARIABLES = {"SWITCHYARD_SERVER", "SWITCHYARD_API_KEY"}
-"""Not settings of the server: the command line's own."""
-
-_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET", re.IGNORECASE)
 _FENCE = re.compile(r"^```(?:sh|shell|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-_PLACEHOLDERS = {"VERB", "TARGET"}
 
 
 def stages_exist(project: Project) -> Iterator[str]:
@@ -55,16 +51,16 @@ def copied_files_exist(project: Project) -> Iterator[str]:
 
 def image_starts_the_server(project: Project) -> Iterator[str]:
     """The entry point is a command of the project, and CMD one of its verbs."""
-    entry, command = (_last(project, name).argv for name in ("ENTRYPOINT", "CMD"))
+    entry, command = (last(project, name).argv for name in ("ENTRYPOINT", "CMD"))
     if entry[0] not in project.scripts:
         yield f"ENTRYPOINT {entry[0]} is no script of pyproject.toml"
-    yield from _verb_faults([*entry[1:], *command], "CMD")
+    yield from verb_faults([*entry[1:], *command], "CMD")
 
 
 def image_settings_are_settings(project: Project) -> Iterator[str]:
     """Every SWITCHYARD_* of the image is a setting, with a value that the server takes."""
     given = {name: value for name, value in project.image_env.items() if name.startswith(PREFIX)}
-    yield from _unknown_settings(given, "Dockerfile")
+    yield from unknown_settings(given, "Dockerfile")
     values = {name.removeprefix(PREFIX).lower(): value for name, value in given.items()}
     try:
         Settings.model_validate({"base": "base", "api_keys": "key", **values})
@@ -75,17 +71,17 @@ def image_settings_are_settings(project: Project) -> Iterator[str]:
 def ports_agree(project: Project) -> Iterator[str]:
     """EXPOSE, the image's setting, the setting's default, and what compose publishes are one port."""
     default = str(Settings.model_fields["port"].default)
-    exposed = _last(project, "EXPOSE").value
+    exposed = last(project, "EXPOSE").value
     if exposed != default:
         yield f"EXPOSE {exposed}, but the server listens on {default}"
     if project.image_env.get("SWITCHYARD_PORT", default) != exposed:
         yield f"EXPOSE {exposed}, but SWITCHYARD_PORT is {project.image_env['SWITCHYARD_PORT']}"
-    for name, service in _services(project):
+    for name, service in services(project):
         for port in service.get("ports", ()):
             *host, _, target = str(port).split(":")
-            if name != "server":
+            if name not in ("server", "server-gpu", "grafana"):
                 yield f"{name} is published to the host"
-            if target != exposed:
+            if target != exposed and name != "grafana":
                 yield f"{name} publishes port {target}, but the image exposes {exposed}"
             if host != ["127.0.0.1"]:
                 yield f"{name} is published on {':'.join(host) or 'every address'} by default"
@@ -97,13 +93,13 @@ def ports_agree(project: Project) -> Iterator[str]:
 
 def image_runs_unprivileged(project: Project) -> Iterator[str]:
     """The last user is not root, exists, and owns the volumes."""
-    user = _last(project, "USER").value.split(":")[0]
+    user = last(project, "USER").value.split(":")[0]
     if not user.isdecimal() or user == "0":
         yield f"USER {user}: not a fixed uid other than root's"
     made = " ".join(i.value for i in project.instructions("RUN", project.final_stage))
     if f"useradd --uid {user} " not in made:
         yield f"no user with the uid {user} is made"
-    volumes = _last(project, "VOLUME").argv
+    volumes = last(project, "VOLUME").argv
     owned = re.findall(rf"install -d -o {user} -g \d+ ([^&]+)", made)
     for volume in volumes:
         if volume not in " ".join(owned).split():
@@ -117,7 +113,7 @@ def image_holds_no_secrets(project: Project) -> Iterator[str]:
     """Nothing secret is baked in, and no host of a package registry."""
     for instruction in (*project.instructions("ENV"), *project.instructions("ARG")):
         for word in instruction.words:
-            if _SECRET.search(word.split("=")[0]):
+            if SECRET.search(word.split("=")[0]):
                 yield f"{instruction.name} {word}: would stay in a layer"
     if "://" in project.text("Dockerfile"):
         yield "Dockerfile names an address"
@@ -136,113 +132,11 @@ def health_checks_ask_routes(project: Project) -> Iterator[str]:
             yield f"deploy/healthcheck.py asks {route}, which needs a key"
     copies = [i for i in project.instructions("COPY", project.final_stage) if "deploy/healthcheck.py" in i.words]
     script = copies[-1].words[-1] if copies else "nowhere"
-    image = _last(project, "HEALTHCHECK").value.partition("CMD ")[2]
+    image = last(project, "HEALTHCHECK").value.partition("CMD ")[2]
     if Instruction("", "CMD", image).argv != ["python", script]:
         yield f"HEALTHCHECK runs {image}, the script is {script}"
     if project.compose["services"]["server"]["healthcheck"]["test"] != ["CMD", "python", script]:
         yield f"the server's health check does not run {script}"
-
-
-def compose_builds(project: Project) -> Iterator[str]:
-    """Contexts, build arguments and variants exist in the Dockerfile."""
-    declared = {i.value.split("=")[0] for i in project.instructions("ARG")}
-    for file in ("docker-compose.yml", "deploy/compose.gpu.yml"):
-        for name, service in project.compose_file(file)["services"].items():
-            build = service.get("build", {})
-            if "context" in build and not (project.root / build["context"] / "Dockerfile").is_file():
-                yield f"{file}: {name} builds {build['context']}, where there is no Dockerfile"
-            for argument in set(build.get("args", ())) - declared:
-                yield f"{file}: the Dockerfile has no argument {argument}"
-            variant = build.get("args", {}).get("VARIANT", "cpu")
-            if not project.instructions("FROM", f"base-{variant}"):
-                yield f"{file}: there is no variant {variant}"
-            if name not in project.compose["services"]:
-                yield f"{file}: {name} is no service of docker-compose.yml"
-
-
-def compose_variables_are_known(project: Project) -> Iterator[str]:
-    """Settings exist, keys are required, and .env.example lists exactly what the files ask for."""
-    for name, service in _services(project):
-        yield from _unknown_settings(service.get("environment", {}), name)
-    asked, shown = project.compose_variables, project.env_example
-    yield from _unknown_settings({**asked, **shown}, ".env.example")
-    for name in ("SWITCHYARD_API_KEYS", "SWITCHYARD_BASE"):
-        if asked.get(name) != "?":
-            yield f"{name} is not required"
-    for name in asked.keys() ^ shown.keys():
-        yield f"{name} is in .env.example or in the compose files, but not in both"
-    for name, value in shown.items():
-        if value and _SECRET.search(name):
-            yield f".env.example sets {name}: everyone would have the same"
-
-
-def compose_volumes_are_the_images(project: Project) -> Iterator[str]:
-    """Named volumes are declared and used; they lie where the image keeps its data."""
-    declared, used = set(project.compose["volumes"]), set()
-    targets: dict[str, set[str]] = {}
-    for name, service in _services(project):
-        targets[name] = set()
-        for volume in service.get("volumes", ()):
-            source, target = (volume["source"], volume["target"]) if isinstance(volume, dict) else volume.split(":")[:2]
-            targets[name].add(target)
-            if not source.startswith((".", "/")):
-                used.add(source)
-                if source not in declared:
-                    yield f"{name}: the volume {source} is not declared"
-    for volume in declared - used:
-        yield f"the volume {volume} is not used"
-    for target in set(_last(project, "VOLUME").argv) - targets["server"]:
-        yield f"the server keeps {target} on no volume"
-    if "/data" not in targets["redis"]:
-        yield "redis keeps /data on no volume"
-
-
-def compose_services_are_guarded(project: Project) -> Iterator[str]:
-    """Services restart, drop what they do not need, and wait for what they need."""
-    declared = {"default", *project.compose.get("networks", {})}
-    for name, service in _services(project):
-        wanted = {
-            "restart": "unless-stopped",
-            "read_only": True,
-            "cap_drop": ["ALL"],
-            "security_opt": ["no-new-privileges:true"],
-        }
-        for key, value in wanted.items():
-            if service.get(key) != value:
-                yield f"{name}: {key} is {service.get(key)}"
-        if "healthcheck" not in service:
-            yield f"{name} has no health check"
-        for other, how in service.get("depends_on", {}).items():
-            if "healthcheck" not in project.compose["services"].get(other, {}) or how["condition"] != "service_healthy":
-                yield f"{name} waits for {other}, which never becomes healthy"
-        for network in set(service.get("networks", ())) - declared:
-            yield f"{name}: there is no network {network}"
-
-
-def redis_keeps_what_it_has(project: Project) -> Iterator[str]:
-    """Redis appends to a file, is bounded, evicts nothing, and is asked for its health."""
-    redis = project.compose["services"]["redis"]
-    options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
-    for option, value in {"--appendonly": "yes", "--appendfsync": "always", "--maxmemory-policy": "noeviction"}.items():
-        if options.get(option) != value:
-            yield f"redis: {option} is {options.get(option)}"
-    if "--maxmemory" not in options or "mem_limit" not in redis:
-        yield "redis: its memory is not bounded"
-    if "redis-cli ping" not in redis["healthcheck"]["test"][-1]:
-        yield "redis: the health check does not ping"
-    if "redis" not in project.compose["services"]["server"].get("depends_on", {}):
-        yield "the server does not wait for redis"
-    if (
-        not project.compose["services"]["server"]["environment"]
-        .get("SWITCHYARD_STORE", "")
-        .startswith("redis://redis:")
-    ):
-        yield "the server keeps its experts elsewhere"
-
-
-def compose_starts_the_server(project: Project) -> Iterator[str]:
-    """What compose passes to the entry point is a verb and its options."""
-    yield from _verb_faults(project.compose["services"]["server"].get("command", ["serve"]), "docker-compose.yml")
 
 
 def make_runs_what_exists(project: Project) -> Iterator[str]:
@@ -256,12 +150,12 @@ def make_runs_what_exists(project: Project) -> Iterator[str]:
         ["make", "-n", "demo"], cwd=project.root, env=environment, capture_output=True, text=True, check=True
     ).stdout
     words = shlex.split(demo)
-    yield from _unknown_settings([word.split("=")[0] for word in words], "make demo")
+    yield from unknown_settings([word.split("=")[0] for word in words], "make demo")
     start = next((i for i, word in enumerate(words) if word.endswith("/switchyard")), None)
     if start is None or words[start].rsplit("/", 1)[-1] not in project.scripts:
         yield "make demo does not start the server"
     else:
-        yield from _verb_faults(words[start + 1 :], "make demo")
+        yield from verb_faults(words[start + 1 :], "make demo")
     folder = words[words.index("--experts") + 1] if "--experts" in words else ""
     if folder != "examples/experts":
         yield f"make demo takes its experts from {folder or 'nowhere'}"
@@ -277,8 +171,8 @@ def documents_name_what_exists(project: Project) -> Iterator[str]:
             yield f"{page}: there is no target {target}"
         for line in _shell(text).splitlines():
             for argv in _switchyard_calls(line, project):
-                yield from _verb_faults(argv, page)
-        yield from _unknown_settings(set(re.findall(rf"\b{PREFIX}[A-Z_]+\b", text)), page)
+                yield from verb_faults(argv, page)
+        yield from unknown_settings(set(re.findall(rf"\b{PREFIX}[A-Z_]+\b", text)), page)
         for link in re.findall(r"]\((?!\w+:|#)([^)#]+)", text):
             if not (project.root / page).parent.joinpath(link).exists():
                 yield f"{page}: links to {link}, which is not there"
@@ -296,49 +190,18 @@ CHECKS: Sequence[Check] = (
     image_runs_unprivileged,
     image_holds_no_secrets,
     health_checks_ask_routes,
-    compose_builds,
-    compose_variables_are_known,
-    compose_volumes_are_the_images,
-    compose_services_are_guarded,
-    redis_keeps_what_it_has,
-    compose_starts_the_server,
+    compose_checks.compose_builds,
+    compose_checks.compose_profiles_choose,
+    compose_checks.compose_secrets_are_files,
+    compose_checks.streams_may_end,
+    compose_checks.compose_variables_are_known,
+    compose_checks.compose_volumes_are_the_images,
+    compose_checks.compose_services_are_guarded,
+    compose_checks.redis_keeps_what_it_has,
+    compose_checks.compose_starts_the_server,
     make_runs_what_exists,
     documents_name_what_exists,
 )
-
-
-def _services(project: Project) -> Iterator[tuple[str, Yaml]]:
-    yield from project.compose["services"].items()
-
-
-def _last(project: Project, name: str) -> Instruction:
-    """The instruction that counts: the last of its kind in the image's stage."""
-    return (project.instructions(name, project.final_stage) or [Instruction("", name, "missing")])[-1]
-
-
-def _unknown_settings(names: Iterator[str] | Sequence[str] | set[str] | dict[str, str], where: str) -> Iterator[str]:
-    for name in names:
-        is_ours = name.startswith(PREFIX) and name not in CLIENT_VARIABLES
-        if is_ours and name.removeprefix(PREFIX).lower() not in Settings.model_fields:
-            yield f"{where}: there is no setting {name}"
-
-
-def _verb_faults(argv: Sequence[str], where: str) -> Iterator[str]:
-    """What is wrong with the arguments of a call of `switchyard`."""
-    if not argv or argv[0] in _PLACEHOLDERS or argv[0].startswith("-"):
-        return
-    commands = cli_commands()
-    if argv[0] not in commands:
-        yield f"{where}: there is no verb {argv[0]}"
-        return
-    verb, argv = commands[argv[0]], list(argv)
-    # Not isinstance: Typer brings a click of its own.
-    while len(argv) > 1 and argv[1] in (below := getattr(verb, "commands", {})):
-        verb, argv = below[argv[1]], [f"{argv[0]} {argv[1]}", *argv[2:]]
-    options = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
-    for word in argv[1:]:
-        if word.startswith("-") and word.split("=")[0] not in options:
-            yield f"{where}: `switchyard {argv[0]}` has no option {word}"
 
 
 def _shell(text: str) -> str:

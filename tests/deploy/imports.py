@@ -37,13 +37,14 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.tiers",
     ),
     "server.tools": ("server.engine.types", "server.tools"),
+    "server.access_settings": (),
     "server.audit": (),
     "server.logs": (),
     "server.local_files": ("store.errors",),
     "server.tracing": ("server.engine.timing", "store.errors"),
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
-    "server.settings": ("server.engine.types", "server.tools", "router", "store.tenants"),
+    "server.settings": ("server.access_settings", "server.engine.types", "server.tools", "router", "store.tenants"),
     "server.routing_metrics": ("server.expert_labels", "router.decision"),
     "server.harvest": (
         "server.audit",
@@ -150,6 +151,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.tracing",
     ),
     "server.api": (
+        "server.access_settings",
         "server.api",
         "server.choices",
         "server.chores",

@@ -16,7 +16,7 @@ import yaml
 Yaml = dict[str, Any]
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?}")
-_DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "examples/README.md")
+_DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/README.md")
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,14 @@ class Project:
     @cached_property
     def compose(self) -> Yaml:
         """docker-compose.yml with every variable at its default."""
-        return self.compose_file("docker-compose.yml")
-
-    def compose_file(self, name: str) -> Yaml:
-        parsed: Yaml = _expanded(yaml.safe_load(self.text(name)))
+        parsed: Yaml = _expanded(yaml.safe_load(self.text("docker-compose.yml")))
         return parsed
 
     @cached_property
     def compose_variables(self) -> dict[str, str]:
-        """Variables that the compose files ask of the host, and the operator behind each: "-", "?" or ""."""
-        files = ("docker-compose.yml", "deploy/compose.gpu.yml")
-        return {name: kind for file in files for name, kind, _ in _VARIABLE.findall(self.text(file))}
+        """Variables that docker-compose.yml asks of the host, and the operator behind each: "-", "?" or ""."""
+        text = re.sub(r"^ *#.*", "", self.text("docker-compose.yml"), flags=re.MULTILINE)
+        return {name: kind for name, kind, _ in _VARIABLE.findall(text)}
 
     @cached_property
     def env_example(self) -> dict[str, str]:

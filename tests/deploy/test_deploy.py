@@ -27,7 +27,7 @@ from tests.deploy.project import Project
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = (
     "Dockerfile", ".dockerignore", "docker-compose.yml", ".env.example", "Makefile", ".ci", "deploy", "pyproject.toml",
-    "constraints.txt", "README.md", "LICENSE", "CONTRIBUTING.md", "docs", "examples/README.md",
+    "constraints.txt", "README.md", "LICENSE", "CONTRIBUTING.md", "docs", "examples/README.md", ".gitignore",
 )  # fmt: skip
 
 
@@ -70,9 +70,13 @@ def test_every_check_is_tested() -> None:
     assert BREAKAGES.keys() == set(CHECKS)
 
 
-def test_empty_variables_of_compose_leave_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variables_of_compose_leave_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret = tmp_path / "admin_key"
+    secret.write_text("key")
+    monkeypatch.setenv("SWITCHYARD_API_KEYS_FILE", str(secret))
     for name, value in Project(ROOT).compose["services"]["server"]["environment"].items():
-        monkeypatch.setenv(name, value)
+        if name != "SWITCHYARD_API_KEYS_FILE":
+            monkeypatch.setenv(name, value)
     settings = Settings()  # type: ignore[call-arg]
     assert settings.threads is None
     assert settings.kv_bytes == Settings.model_fields["kv_bytes"].default
