@@ -20,6 +20,7 @@ from router.state import StateFile
 from server.app import create_app
 from server.engine.engine import TransformersEngine
 from server.engine.model import resolve_base
+from server.engine.options import BaseWeights
 from server.exposure import check_exposure
 from server.generation import AUTO
 from server.settings import Settings
@@ -103,7 +104,8 @@ def assembled(settings: Settings, out: Console, *, preload: Path | None = None) 
 
 def _router(settings: Settings, engine: TransformersEngine) -> Router:
     base = engine.base
-    variant = f"{base.dtype}, {settings.feature_tokens} tokens"
+    kept = base.dtype if settings.base_weights is BaseWeights.FULL else f"{base.dtype}, {settings.base_weights}"
+    variant = f"{kept}, {settings.feature_tokens} tokens"
     fingerprint, layer = base.manifest.fingerprint, base.feature_layer
     features = FeatureCache(settings.cache_dir / "features", fingerprint, layer, variant=variant)
     given = settings.router()

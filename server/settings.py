@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, SecretStr, field_validator, model_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.access_settings import is_loopback, keys_in
-from server.engine.types import EngineSettings, Mode
+from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.tools.use import ToolFormat, format_of, knows_tools
 from store.tenants import Limits
 
@@ -158,6 +158,10 @@ class Settings(BaseSettings):
         EngineSettings.mode,
         description="How experts are applied: merged (one mix at a time, folded into the weights), mixed (rows of "
         "different mixes share steps, deltas beside the weights) or auto (whichever costs less, by measurement).",
+    )
+    base_weights: BaseWeights = Field(
+        EngineSettings.base_weights,
+        description="What the base is kept as: full (DTYPE), int8 or int4; quantised, MODE must be mixed.",
     )
     kernels: str = Field(
         EngineSettings.kernels, description="What computes mixed mode: auto (the fastest that runs here) or by name."

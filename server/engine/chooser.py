@@ -7,8 +7,8 @@ from collections.abc import Sequence as Items
 
 from server.engine.costs import Costs
 from server.engine.expert import DecodedExpert
+from server.engine.options import Mode
 from server.engine.scheduler import Demand
-from server.engine.types import Mode
 from store.mix import Mix
 
 RELUCTANCE = 0.9

@@ -18,12 +18,13 @@ from server.engine.host_tier import HostTier
 from server.engine.inspection import view
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel, choose_device, choose_dtype
+from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
 from server.engine.sequence import Sequence
 from server.engine.stats import EngineStats
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, EngineSettings, Grammar
+from server.engine.types import BaseInfo, EngineRequest, Grammar
 from server.engine.worker import Worker
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.tiers import Tier
@@ -60,11 +61,21 @@ class TransformersEngine:
             CheckpointError: no usable model or tokenizer in the folder.
             InvalidRequestError: a setting makes no sense for this base or this machine; `param` names it.
         """
+        if settings.base_weights is not BaseWeights.FULL and settings.mode is not Mode.MIXED:
+            raise InvalidRequestError(
+                f"base_weights={settings.base_weights} needs mode=mixed: nothing can be merged into quantised weights",
+                param="mode",
+            )
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
         self._settings = settings
         self._model = BaseModel(
-            folder, dtype=dtype, device=device, feature_layer=settings.feature_layer, cache_dir=cache_dir
+            folder,
+            dtype=dtype,
+            device=device,
+            feature_layer=settings.feature_layer,
+            cache_dir=cache_dir,
+            weights=settings.base_weights,
         )
         self._tokenizer = ModelTokenizer(folder)
         eos = self._tokenizer.eos_token_id

@@ -120,8 +120,12 @@ class MergedWeights:
         seconds: time spent changing it.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], fixed: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Args:
+        fixed: what else the model computes with, and no mix changes: buffers, quantised weights.
+        """
         self._parameters = parameters
+        self._fixed = dict(fixed or {})
         self._pristine = {name: parameter.data for name, parameter in parameters.items()}
         self._buffers: dict[str, torch.Tensor] = {}
         self._built: dict[str, torch.Tensor] = {}
@@ -174,11 +178,11 @@ class MergedWeights:
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of the weights that the model runs with now, in the order of their names."""
-        return _digest({name: parameter.data for name, parameter in self._parameters.items()})
+        return _digest({name: parameter.data for name, parameter in self._parameters.items()} | self._fixed)
 
     def pristine_fingerprint(self) -> str:
         """sha256 over the bytes of the pristine weights; never changes while the process lives."""
-        return _digest(self._pristine)
+        return _digest(self._pristine | self._fixed)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

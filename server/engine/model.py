@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment
 from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
+from server.engine.options import BaseWeights
+from server.engine.quantised import Eight, Four, quantise
 from store.errors import CheckpointError, InvalidRequestError
 from store.fingerprint import manifest_of
 from store.manifest import BaseManifest
@@ -93,12 +95,23 @@ class BaseModel:
     """
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype, device: torch.device, feature_layer: int, cache_dir: Path | None
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        feature_layer: int,
+        cache_dir: Path | None,
+        weights: BaseWeights = BaseWeights.FULL,
     ) -> None:
         """Load and check the base.
 
+        Args:
+            weights: what its linear layers are kept as; the manifest is that of the checkpoint all the same.
+
         Raises:
             CheckpointError: the folder holds no model that this engine can run.
+            InvalidRequestError: `weights` cannot be had here.
         """
         self.manifest: BaseManifest = manifest_of(folder, cache_dir)
         self.device, self.dtype = device, dtype
@@ -119,6 +132,8 @@ class BaseModel:
                 "have no parameter of that name), so experts could not be applied to it",
                 param="base",
             )
+        if weights is not BaseWeights.FULL:
+            quantise(self._model, weights, device)
         text = config.get_text_config()
         self.context_length: int = text.max_position_embeddings
         self.hidden_size: int = text.hidden_size
@@ -204,6 +219,7 @@ class BaseModel:
         shared: dict[int, object] = {
             id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in decoder.parameters()
         }
+        shared |= {id(module): module for module in decoder.modules() if isinstance(module, Eight | Four)}
         kept = nn.ModuleList(stack[:layers])
         shared[id(stack)] = copy.deepcopy(kept, shared)
         early: nn.Module = copy.deepcopy(decoder, shared)
@@ -225,7 +241,9 @@ class BaseModel:
             self._model.set_attn_implementation(ATTENTION_NAME)
         expected = reference.logits[0, -1:].float()
         error = float((ours - expected).norm() / expected.norm())
-        if not error < _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_REDUCED):
+        reduced = any(isinstance(module, Eight | Four) for module in self._model.modules())
+        tolerance = _PROBE_TOLERANCE_REDUCED if reduced else _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_REDUCED)
+        if not error < tolerance:
             raise CheckpointError(
                 f"this architecture does not compute the same over the paged cache (relative error {error:.2g})",
                 param="base",

@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from server.engine.quantised import QuantisedLinear
+
 _RUNS = ((13, 5), (17, 7))
 """(rows, rows whose logits are wanted) of the two runs: four different primes, unlikely to be sizes of the model."""
+
+_PRODUCTS = (nn.Linear.forward, QuantisedLinear.forward)
 
 Shape = tuple[int, ...]
 Run = Callable[[int, int], object]
@@ -111,7 +115,7 @@ def _site(
         if axis is None or _axis(made, made_later, sizes) != axis:
             continue
         alone = all(size == 1 for size in given[:axis])
-        if type(module).forward is nn.Linear.forward and alone and axis == len(given) - 2:
+        if type(module).forward in _PRODUCTS and alone and axis == len(given) - 2:
             return Site(module, Kind.LINEAR, names, axis, bool(head))
         if isinstance(module, nn.Embedding) and module.max_norm is None and alone and axis == len(given) - 1:
             return Site(module, Kind.EMBEDDING, names, axis, bool(head))

@@ -19,20 +19,25 @@ from server.engine.kernels import backend
 from server.engine.kv_cache import KVCache
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
+from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
 from server.engine.residency import Residency
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.stats import EngineStats
-from server.engine.types import EngineSettings, Mode
 from store.errors import EngineDeadError, ExpertUnavailableError, InvalidRequestError, SwitchyardError
+from store.mix import Mix
 from store.tiers import Tier
 
 log = logging.getLogger(__name__)
 
 _FEATURES_BESIDE = 4
 """While somebody waits for an answer, routing features get this part of `step_tokens` between two steps, else all."""
+
+_NEEDS_MERGING = (
+    "this mix must be merged into the weights; a quantised base does not permit that, base_weights=full does"
+)
 
 Command = Callable[[], None]
 
@@ -162,6 +167,9 @@ class Worker:
             if error is not None:
                 self._held.discard(sequence)
                 sequence.emit(error)
+            elif not self._may_run(sequence.mix):
+                self.end(sequence, ExpertUnavailableError(_NEEDS_MERGING, param="model"))
+                self.residency.release(sequence.mix)
             elif sequence in self._held:
                 sequence.granted = time.monotonic()
                 self.scheduler.add(sequence)
@@ -169,6 +177,10 @@ class Worker:
                 self.residency.release(sequence.mix)
 
         self.residency.request(sequence.mix, ready)
+
+    def _may_run(self, mix: Mix) -> bool:
+        """Whether it needs no merging, or may be merged."""
+        return self._settings.base_weights is BaseWeights.FULL or self.executor.shareable(mix, self.residency.experts)
 
     def end(self, sequence: Sequence, error: SwitchyardError | None = None) -> None:
         """Finish or cancel a sequence and free what it holds; a second call does nothing."""

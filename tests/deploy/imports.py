@@ -44,7 +44,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.tracing": ("server.engine.timing", "store.errors"),
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
-    "server.settings": ("server.access_settings", "server.engine.types", "server.tools", "router", "store.tenants"),
+    "server.settings": ("server.access_settings", "server.engine.options", "server.tools", "router", "store.tenants"),
     "server.routing_metrics": ("server.expert_labels", "router.decision"),
     "server.harvest": (
         "server.audit",

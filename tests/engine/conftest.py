@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.engine.engine import TransformersEngine
-from server.engine.types import EngineRequest, EngineSettings, FinishReason, SamplingParams
+from server.engine.options import EngineSettings
+from server.engine.types import EngineRequest, FinishReason, SamplingParams
 from store.codecs.raw import Raw
 from store.codecs.t_switch import Knob, TSwitch
 from store.deltas import SparseDelta

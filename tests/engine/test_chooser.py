@@ -13,8 +13,8 @@ from server.engine.expert import DecodedExpert
 from server.engine.kernels import backend
 from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
 from server.engine.model import BaseModel
+from server.engine.options import Mode
 from server.engine.scheduler import Demand
-from server.engine.types import Mode
 from store.mix import BASE_MIX, Mix
 from tests.engine.conftest import Library
 

@@ -15,7 +15,8 @@ import torch
 from server.engine.engine import TransformersEngine
 from server.engine.host_tier import HostTier
 from server.engine.loader import ExpertLoader
-from server.engine.types import EngineRequest, FinishReason, Mode, SamplingParams, TokenEvent
+from server.engine.options import Mode
+from server.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from store.errors import (
     ContextLengthError,
     EngineDeadError,

@@ -10,7 +10,8 @@ import pytest
 
 from server.engine.engine import TransformersEngine
 from server.engine.kv_cache import BLOCK_TOKENS
-from server.engine.types import EngineRequest, Mode, SamplingParams
+from server.engine.options import Mode
+from server.engine.types import EngineRequest, SamplingParams
 from store.errors import ExpertUnavailableError
 from store.mix import BASE_MIX, Mix
 from tests.engine.conftest import SETTINGS, Library, collect, running, until

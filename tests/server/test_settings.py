@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from router.mix import MixMode
 from router.settings import RouterSettings
-from server.engine.types import EngineSettings
+from server.engine.options import EngineSettings
 from server.settings import Settings
 
 

@@ -1,0 +1,147 @@
+"""The base in eight or four bits: linear layers whose weights are integers, for mixed mode, which never changes them.
+
+Decoding a token reads every weight once, so a quarter of the bytes is up to a quarter of the time. The products are
+PyTorch's own, which round the activations to bfloat16 and add up in float32. They are made for few rows; for more, a
+layer's weights are widened to bfloat16 for one ordinary product. Both compute with the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from server.engine.options import BaseWeights
+from store.errors import InvalidRequestError
+
+GROUP = 32
+"""Neighbours in a row that share scale and offset in four bits."""
+FEW = 24
+"""Rows up to which the integers are read as they are; widening all of them costs as much as 20 to 40 more rows do."""
+_BLOCKS = (64, 32)
+"""Rows that lie side by side in the four-bit format: with AVX-512, and with AVX2."""
+
+
+class Eight(nn.Module):
+    """Symmetric, one scale per row: `weight[i, j] ≈ levels[i, j] · scales[i]`."""
+
+    levels: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Args:
+        weight: `[out, in]`.
+        """
+        super().__init__()
+        scales = weight.float().abs().amax(dim=1).div(127).clamp(min=1e-12).bfloat16()
+        levels = (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        self.register_buffer("levels", levels)
+        self.register_buffer("scales", scales)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int8pack_mm(x, self.levels, self.scales)
+
+    def widened(self) -> torch.Tensor:
+        return self.levels.bfloat16() * self.scales[:, None]
+
+
+class Four(nn.Module):
+    """Sixteen levels between the least and the largest of each `GROUP` neighbours:
+    `weight[i, j] ≈ (level[i, j] − 8) · scale + offset`.
+
+    `nibbles` are as PyTorch packs them: blocks of rows, column by column, the block's first half in the low bits.
+    """
+
+    nibbles: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Args:
+        weight: `[out, in]`, `in` a multiple of `GROUP`.
+        """
+        super().__init__()
+        self.shape = weight.shape
+        groups = weight.float().view(len(weight), -1, GROUP)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
+        offset = (low + 8 * scale.float()).bfloat16()
+        levels = (groups - offset.float()[..., None]) / scale.float()[..., None] + 8
+        levels = levels.round_().clamp_(0, 15).to(torch.int32).view(self.shape)
+        self.register_buffer("nibbles", torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1))
+        self.register_buffer("scales", torch.stack([scale, offset], dim=2).transpose(0, 1).contiguous())
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.nibbles, GROUP, self.scales)
+        return y
+
+    def widened(self) -> torch.Tensor:
+        rows, columns = self.shape
+        block = _four_bit_block()
+        halves = self.nibbles.view(rows // block, columns, block // 2)
+        levels = torch.cat([halves & 15, halves >> 4], dim=2).transpose(1, 2).reshape(rows, -1, GROUP)
+        scale, offset = self.scales.transpose(0, 1).unbind(dim=2)
+        return (
+            levels.sub_(8).view(torch.int8).bfloat16().mul_(scale[..., None]).add_(offset[..., None]).view(self.shape)
+        )
+
+
+class QuantisedLinear(nn.Linear):
+    """`nn.Linear` over a packed weight. Its `weight` has shape and dtype, and no memory of its own."""
+
+    packed: Eight | Four
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input.reshape(-1, input.shape[-1]).bfloat16()
+        y = self.packed.product(x) if len(x) <= FEW else functional.linear(x, self.packed.widened())
+        y = y.to(input.dtype).view(*input.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def quantise(network: nn.Module, kind: BaseWeights, device: torch.device) -> None:
+    """Turn the linear layers of a network into `QuantisedLinear`, in place.
+
+    What else uses a weight, as an embedding tied to the head does, keeps it in full beside. Layers whose sizes do not
+    fit the format stay as they are.
+
+    Raises:
+        InvalidRequestError: this machine or this PyTorch cannot compute with such weights.
+    """
+    if device.type != "cpu":
+        raise InvalidRequestError(f"base_weights={kind} is for CPUs, the device is {device.type}", param="base_weights")
+    make = Eight if kind is BaseWeights.INT8 else Four
+    _check(make)
+    owners: dict[int, int] = {}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for module in list(network.modules()):
+        if type(module) is not nn.Linear or not _fits(module, kind):
+            continue
+        packed = make(module.weight.data)
+        if owners[id(module.weight)] == 1:
+            module.weight.data = torch.zeros((), dtype=module.weight.dtype).expand(module.weight.shape)
+        module.__class__ = QuantisedLinear
+        module.packed = packed
+
+
+def _fits(module: nn.Linear, kind: BaseWeights) -> bool:
+    if kind is BaseWeights.INT8:
+        return module.in_features % 16 == 0 and module.out_features % 4 == 0
+    return module.in_features % GROUP == 0 and module.out_features % _BLOCKS[0] == 0
+
+
+def _check(make: type[Eight] | type[Four]) -> None:
+    """Compare the two ways to compute on a small case: the product's format is PyTorch's own affair."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2 * GROUP, generator=generator).bfloat16()
+    try:
+        packed = make(torch.randn(2 * _BLOCKS[0], 2 * GROUP, generator=generator))
+        given, expected = packed.product(x).float(), x.float() @ packed.widened().float().T
+    except (RuntimeError, AttributeError) as error:
+        raise InvalidRequestError(f"this PyTorch has no such products: {error}", param="base_weights") from error
+    if not torch.allclose(given, expected, rtol=0.02, atol=0.1):
+        raise InvalidRequestError("this PyTorch packs such weights in a way unknown here", param="base_weights")
+
+
+def _four_bit_block() -> int:
+    return _BLOCKS[0] if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else _BLOCKS[1]
