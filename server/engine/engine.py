@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,8 @@ class TransformersEngine:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
         )
-        self._open = 0
+        self._open: Counter[str | None] = Counter()
+        """Unfinished requests by tenant."""
 
     @property
     def base(self) -> BaseInfo:
@@ -126,8 +129,9 @@ class TransformersEngine:
     def submit(self, request: EngineRequest) -> EngineStream:
         if not self.alive:
             raise EngineDeadError(_NOT_RUNNING)
-        if self._open >= self._settings.max_queue:
-            raise QueueFullError(f"{self._open} requests are waiting already; try again soon", retry_after=1)
+        # A tenant that fills the queue must not shut out one that has nothing in it.
+        if self._open.total() >= self._settings.max_queue and self._open[request.tenant]:
+            raise QueueFullError(f"{self._open.total()} requests are waiting already; try again soon", retry_after=1)
         if not request.prompt:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         self._check_vocabulary(request.prompt, "prompt")
@@ -150,12 +154,12 @@ class TransformersEngine:
             self._outbox,
             eos=self._stop_tokens,
             grammar=None if grammar is None else self._grammars.matcher(grammar),
-            closed=self._closed,
+            closed=partial(self._closed, request.tenant),
             cancel=self._cancel,
         )
         if not self._worker.post(lambda: self._worker.admit(stream.sequence)):
             raise EngineDeadError(_NOT_RUNNING)
-        self._open += 1
+        self._open[request.tenant] += 1
         return stream
 
     def _check_vocabulary(self, tokens: Iterable[int], param: str) -> None:
@@ -216,8 +220,8 @@ class TransformersEngine:
     def _cancel(self, sequence: Sequence) -> None:
         self._worker.post(lambda: self._worker.end(sequence))
 
-    def _closed(self) -> None:
-        self._open -= 1
+    def _closed(self, tenant: str | None) -> None:
+        self._open[tenant] -= 1
 
 
 def _host_bytes(settings: EngineSettings, device: torch.device) -> int:

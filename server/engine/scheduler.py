@@ -1,7 +1,8 @@
 """Who runs in the next step.
 
 Requests that share a mix form a lane. In mixed mode all lanes share every step; in merged mode one lane runs at a
-time and lanes take turns. Sequences join and leave at every step.
+time and lanes take turns. Sequences join and leave at every step. Where tenants compete for room or turns, the one that
+has been served least comes first (`server.engine.fairness`); among one tenant's, who has waited longest.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from server.engine.fairness import ServiceCounters
 from server.engine.kv_cache import KVCache
 from server.engine.sequence import Sequence, SequenceState
 from store.mix import Mix
@@ -90,6 +92,7 @@ class Scheduler:
         self._shareable = shareable
         self._lanes: OrderedDict[Mix, Lane] = OrderedDict()
         self._steps_in_turn = 0
+        self.service = ServiceCounters()
         self.preemptions = 0
 
     @property
@@ -108,6 +111,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Take in a sequence whose experts are resident."""
         sequence.state = SequenceState.WAITING
+        self.service.wait(sequence.request.tenant)
         self._lanes.setdefault(sequence.mix, Lane(sequence.mix)).waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
@@ -115,7 +119,11 @@ class Scheduler:
         lane = self._lanes.get(sequence.mix)
         if lane is None or sequence.state not in (SequenceState.WAITING, SequenceState.RUNNING):
             return False
-        (lane.running if sequence.state is SequenceState.RUNNING else lane.waiting).remove(sequence)
+        if sequence.state is SequenceState.RUNNING:
+            lane.running.remove(sequence)
+        else:
+            lane.waiting.remove(sequence)
+            self.service.stop_waiting(sequence.request.tenant)
         self._cache.release(sequence)
         sequence.state = SequenceState.FINISHED
         if lane.empty:
@@ -137,9 +145,10 @@ class Scheduler:
     def schedule(self, *, mixed: bool) -> Batch | None:
         """The next step, or None when nothing waits.
 
-        The lane in front keeps its turn for `turn_steps` steps while others wait, then goes to the back; in mixed
-        mode all that can share its steps do. Decodes come first, so that running streams advance at every step of
-        their turn; the rest of `step_tokens` goes to prompts, in chunks, in order of arrival.
+        The lane in front keeps its turn for `turn_steps` steps while others wait, then goes to the back, and the first
+        of those with the tenant served least comes next; in mixed mode all that can share its steps do. Decodes come
+        first, so that running streams advance at every step of their turn; the rest of `step_tokens` goes to prompts,
+        in chunks: of the tenant served least, in order of arrival.
         """
         lane = self._front()
         if lane is None:
@@ -147,8 +156,9 @@ class Scheduler:
         if self._steps_in_turn >= self._turn_steps:
             self._steps_in_turn = 0
             self._lanes.move_to_end(lane.mix)
-            lane = self._front()
-            assert lane is not None
+        if self._steps_in_turn == 0:
+            lane = min(self._lanes.values(), key=self._served)
+            self._lanes.move_to_end(lane.mix, last=False)
         self._steps_in_turn += 1
         shared = mixed and self._shareable(lane.mix)
         lanes = [other for other in self._lanes.values() if self._shareable(other.mix)] if shared else [lane]
@@ -174,26 +184,40 @@ class Scheduler:
         # From here on nobody in `work` is preempted: what they will compute can be shared in this very step.
         work = [item for item in work if item.sequence.state is SequenceState.RUNNING]
         for item in work:
-            self._cache.publish(item.sequence, item.sequence.computed + item.count)
+            self._settle(item)
         while budget > 0 and sum(len(lane.running) for lane in lanes) < self._max_batch:
-            lane = _oldest(lanes)
-            if lane is None:
+            newcomer = self._next(lanes)
+            if newcomer is None:
                 break
-            sequence = lane.waiting[0]
             # Newcomers never preempt: they wait for memory that others give back by themselves.
-            if not self._begin(sequence, budget):
+            if not self._begin(newcomer, budget):
                 if work or not self._preempt_paused(lanes):
                     break
                 continue
-            lane.waiting.popleft()
-            lane.running.append(sequence)
-            sequence.state = SequenceState.RUNNING
-            self._cache.note_reuse(sequence)
-            count = min(sequence.pending, budget)
-            work.append(Work(sequence, count))
-            self._cache.publish(sequence, sequence.computed + count)
-            budget -= count
+            lane = self._lanes[newcomer.mix]
+            lane.waiting.remove(newcomer)
+            lane.running.append(newcomer)
+            self.service.stop_waiting(newcomer.request.tenant)
+            newcomer.state = SequenceState.RUNNING
+            self._cache.note_reuse(newcomer)
+            work.append(Work(newcomer, min(newcomer.pending, budget)))
+            self._settle(work[-1])
+            budget -= work[-1].count
         return work
+
+    def _settle(self, item: Work) -> None:
+        """What follows from work that will be done: its tenant is charged, and what it computes can be found."""
+        self.service.charge(item.sequence.request.tenant, item.count + item.samples)
+        self._cache.publish(item.sequence, item.sequence.computed + item.count)
+
+    def _next(self, lanes: Iterable[Lane]) -> Sequence | None:
+        """Whose turn to begin it is among those that wait."""
+        waiting = (sequence for lane in lanes for sequence in lane.waiting)
+        return min(waiting, key=lambda one: (self.service.served(one.request.tenant), one.id), default=None)
+
+    def _served(self, lane: Lane) -> int:
+        """The service of the tenant in a lane that got least."""
+        return min(self.service.served(one.request.tenant) for one in (*lane.running, *lane.waiting))
 
     def _begin(self, sequence: Sequence, budget: int) -> bool:
         """Give a waiting sequence the blocks for its next tokens; False if they are short."""
@@ -231,11 +255,7 @@ class Scheduler:
         lane = self._lanes[sequence.mix]
         lane.running.remove(sequence)
         lane.waiting.appendleft(sequence)
+        self.service.wait(sequence.request.tenant, again=True)
         sequence.state = SequenceState.WAITING
         self._cache.release(sequence)
         self.preemptions += 1
-
-
-def _oldest(lanes: Iterable[Lane]) -> Lane | None:
-    """The lane whose next sequence has waited longest."""
-    return min((lane for lane in lanes if lane.waiting), key=lambda lane: lane.waiting[0].id, default=None)

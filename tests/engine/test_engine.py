@@ -234,6 +234,8 @@ def test_a_full_queue_and_a_long_prompt_are_refused_at_once(library: Library) ->
             with pytest.raises(QueueFullError) as refused:
                 engine.submit(EngineRequest((1,)))
             assert refused.value.retry_after >= 1
+            other = engine.submit(EngineRequest((1,), SamplingParams(1, 0.0), tenant="other"))
+            assert len([event async for event in other]) == 1, "who has nothing in the queue is not shut out by it"
             for stream in streams:
                 await stream.aclose()
             with pytest.raises(ContextLengthError):
