@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from typing_extensions import TypedDict
 
 from server.api.errors import NotReadyError
@@ -29,10 +29,15 @@ class EngineView(TypedDict):
     waiting_for_experts: list[dict[str, Any]]
     names: dict[str, list[str]]
     """Digest → what experts are called."""
+    base_sha256: str | None
+    """Of the base's weights in memory, where it was asked for: it never changes."""
 
 
 @router.get("/engine")
-async def debug_engine(services: AnyServices) -> EngineView:
+async def debug_engine(
+    services: AnyServices,
+    hash: Annotated[bool, Query(description="Hash the base's weights in memory too: takes seconds per GB.")] = False,
+) -> EngineView:
     """Batch, mixes and tiers now: lanes with their sequences, experts on the device, and who waits for one."""
     try:
         seen = await asyncio.wait_for(services.engine.inspect(), _SECONDS)
@@ -50,4 +55,5 @@ async def debug_engine(services: AnyServices) -> EngineView:
         "experts": seen["experts"],
         "waiting_for_experts": seen["waiting_for_experts"],
         "names": {digest: called for digest, called in names.items() if digest in shown},
+        "base_sha256": await services.engine.base_sha256() if hash else None,
     }

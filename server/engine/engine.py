@@ -212,6 +212,10 @@ class TransformersEngine:
             raise EngineDeadError(_NOT_RUNNING)
         return await seen
 
+    async def base_sha256(self) -> str:
+        # Nobody writes to them, so the engine need not stand still for it.
+        return await asyncio.to_thread(self._worker.executor.merged.pristine_fingerprint)
+
     def check_integrity(self) -> tuple[str, str]:
         """sha256 of the pristine weights now, and of what the model runs with now. For tests; call when idle."""
         merged = self._worker.executor.merged

@@ -262,6 +262,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def base_sha256(self) -> str:
+        """sha256 over the base's weights as they are in memory now; the same for as long as the process lives."""
+        ...
+
     @property
     def alive(self) -> bool:
         """False once the engine's thread has died or was stopped."""

@@ -204,6 +204,9 @@ class DummyEngine:
         lanes = [{"mix": dict(s.request.mix.parts), "running": 1} for s in self.streams if not s.closed]
         return {"lanes": lanes, "weights": {}, "experts": [], "waiting_for_experts": []}
 
+    async def base_sha256(self) -> str:
+        return hashlib.sha256(b"weights").hexdigest()
+
     def stats(self) -> EngineStats:
         return EngineStats(
             running=self.open,

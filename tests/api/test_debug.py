@@ -27,6 +27,12 @@ async def test_it_shows_what_runs_by_name_and_no_text(house: House) -> None:
     await asking
 
 
+async def test_the_base_s_weights_are_hashed_where_that_is_asked_for(house: House) -> None:
+    assert (await house.http.get("/debug/engine")).json()["base_sha256"] is None
+    seen = (await house.http.get("/debug/engine", params={"hash": "true"})).json()
+    assert seen["base_sha256"] == await house.engine.base_sha256()
+
+
 async def test_a_dead_engine_says_so(house: House) -> None:
     house.engine.alive = False
     try:

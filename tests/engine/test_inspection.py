@@ -45,6 +45,7 @@ def test_the_view_shows_lanes_and_experts(library: Library) -> None:
             (expert,) = seen["experts"]
             assert (expert["digest"], expert["used_by"], expert["decoded"]) == (digest, 1, True)
             assert "tokens" not in sequence
+            assert await engine.base_sha256() == engine.check_integrity()[0]
             await stream.aclose()
             while (await engine.inspect())["lanes"]:
                 pass
