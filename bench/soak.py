@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 from transformers.utils.logging import disable_progress_bar
 
 from bench import report
@@ -61,10 +62,10 @@ class Gauge(threading.Thread):
             files = len(list((self._proc / "fd").iterdir()))
             self.samples.append((time.monotonic() - began, resident, files, int(status["Threads"])))
 
-    def late(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def late(self) -> npt.NDArray[np.float64]:
         """The samples after the warm-up, `[n, 4]`."""
-        samples = np.array(self.samples, dtype=np.float64)
-        return samples[samples[:, 0] >= samples[-1, 0] * WARM_UP]
+        end = self.samples[-1][0]
+        return np.array([sample for sample in self.samples if sample[0] >= end * WARM_UP], dtype=np.float64)
 
     def slope(self) -> float:
         """Growth of the resident memory after the warm-up in MiB per minute, by least squares."""
