@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CALM := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs pins clean distclean
+.PHONY: help demo test lint format docs site pins clean distclean
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -31,15 +31,19 @@ format: ## Put the code into the project's style
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-docs: ## Write the generated tables of docs/ anew
+docs: ## Write the generated tables and pages of docs/ anew
 	@deploy/bootstrap.sh dev
 	@$(PY) -m deploy.tables
+
+site: ## Build the documentation as a site, in site/
+	@deploy/bootstrap.sh dev
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 pins: ## Write constraints.txt anew from what .venv holds
 	@$(PY) -m deploy.pins >constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## Remove .venv and what the tools leave behind; .cache stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis constraints.tmp
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis constraints.tmp
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .cache too: converted base, demo data, downloads, fine-tunes

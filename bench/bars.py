@@ -1,4 +1,4 @@
-"""Every bar of every committed result in one table: `python -m bench.bars`; `--readme` writes the README's tables."""
+"""Every bar of every committed result in one table: `python -m bench.bars`; `--readme` writes the pages' tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "benchmarks.md")
+"""What shows results."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -20,13 +22,45 @@ def load(name: str) -> dict[str, Any]:
 
 def bars_table() -> str:
     """All bars as a Markdown table: what was to be reached, what was measured, and where."""
+    return _table([bar for _, result in results() for bar in result.get("bars", [])])
+
+
+def _table(bars: list[dict[str, Any]]) -> str:
     lines = ["| bar | goal | measured | met |", "|---|---|---|---|"]
-    for path in sorted(RESULTS.glob("*.json")):
-        for bar in load(path.stem).get("bars", []):
-            met = "yes" if bar["met"] else "**no**"
-            op = {">=": "≥", "<=": "≤"}[bar["op"]]
-            lines.append(f"| {bar['what']} | {op} {bar['goal']:g} | {bar['value']:.3g} | {met} |")
+    for bar in bars:
+        met = "yes" if bar["met"] else "**no**"
+        op = {">=": "≥", "<=": "≤"}[bar["op"]]
+        lines.append(f"| {bar['what']} | {op} {bar['goal']:g} | {bar['value']:.3g} | {met} |")
     return "\n".join(lines)
+
+
+def results() -> list[tuple[str, dict[str, Any]]]:
+    """Every committed result by the name of its file."""
+    return [(path.stem, load(path.stem)) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def bars_summary() -> str:
+    """How many bars are met, and the table of those that are not."""
+    bars = [bar for _, result in results() for bar in result.get("bars", [])]
+    missed = [bar for bar in bars if not bar["met"]]
+    said = f"{len(bars) - len(missed)} of {len(bars)} bars are met"
+    return f"{said}.\n" if not missed else f"{said}; those that are not:\n\n{_table(missed)}\n"
+
+
+def benchmarks() -> str:
+    """A section for every committed result: command, machine and bars."""
+    sections = []
+    for name, result in results():
+        machine = result.get("machine", {})
+        where = ", ".join(str(machine[key]) for key in ("gpu", "cpu", "torch") if machine.get(key))
+        cores = f"{machine['cores']} cores, " if "cores" in machine else ""
+        sections.append(
+            f"## {name}\n\n`{result['command']}`, {result['date'][:10]}, {cores}{where}: "
+            f"[{name}.json](../bench/results/{name}.json)\n"
+        )
+        if result.get("bars"):
+            sections.append(f"{_table(result['bars'])}\n")
+    return "\n".join(sections)
 
 
 def first_table() -> str:
@@ -58,11 +92,16 @@ def first_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"first_table": first_table, "bars": bars_table}
+TABLES = {
+    "first_table": first_table,
+    "bars": bars_table,
+    "bars_summary": bars_summary,
+    "benchmarks": benchmarks,
+}
 
 
 def with_tables(text: str) -> str:
-    """A README text with every `<!-- NAME:begin -->` … `<!-- NAME:end -->` filled from the committed results."""
+    """The text of a page with every `<!-- NAME:begin -->` … `<!-- NAME:end -->` filled from the committed results."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(begin)
@@ -75,9 +114,10 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.bars", description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md and docs/benchmarks.md")
     if parser.parse_args().readme:
-        README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(bars_table())
 
 

@@ -62,7 +62,7 @@ def settings_table() -> str:
     for name, field in Settings.model_fields.items():
         flag = f"`--{name.replace('_', '-')}`"
         rows.append((flag, f"`SWITCHYARD_{name.upper()}`", _default(name), field.description or ""))
-    return _table(("flag", "variable", "default", "what"), rows)
+    return table(("flag", "variable", "default", "what"), rows)
 
 
 def metrics_table() -> str:
@@ -74,7 +74,7 @@ def metrics_table() -> str:
     for family in metrics.registry.collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         rows.append((f"`{name}`", family.type, family.documentation))
-    return _table(("metric", "type", "what"), sorted(rows))
+    return table(("metric", "type", "what"), sorted(rows))
 
 
 def errors_table() -> str:
@@ -88,7 +88,7 @@ def errors_table() -> str:
             _first_paragraph(kind.__doc__) if kind is not SwitchyardError else "The server failed on this request."
         )
         rows.append((str(status), f"`{body['error']['code']}`", re.sub(r" \(\d+\)\.$", ".", meaning)))
-    return _table(("status", "code", "what"), sorted(rows))
+    return table(("status", "code", "what"), sorted(rows))
 
 
 def routes_table() -> str:
@@ -96,13 +96,13 @@ def routes_table() -> str:
     rows = []
     for method, path, what in routes():
         rows.append((f"`{method} {path}`", what, "no" if path in PUBLIC_PATHS else "yes"))
-    return _table(("route", "what", "needs a key"), rows)
+    return table(("route", "what", "needs a key"), rows)
 
 
 def verbs_table() -> str:
     """Every verb of the command line."""
     rows = [(f"`switchyard {name}`", command.get_short_help_str(limit=200)) for name, command in cli_commands().items()]
-    return _table(("verb", "what"), rows)
+    return table(("verb", "what"), rows)
 
 
 def modules_table(room: str) -> str:
@@ -114,7 +114,7 @@ def modules_table(room: str) -> str:
             rows.append((f"`{room}/{path.name}`", _first_paragraph(doc)))
         elif doc and room == "store/backends":  # holds the protocol
             rows.append((f"`{room}/`", _first_paragraph(doc)))
-    return _table(("module", "what"), rows)
+    return table(("module", "what"), rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -127,8 +127,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 
 
-def routes() -> list[tuple[str, str, str]]:
-    """Every route of the HTTP API: method, path, meaning."""
+def openapi() -> dict[str, Any]:
+    """The document that a server answers /openapi.json with."""
     settings = Settings.model_validate({"base": "base", "host": "127.0.0.1"})
     app = create_app(
         settings,
@@ -140,10 +140,15 @@ def routes() -> list[tuple[str, str, str]]:
         check=Mock(),
         base_folder=Path(),
     )
-    paths: dict[str, dict[str, dict[str, str]]] = app.openapi()["paths"]
+    document: dict[str, Any] = app.openapi()
+    return document
+
+
+def routes() -> list[tuple[str, str, str]]:
+    """Every route of the HTTP API: method, path, meaning."""
     return [
         (method.upper(), path, _first_paragraph(route["description"]))
-        for path, methods in paths.items()
+        for path, methods in openapi()["paths"].items()
         for method, route in methods.items()
     ]
 
@@ -181,7 +186,8 @@ def _first_paragraph(doc: str | None) -> str:
     return " ".join(doc.strip().split("\n\n")[0].split())
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows as Markdown."""
     lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -191,6 +197,9 @@ COPIES = {"deploy/monitoring/alerts.yml": "deploy/helm/switchyard/files/alerts.y
 
 
 if __name__ == "__main__":
+    from deploy import reference  # which makes its tables here
+
+    reference.write()
     for original, copy in COPIES.items():
         (ROOT / copy).write_bytes((ROOT / original).read_bytes())
     for name in PAGES:

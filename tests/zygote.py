@@ -134,8 +134,10 @@ def become(connection: socket.socket) -> None:
     status = _run(wanted["argv"])
     for written in (sys.stdout, sys.stderr):
         written.flush()
-    connection.sendall(f"{status}\n".encode())
-    os._exit(status)
+    try:
+        connection.sendall(f"{status}\n".encode())
+    finally:  # nobody may listen any more
+        os._exit(status)
 
 
 def _run(argv: list[str]) -> int:

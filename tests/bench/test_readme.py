@@ -1,12 +1,17 @@
-"""The README shows what was measured: its tables are those of the committed results."""
+"""The pages show what was measured: their tables are those of the committed results."""
 
 from __future__ import annotations
 
-from bench.bars import README, bars_table, with_tables
+from pathlib import Path
+
+import pytest
+
+from bench.bars import PAGES, bars_table, with_tables
 
 
-def test_the_readme_s_tables_are_the_committed_results() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tables_are_the_committed_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert with_tables(text) == text, "run `python -m bench.bars --readme`"
 
 

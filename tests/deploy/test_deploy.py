@@ -14,9 +14,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from deploy import healthcheck
+from deploy import healthcheck, reference
 from deploy.pins import needed
-from deploy.tables import PAGES, rewritten
+from deploy.tables import COPIES, PAGES, rewritten
 from deploy.tables import ROOMS as TABLE_ROOMS
 from server.settings import Settings
 from tests.deploy.breakages import BREAKAGES, Edit
@@ -87,6 +87,16 @@ def test_tables_say_what_the_code_says(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "written by make docs" in text
     assert rewritten(text) == text, "run: make docs"
+
+
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_the_reference_says_what_the_code_says(page: str) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == reference.PAGES[page](), "run: make docs"
+
+
+def test_copies_are_copies() -> None:
+    for original, copied in COPIES.items():
+        assert (ROOT / original).read_bytes() == (ROOT / copied).read_bytes(), "run: make docs"
 
 
 def test_the_tables_know_every_folder_of_the_code() -> None:
