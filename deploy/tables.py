@@ -34,6 +34,7 @@ PAGES = ("docs/architecture.md", "docs/operations.md", "docs/api.md")
 ROOMS = (
     "server",
     "server/api",
+    "server/console",
     "server/engine",
     "server/engine/kernels",
     "server/tools",

@@ -131,12 +131,12 @@ class Router:
             return NONE_ALLOWED
         asked = [*last_turns(earlier), prompt] if options.sticky else [prompt]
         features = await self._recent.features(asked)
-        snapshot = await self._current()
+        snapshot = await self.current()
         return in_conversation(await asyncio.to_thread(self._decide, snapshot, features, options))
 
     async def report(self, seen: Sequence[Seen], options: RouteOptions, most: int) -> Report:
         """How well experts are told apart; see `router.report`."""
-        snapshot, given = await self._current(), self._settings
+        snapshot, given = await self.current(), self._settings
         hold = partial(self._hold_out, tuple(self._experts.values()), snapshot)
         return await asyncio.to_thread(
             make_report, snapshot, seen, hold, self._rules, options, neighbours=given.neighbours, most=most
@@ -167,7 +167,7 @@ class Router:
     async def settled(self) -> None:
         """Wait until the metric is the one fitted to the experts as they are."""
         if self._experts:
-            await self._current()
+            await self.current()
         while self._refitting is not None:
             await asyncio.shield(self._refitting)
 
@@ -214,7 +214,7 @@ class Router:
             await asyncio.to_thread(self._cache.save, key, features)
         return features
 
-    async def _current(self) -> Snapshot:
+    async def current(self) -> Snapshot:
         """The snapshot of the experts as they are when this returns."""
         async with self._building:
             changed = self._snapshot_edition != self._edition

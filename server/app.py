@@ -21,6 +21,7 @@ from server.api import (
     aliases,
     chat,
     completions,
+    console,
     debug,
     embeddings,
     errors,
@@ -32,6 +33,7 @@ from server.api import (
     models,
     ops,
     route,
+    route_map,
     route_report,
     sharing,
     tokens,
@@ -55,6 +57,7 @@ from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
 from server.mirrors import mirroring
+from server.recency import Recency
 from server.route_reports import RouteReports
 from server.settings import Settings
 from server.shadow import Shadow
@@ -122,7 +125,10 @@ def create_app(
     kept = _uploads_of(settings, book)
     metrics.registry.register(WorkCollector(kept.list, book.list))
     audit = AuditLog(settings.data_dir / "audit.jsonl")
-    generation = Generation(engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing)
+    recency = Recency()
+    generation = Generation(
+        engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing, used=recency.note
+    )
     services = Services(
         engine=engine,
         router=router,
@@ -131,6 +137,7 @@ def create_app(
         jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
         generation=generation,
         reports=_reporting(registry, router, generation),
+        recency=recency,
         metrics=metrics,
         chores=[
             *_upkeep(settings, registry),
@@ -177,10 +184,13 @@ def create_app(
         debug,
         lora,
         route,
+        route_map,
         route_report,
         ops,
     ):
         app.include_router(resource.router)
+    if settings.console:
+        app.include_router(console.router)
 
     def body_limit(scope: Scope) -> int:
         prefix = experts.router.prefix

@@ -82,7 +82,11 @@ class Generation:
         max_sequences: int,
         charge: Charge,
         tracing: Tracing,
+        used: Callable[[str], None],
     ) -> None:
+        """Args:
+        used: told the digest of each expert that takes part in an answer.
+        """
         self._engine = engine
         self._registry = registry
         self._router = router
@@ -91,6 +95,7 @@ class Generation:
         self._max_sequences = max_sequences
         self._charge = charge
         self._tracing = tracing
+        self._used = used
         self._watchers: list[Watcher] = []
         self._routed_watchers: list[RoutedWatcher] = []
 
@@ -267,6 +272,7 @@ class Generation:
             self._metrics.mix_size.observe(len(route.mix.parts))
             for part in route.parts:
                 self._metrics.count_expert(part.name)
+                self._used(part.digest)
 
 
 def _nth(sampling: SamplingParams, i: int) -> SamplingParams:

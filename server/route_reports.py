@@ -1,40 +1,100 @@
-"""Where the prompts routed last lie, and reports of how well experts are told apart."""
+"""The prompts routed last: where they lie and what was decided, on a map, and how well experts are told apart."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import itertools
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
 
 from router.decision import Decision
-from router.options import ANY
+from router.features import Features
+from router.map import Map, Points, draw_map
+from router.options import ANY, RouteOptions
 from router.report import Report, Seen
 from router.router import Router
 from store.access import Caller
 from store.registry import Registry
 
 REMEMBERED = 512
-"""Prompts routed last whose features are kept, in memory only, without their text."""
+"""Prompts routed last that are kept, in memory only, without their text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """A prompt that was routed.
+
+    Attributes:
+        number: counts up.
+        at: Unix seconds.
+        tenant: whose it was.
+        features: `[e]`.
+    """
+
+    number: int
+    at: float
+    tenant: str | None
+    decision: Decision
+    features: Features
+
+    @property
+    def first(self) -> str | None:
+        """Digest of the first expert that it was routed to; None is the base."""
+        return self.decision.parts[0][1] if self.decision.parts else None
+
+
+@dataclass(frozen=True, eq=False)
+class LiveMap:
+    """A map with the prompts on it, the oldest first; `places` is `[n, 2]`."""
+
+    map: Map
+    routed: tuple[Routed, ...]
+    places: Points
 
 
 class RouteReports:
-    """Reports of routing, to each caller of what it may see. One is made at a time: each takes a core for seconds."""
+    """Maps and reports of routing, to each caller of what it may see."""
 
     def __init__(self, registry: Registry, router: Router) -> None:
         self._registry = registry
         self._router = router
-        self._recent: deque[tuple[str | None, Seen]] = deque(maxlen=REMEMBERED)
+        self._recent: deque[Routed] = deque(maxlen=REMEMBERED)
+        # Not from 0: a page that stays open must see that a server has started anew, and whose numbers are whose.
+        self._numbers = itertools.count(time.time_ns() // 1_000_000)
         self._turn = asyncio.Lock()
 
     def note(self, decision: Decision, by: Caller) -> None:
         """Remember where a routed prompt lies, and whose it was."""
         if decision.features is not None:
-            digest = decision.parts[0][1] if decision.parts else None
-            self._recent.append((by.tenant, Seen(decision.features, digest)))
+            routed = Routed(next(self._numbers), time.time(), by.tenant, decision, decision.features)
+            self._recent.append(routed)
 
     async def make(self, most: int, by: Caller) -> Report:
         """A report of at most so many experts, of those that exist for the caller, with the prompts of its tenant; an
-        administrator sees all."""
-        visible = await asyncio.to_thread(self._registry.names, by)
-        seen = [one for tenant, one in self._recent if by.is_admin or tenant == by.tenant]
+        administrator sees all. One is made at a time: each takes a core for seconds."""
+        options, recent = await self._seen_by(by)
         async with self._turn:
-            return await self._router.report(seen, ANY if by.is_admin else ANY.within(visible), most)
+            return await self._router.report([Seen(one.features, one.first) for one in recent], options, most)
+
+    async def map(self, most: int, by: Caller, *, after: int = 0) -> LiveMap:
+        """A map of the same, with the prompts whose number is above `after`: cheap enough to be followed."""
+        options, recent = await self._seen_by(by)
+        snapshot = await self._router.current()
+        traffic = Counter(one.first for one in recent)
+
+        def draw() -> LiveMap:
+            drawn = draw_map(snapshot, traffic, options, most)
+            new = tuple(one for one in recent if one.number > after)
+            if not new:
+                return LiveMap(drawn, (), np.empty((0, 2)))
+            return LiveMap(drawn, new, drawn.projection.place(np.stack([one.features for one in new])))
+
+        return await asyncio.to_thread(draw)
+
+    async def _seen_by(self, by: Caller) -> tuple[RouteOptions, list[Routed]]:
+        visible = await asyncio.to_thread(self._registry.names, by)
+        recent = [one for one in self._recent if by.is_admin or one.tenant == by.tenant]
+        return (ANY if by.is_admin else ANY.within(visible)), recent

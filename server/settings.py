@@ -67,6 +67,7 @@ class Settings(BaseSettings):
         False, description="Listen beyond loopback while there is no API key: anyone may do anything."
     )
 
+    console: bool = Field(True, description="Serve the console, a page for people, at /.")
     watch: Path | None = Field(
         None, description="A folder whose expert files (*.safetensors) are served as they appear, change and vanish."
     )

@@ -11,6 +11,7 @@ from server.teaching import Routing
 from store.access import Caller
 from store.expert_header import ExpertHeader, SparseEntry
 from store.record import ExpertRecord
+from store.tiers import Tier
 
 
 class SignedBy(TypedDict):
@@ -50,6 +51,10 @@ class Expert(TypedDict):
     shared_with: list[str]
     routing: Literal["none", "pending", "ready"]
     """Whether prompts are routed to it; without exemplars it is reached by name only."""
+    tier: Literal["device", "host", "store"]
+    """Where this server has it nearest to the model."""
+    last_used: int | None
+    """When this server last answered with it, in Unix seconds; null: not since its start."""
 
 
 class Tensors(TypedDict):
@@ -137,6 +142,8 @@ def expert_answer(record: ExpertRecord, services: Services, by: Caller) -> Exper
         "owner": record.access.owner if is_own else None,
         "shared_with": list(record.access.shared_with) if is_own else [],
         "routing": services.library.routing(record).value,
+        "tier": _tier(record.digest, services),
+        "last_used": services.recency.last(record.digest),
     }
 
 
@@ -173,6 +180,13 @@ _REASONS = {
     Routing.PENDING: "the router does not know its exemplars yet; until then it is reached by its name only",
     Routing.READY: "prompts that are like its exemplars are routed to it",
 }
+
+
+def _tier(digest: str, services: Services) -> Literal["device", "host", "store"]:
+    held = services.engine.holdings()
+    if digest in held[Tier.DEVICE]:
+        return "device"
+    return "host" if digest in held[Tier.HOST] else "store"
 
 
 def _signer(record: ExpertRecord, services: Services) -> SignedBy | None:

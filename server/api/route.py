@@ -7,6 +7,7 @@ from typing import Literal
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
+from router.decision import Decision
 from server.api.answer import MixPart
 from server.api.schema import RouteBody
 from server.api.services import Asker, ReadyServices
@@ -44,21 +45,31 @@ async def route(body: RouteBody, services: ReadyServices, asker: Asker) -> Route
     decision = await services.generation.decide(body.to_prompt(), body.to_options(), asker)
     return {
         "object": "route",
-        "mix": [{"id": name, "digest": digest, "weight": weight} for name, digest, weight in decision.parts],
+        "mix": parts_of(decision),
         "reason": decision.reason,
         "code": decision.code,
         "distance": decision.distance,
         "threshold": decision.threshold,
         "confidence": decision.confidence,
-        "neighbours": [
-            {
-                "id": None if n.is_background else n.name,
-                "digest": None if n.is_background else n.digest,
-                "distance": n.distance,
-                "threshold": None if n.is_background else n.reach,
-                "exemplar": n.exemplar,
-            }
-            for n in decision.neighbours
-        ],
+        "neighbours": neighbours_of(decision),
         "votes": dict(decision.votes),
     }
+
+
+def parts_of(decision: Decision) -> list[MixPart]:
+    """Who was chosen."""
+    return [{"id": name, "digest": digest, "weight": weight} for name, digest, weight in decision.parts]
+
+
+def neighbours_of(decision: Decision) -> list[Neighbour]:
+    """The centres that led to a decision, nearest first."""
+    return [
+        {
+            "id": None if n.is_background else n.name,
+            "digest": None if n.is_background else n.digest,
+            "distance": n.distance,
+            "threshold": None if n.is_background else n.reach,
+            "exemplar": n.exemplar,
+        }
+        for n in decision.neighbours
+    ]

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from typing_extensions import TypedDict
 
-from router.report import EXEMPLARS, Points
+from router.map import Points
+from router.report import EXEMPLARS
 from server.api.services import Asker, ReadyServices
 
 router = APIRouter()
@@ -71,7 +72,7 @@ async def route_report(
                 "id": row.name,
                 "digest": row.digest,
                 "recent_requests": row.requests,
-                "centres": _points(row.centres),
+                "centres": points_of(row.centres),
                 "held_out": row.is_held_out,
                 "routed_to": list(row.counts[:-2]),
                 "routed_to_others": row.counts[-2],
@@ -81,13 +82,14 @@ async def route_report(
         ],
         "left_out": report.left_out,
         "axes": [round(share, 4) for share in report.spread],
-        "background": _points(report.background),
+        "background": points_of(report.background),
         "recent": [
-            {"x": x, "y": y, "id": name} for (x, y), name in zip(_points(report.seen), report.seen_names, strict=True)
+            {"x": x, "y": y, "id": name} for (x, y), name in zip(points_of(report.seen), report.seen_names, strict=True)
         ],
     }
 
 
-def _points(points: Points) -> list[Point]:
+def points_of(points: Points) -> list[Point]:
+    """Places on the map, rounded to what a screen can show."""
     rounded: list[Point] = points.round(4).tolist()
     return rounded

@@ -42,6 +42,9 @@ def _admin(action: str) -> Rule:
 RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/health"): _PUBLIC,
     ("GET", "/ready"): _PUBLIC,
+    # The console: files that anybody can have from the package itself; what they show is asked for with a key.
+    ("GET", "/"): _PUBLIC,
+    ("GET", "/console/{name}"): _PUBLIC,
     ("GET", "/version"): _READ,
     ("GET", "/openapi.json"): _READ,
     ("GET", "/metrics"): Rule(Role.MONITOR),
@@ -50,6 +53,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/embeddings"): _ASK,
     ("POST", "/v1/route"): _ASK,
     ("GET", "/v1/route/report"): _ASK,
+    ("GET", "/v1/route/map"): _READ,
     ("POST", "/tokenize"): _ASK,
     ("POST", "/detokenize"): _ASK,
     ("GET", "/v1/models"): _READ,
@@ -99,7 +103,7 @@ RULES: dict[tuple[str, str], Rule] = {
 """Method and path, as the app declares them."""
 
 PUBLIC_PATHS = frozenset(path for (_, path), rule in RULES.items() if rule.role is None)
-"""What load balancers and orchestrators ask, who have no key."""
+"""What load balancers and orchestrators ask, who have no key, and the console's files."""
 
 _PATTERNS: list[tuple[re.Pattern[str], str]] = [
     # Those with the fewest parameters first: /v1/experts/jobs is no expert, should there be such a route.

@@ -20,6 +20,7 @@ from server.library import Library
 from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
+from server.recency import Recency
 from server.route_reports import RouteReports
 from server.tools.use import ToolFormat
 from server.tracing import Tracing
@@ -39,6 +40,7 @@ class Services:
     jobs: Jobs
     generation: Generation
     reports: RouteReports
+    recency: Recency
     metrics: Metrics
     chores: Sequence[Chore]
     tool_format: ToolFormat | None

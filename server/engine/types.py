@@ -14,6 +14,7 @@ from server.engine.stats import EngineStats
 from server.engine.timing import Timing
 from store.manifest import BaseManifest
 from store.mix import BASE_MIX, Mix
+from store.tiers import Tier
 
 Message = dict[str, Any]
 """One chat turn as chat templates take it: `{"role": ..., "content": TEXT}`, and what belongs to calls of tools."""
@@ -253,6 +254,10 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    def holdings(self) -> Mapping[Tier, frozenset[str]]:
+        """Digests of the experts that are decoded, on the device and in host memory."""
+        ...
 
     async def inspect(self) -> Mapping[str, Any]:
         """What runs, waits and is resident just now, between two steps. For people: its form may change.

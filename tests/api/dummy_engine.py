@@ -143,6 +143,7 @@ class DummyEngine:
         self.generated = 0
         self.streams: list[DummyStream] = []
         self.dropped: list[str] = []
+        self.resident: frozenset[str] = frozenset()
 
     @property
     def open(self) -> int:
@@ -194,6 +195,9 @@ class DummyEngine:
         if any(len(prompt) > CONTEXT for prompt in prompts):
             raise ContextLengthError(f"the context holds {CONTEXT} tokens", param="input")
         return await self.features([self.tokenizer.decode(prompt) for prompt in prompts]) * 3
+
+    def holdings(self) -> dict[Tier, frozenset[str]]:
+        return {Tier.DEVICE: self.resident, Tier.HOST: frozenset()}
 
     async def drop_expert(self, digest: str) -> None:
         self.dropped.append(digest)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,23 @@ async def test_upload(own: House) -> None:
         "owner": None,
         "shared_with": [],
         "routing": "ready",
+        "tier": "store",
+        "last_used": None,
     }
+
+
+async def test_where_an_expert_is_and_when_it_was_used_last(own: House) -> None:
+    path = make_expert(own.folder / "e", name="cron", exemplars=tuple(CRON))
+    digest = (await own.upload(path)).json()["digest"]
+    own.engine.resident = frozenset({digest})
+    for told in (
+        (await own.http.get("/v1/experts")).json()["data"][0],
+        (await own.http.get("/v1/experts/cron")).json(),
+    ):
+        assert (told["tier"], told["last_used"]) == ("device", None)
+    before = int(time.time())
+    await own.chat(CRON[2], model="auto")
+    assert before <= (await own.http.get("/v1/experts/cron")).json()["last_used"] <= time.time()
 
 
 async def test_live_at_once(own: House) -> None:

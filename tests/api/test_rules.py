@@ -64,7 +64,7 @@ def test_what_changes_something_is_audited_and_what_costs_is_metered() -> None:
             assert rule.action, f"{method} {path} changes something and has no name for the audit log"
         if rule.role is Role.INFER and method not in READS:
             assert rule.is_metered, f"{method} {path} costs compute"
-    assert {"/health", "/ready"} == PUBLIC_PATHS
+    assert {"/health", "/ready", "/", "/console/{name}"} == PUBLIC_PATHS
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import re
 import signal
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.zygote import Forked, clean_environment
+from tests.tiny import save_base, save_tuned
+from tests.zygote import Forked, Zygote, clean_environment
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., "ServerProcess"]
@@ -104,3 +106,47 @@ def start() -> Iterator[Start]:
     for server in started:
         if server.process.poll() is None:
             server.kill()
+
+
+THEMES = {
+    "rivers": ["the river {} is long", "how deep is the water of {}", "boats sail along the {}"],
+    "numbers": ["add 4{} and 17", "what is 3{} times 12", "subtract 9 from 8{}"],
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A base, two fine-tunes of it as expert files made by `switchyard compress`, and their exemplars."""
+
+    base: Path
+    experts: dict[str, Path]
+    exemplars: dict[str, Path]
+    report: str
+
+
+@pytest.fixture(scope="session")
+def world(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    base = save_base(folder / "base")
+    experts, exemplars, report = {}, {}, ""
+    for seed, (name, forms) in enumerate(THEMES.items(), start=1):
+        tuned = save_tuned(base, folder / f"tuned-{name}", seed=seed)
+        exemplars[name] = folder / f"{name}.jsonl"
+        lines = [json.dumps({"prompt": form.format(i)}) for i in range(8) for form in forms]
+        exemplars[name].write_text("\n".join(lines))
+        experts[name] = folder / f"{name}.safetensors"
+        compressing = zygote.start([
+            "switchyard", "compress", "--base", base, "--tuned", tuned, "--out", experts[name], "--density", "0.3",
+            "--name", name, "--exemplars", exemplars[name], "--description", f"knows {name}",
+            "--cache-dir", folder / "cache", "--author", "ada", "--license", "MIT", "--tag", name, "--meta", "seed=1",
+        ], cwd=ROOT, env=clean_environment())  # fmt: skip
+        told = compressing.stdout.read()
+        assert compressing.wait(timeout=300) == 0, told
+        report += told
+    return World(base, experts, exemplars, report)
+
+
+@pytest.fixture
+def options(world: World, tmp_path: Path) -> list[str | Path]:
+    return ["--base", world.base, "--base-name", "tiny", "--data-dir", tmp_path / "data", "--cache-dir",
+            tmp_path / "cache", "--feature-layer", "2", "--kv-bytes", "8MiB"]  # fmt: skip

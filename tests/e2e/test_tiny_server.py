@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -19,50 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.signing import make_key, sign_file
 from store.apply import apply_expert
-from tests.e2e.conftest import Start, switchyard
-from tests.tiny import save_base, save_tuned
-
-THEMES = {
-    "rivers": ["the river {} is long", "how deep is the water of {}", "boats sail along the {}"],
-    "numbers": ["add 4{} and 17", "what is 3{} times 12", "subtract 9 from 8{}"],
-}
-
-
-@dataclass(frozen=True)
-class World:
-    """A base, two fine-tunes of it as expert files made by `switchyard compress`, and their exemplars."""
-
-    base: Path
-    experts: dict[str, Path]
-    exemplars: dict[str, Path]
-    report: str
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
-    base = save_base(folder / "base")
-    experts, exemplars, report = {}, {}, ""
-    for seed, (name, forms) in enumerate(THEMES.items(), start=1):
-        tuned = save_tuned(base, folder / f"tuned-{name}", seed=seed)
-        exemplars[name] = folder / f"{name}.jsonl"
-        lines = [json.dumps({"prompt": form.format(i)}) for i in range(8) for form in forms]
-        exemplars[name].write_text("\n".join(lines))
-        experts[name] = folder / f"{name}.safetensors"
-        done = switchyard(
-            "compress", "--base", base, "--tuned", tuned, "--out", experts[name], "--density", "0.3", "--name", name,
-            "--exemplars", exemplars[name], "--description", f"knows {name}", "--cache-dir", folder / "cache",
-            "--author", "ada", "--license", "MIT", "--tag", name, "--meta", "seed=1",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        report += done.stdout
-    return World(base, experts, exemplars, report)
-
-
-@pytest.fixture
-def options(world: World, tmp_path: Path) -> list[str | Path]:
-    return ["--base", world.base, "--base-name", "tiny", "--data-dir", tmp_path / "data", "--cache-dir",
-            tmp_path / "cache", "--feature-layer", "2", "--kv-bytes", "8MiB"]  # fmt: skip
+from tests.e2e.conftest import Start, World, switchyard
 
 
 def merged_greedy(world: World, expert: str | None, prompt: str, max_tokens: int, chat: bool) -> str:
