@@ -17,21 +17,31 @@ from store.mix import Mix
 
 @dataclass(frozen=True)
 class Part:
-    """One expert of a mix, as it is told to the client."""
+    """One expert of a mix, as it is told to the client.
+
+    Attributes:
+        below: digests of the experts that it stands on and that answer with it at its weight, nearest first.
+    """
 
     name: str
     digest: str
     weight: float
+    below: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which mix answers one prompt, and why."""
+    """Which mix answers one prompt, and why.
+
+    Attributes:
+        exact: whether the answer is that of a fine-tune bit by bit; None where no expert of the mix can give that.
+    """
 
     mix: Mix
     parts: tuple[Part, ...]
     reason: str
     distance: float | None = None
+    exact: bool | None = None
 
 
 @dataclass(frozen=True)

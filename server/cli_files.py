@@ -70,6 +70,13 @@ def compress(
     tag: Tags = None,
     parent: Parents = None,
     meta: Meta = None,
+    relative_to: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The expert file that the fine-tune started from: the new expert stands on it. What that one stands "
+            "on, too, comes after it."
+        ),
+    ] = None,
     cache_dir: CacheDir = None,
 ) -> None:
     """Compress a fine-tune of the base, full or an adapter, into an expert file, and report what it costs."""
@@ -80,7 +87,7 @@ def compress(
         out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
         max_kl=max_kl, bits_per_param=bits_per_param, max_size=bytes_of(max_size) if max_size else None, rank=rank,
         strength=strength, tensor_density=densities, name=name, description=description,
-        card=card_of(author, license, tag, parent, meta),
+        card=card_of(author, license, tag, parent, meta), relative_to=relative_to or (),
     )  # fmt: skip
 
 

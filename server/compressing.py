@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from server.engine.model import resolve_base
 from server.settings import Settings
+from store.codecs.base import CodecName
 from store.convert import compress
 from store.errors import InvalidRequestError
 from store.exemplars import parse_exemplars
@@ -92,3 +93,13 @@ def _show(report: Report, output: Path, out: Console) -> None:
         f"{how}; {report.changed:.1%} of the parameters changed, relative error {report.relative_error:.3f}; "
         f"took {report.seconds:.0f} s"
     )
+    if (bits := report.probe) is not None and bits.is_worth_it and report.codec is not CodecName.OVERWRITE:
+        out.print(
+            f"only {bits.changed:.1%} of the weights changed at all: [bold]--codec overwrite[/] keeps every bit of "
+            f"the fine-tune in about {bits.bytes / 1e6:.2f} MB ({bits.smaller:.0f} × smaller than bf16)"
+        )
+    elif bits is not None and report.codec is CodecName.OVERWRITE:
+        out.print(
+            f"{bits.changed:.1%} of the weights changed; alone and at weight 1 this expert is the fine-tune bit by bit"
+            + ("" if bits.is_worth_it else "; another codec would be far smaller")
+        )

@@ -14,6 +14,7 @@ from router.decision import NO_EXPERTS, Decision
 from router.options import ANY, RouteOptions
 from router.router import Router
 from server.choices import Answer, ChoiceText, Part, Route
+from server.composing import compose
 from server.engine.types import Engine, EngineRequest, SamplingParams, TokenStream
 from server.metrics import Metrics
 from server.prompts import Prompt
@@ -204,8 +205,7 @@ class Generation:
         self._metrics.routing.decided(decision)
         for watch in self._routed_watchers:
             watch(decision, by)
-        parts = tuple(Part(name, digest, weight) for name, digest, weight in decision.parts)
-        return Route(decision.mix, parts, decision.code, decision.distance)
+        return compose(self._registry.lineage, decision.parts, decision.code, decision.distance)
 
     async def _called(self, request: GenerationRequest, by: Caller) -> Route:
         """The route of a request that says itself who answers."""
@@ -219,17 +219,14 @@ class Generation:
         if request.model == self._engine.base.name:
             return Route(BASE_MIX, (), "base_requested")
         expert = await self._expert(request.model, "model", by)
-        return Route(Mix.of({expert.digest: 1.0}), (Part(expert.name, expert.digest, 1.0),), EXPERT_REQUESTED)
+        return compose(self._registry.lineage, [(expert.name, expert.digest, 1.0)], EXPERT_REQUESTED)
 
     async def _explicit(self, experts: Sequence[tuple[str, float]], by: Caller) -> Route:
-        parts: list[Part] = []
-        weights: dict[str, float] = {}
+        chosen: list[tuple[str, str, float]] = []
         for i, (name, weight) in enumerate(experts):
             expert = await self._expert(name, f"experts[{i}].id", by)
-            parts.append(Part(expert.name, expert.digest, round(weight, WEIGHT_DECIMALS)))
-            # Two names may point to the same content.
-            weights[expert.digest] = weights.get(expert.digest, 0.0) + weight
-        return Route(Mix.of(weights), tuple(part for part in parts if part.weight), "mix_requested")
+            chosen.append((expert.name, expert.digest, round(weight, WEIGHT_DECIMALS)))
+        return compose(self._registry.lineage, chosen, "mix_requested")
 
     async def _expert(self, name: str, param: str, by: Caller) -> ExpertRecord:
         try:

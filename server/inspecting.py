@@ -49,6 +49,7 @@ def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
         ("digest", digest_of(file)),
         ("base", header.base_fingerprint),
         ("size", f"{file.stat().st_size:,} bytes, {header.bits_per_param:.4f} bits per parameter of the base"),
+        ("stands on", header.relative_to or "(the base)"),
         ("codec", f"{header.codec} ({params})" if params else header.codec),
         ("density", f"{header.density:.4f}"),
         ("exemplars", str(len(header.exemplars))),

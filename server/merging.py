@@ -11,6 +11,7 @@ from rich.markup import escape
 from server.engine.model import resolve_base
 from server.settings import Settings
 from store.card import Card
+from store.checkpoint import open_checkpoint
 from store.errors import InvalidRequestError
 from store.fingerprint import manifest_of
 from store.merge_methods import MergeSettings
@@ -37,8 +38,11 @@ def merge_files(
     cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
     sources = [_source(text) for text in experts]
     with out.status("merging"):
-        manifest = manifest_of(resolve_base(base, cache), cache)
-        header = merge_experts(sources, manifest, output, settings, name=name, description=description, card=card)
+        folder = resolve_base(base, cache)
+        header = merge_experts(
+            sources, manifest_of(folder, cache), output, settings,
+            name=name, description=description, card=card, weights=open_checkpoint(folder),
+        )  # fmt: skip
     out.print(
         f"[bold]{escape(str(output))}[/]: {len(sources)} experts by {settings.method}, "
         f"{output.stat().st_size / 1e6:.2f} MB, {header.bits_per_param:.3f} bits per parameter"

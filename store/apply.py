@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from store.checkpoint import open_checkpoint
-from store.deltas import DenseDelta
+from store.deltas import OverwriteDelta, SparseDelta
 from store.expert_file import read_deltas
 from store.fingerprint import manifest_of
+from store.overwriting import as_float_delta, check_sixteen_bits, new_patterns
+from store.patterns import Half, widen
 from store.task_vector import load_float32
 
 _TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -27,6 +29,8 @@ def apply_expert(
     cache_dir: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """Merge an expert into its base offline: base + weight · delta in float32, cast to the base's dtype.
+
+    An expert that overwrites gives its fine-tune's own bits at weight 1.
 
     This is what serving must agree with, computed the plain way; the whole model is in memory.
 
@@ -45,12 +49,19 @@ def apply_expert(
     """
     base = open_checkpoint(base_folder)
     state = {name: load_float32(tensor) for name, tensor in base.tensors.items()}
+    checked: set[Half] = set()
     for name, delta in read_deltas(path, manifest_of(base_folder, cache_dir)):
-        if isinstance(delta, DenseDelta):
-            state[name] += weight * torch.from_numpy(delta.values)
-        else:
+        if isinstance(delta, OverwriteDelta) and weight == 1.0:
+            if delta.half not in checked:
+                check_sixteen_bits(base, delta.half)
+                checked.add(delta.half)
+            new = widen(new_patterns(delta, base.tensors[name], name), delta.half)
+            state[name].view(-1)[torch.from_numpy(delta.indices).long()] = torch.from_numpy(new)
+        elif isinstance(delta, SparseDelta):
             levels = torch.from_numpy(delta.levels).float()
             state[name].view(-1)[torch.from_numpy(delta.indices).long()] += levels * (weight * delta.scale)
+        else:
+            state[name] += weight * torch.from_numpy(as_float_delta(delta, base, name)).view(state[name].shape)
     merged = {name: value.to(_TORCH_DTYPES[base.tensors[name].dtype]) for name, value in state.items()}
     if out_folder is not None:
         out_folder.mkdir(parents=True, exist_ok=True)

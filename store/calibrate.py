@@ -170,7 +170,7 @@ class _Student:
                 )
             if isinstance(packed, PackedDense):
                 state[name].copy_(torch.from_numpy(packed.decode(name).values) + load_float32(base.tensors[name]))
-            else:
+            elif isinstance(packed, PackedTernary):
                 self._sparse[name] = _Sparse(state[name], base.tensors[name], packed, name)
 
     @property

@@ -15,6 +15,7 @@ from store.backends import BlobStore
 from store.errors import ExpertFileError, ExpertUnavailableError, NotFoundError, UntrustedError
 from store.exemplars import parse_exemplars
 from store.expert_file import read_header
+from store.lineage import Lineage
 from store.manifest import BaseManifest
 from store.record import ExpertRecord
 from store.tiers import TierStats
@@ -52,20 +53,21 @@ class Catalogue:
         self._aliases: Mapping[str, Alias] = {}
         self._also: Mapping[str, tuple[str, ...]] = {}
         self._untrusted: frozenset[str] = frozenset()
-        self._served = _Served(())
+        self._lineage = Lineage((), trust.accepts)
+        self._served = _Served((), self._lineage)
 
     def get(self, name: str, by: Caller = OPERATOR) -> ExpertRecord:
         """The expert of that name, or of that alias.
 
         Raises:
             NotFoundError: there is none for this caller; the message lists close matches.
-            ExpertUnavailableError: it was made for another base.
+            ExpertUnavailableError: it was made for another base, or what it stands on is not here.
             UntrustedError: it is not signed as it must be.
         """
         catalogue = self._all()
         alias = self._aliases.get(name)
         record = catalogue.get(name if alias is None else alias.target)
-        if record is None or not by.sees(record.access):
+        if record is None or not by.sees(record.access) or not self._lineage.sees(by, record):
             also = (alias.name for alias, _ in self.aliases(by))
             close = difflib.get_close_matches(name[:64], [*self.names(by), *also], n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -74,7 +76,14 @@ class Catalogue:
             raise ExpertUnavailableError(f"the expert {name} was made for another base than the one served")
         if record.name in self._untrusted:
             raise UntrustedError(f"the expert {name} is not signed by a key that this server trusts: it is not served")
+        self._lineage.chain(record.relative_to)
         return record
+
+    @property
+    def lineage(self) -> Lineage:
+        """Which experts stand on which, now."""
+        self._all()
+        return self._lineage
 
     def list(self, by: Caller = OPERATOR) -> list[ExpertRecord]:
         """The experts of this base that exist for the caller, by name."""
@@ -200,7 +209,12 @@ class Catalogue:
             for name in untrusted - self._untrusted:
                 _log.warning("the expert %s is not signed by a trusted key: it is not served", name)
             served = [r for r in served if r.name not in untrusted]
-            self._records, self._catalogue, self._served = records, catalogue, _Served(tuple(served))
+            lineage = Lineage(served, self.trust.accepts)
+            for record in (r for r in served if not lineage.is_whole(r)):
+                _log.warning("the expert %s stands on another one that is not here: it is not served", record.name)
+            served = [r for r in served if lineage.is_whole(r)]
+            self._records, self._catalogue, self._served = records, catalogue, _Served(tuple(served), lineage)
+            self._lineage = lineage
             self._aliases, self._also, self._untrusted = aliases, also, untrusted
             self._edition = edition  # last: whoever sees it sees the rest; what changed since is read next time
         return catalogue
@@ -209,8 +223,9 @@ class Catalogue:
 class _Served:
     """The experts of one edition, and what of them exists for whom: worked out once for every tenant."""
 
-    def __init__(self, records: tuple[ExpertRecord, ...]) -> None:
+    def __init__(self, records: tuple[ExpertRecord, ...], lineage: Lineage) -> None:
         self._records = records
+        self._lineage = lineage
         self._seen: dict[tuple[bool, str | None], tuple[tuple[ExpertRecord, ...], frozenset[str]]] = {}
 
     def to(self, by: Caller) -> tuple[tuple[ExpertRecord, ...], frozenset[str]]:
@@ -218,6 +233,6 @@ class _Served:
         kind = by.is_admin, by.tenant
         found = self._seen.get(kind)
         if found is None:
-            records = tuple(record for record in self._records if by.sees(record.access))
+            records = tuple(r for r in self._records if by.sees(r.access) and self._lineage.sees(by, r))
             found = self._seen[kind] = records, frozenset(record.name for record in records)
         return found

@@ -5,37 +5,30 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-
-from store.adapter import Adapter
-from store.calibrate import Calibration, calibrate
+from store.calibrate import Calibration
 from store.card import Card, card_to_json
-from store.checkpoint import Checkpoint, open_checkpoint
-from store.codecs.base import Codec, CodecName
+from store.checkpoint import open_checkpoint
+from store.codecs.base import CodecName
 from store.codecs.choice import CALIBRATED, Recipe
-from store.codecs.low_rank import keep_factors
-from store.codecs.raw import Raw
 from store.codecs.t_switch import Knob
-from store.errors import CheckpointError, InvalidRequestError
-from store.expert_file import validate, write_expert
+from store.errors import InvalidRequestError
+from store.expert_file import digest_of, validate, write_expert
 from store.expert_header import check_info
 from store.expert_info import ExpertInfo
 from store.fine_tune import FineTune
-from store.fingerprint import manifest_of
-from store.learning import Learned, learn
-from store.packed import PackedDense, PackedTensor, PackedTernary
-from store.report import Overlap, Report, kind_rows, overlap_of, relative_error
+from store.fingerprint import fingerprint_of, manifest_of
+from store.learning import Learned
+from store.packing import Progress, pack
+from store.probe import probe
+from store.report import Report, kind_rows, relative_error
+from store.standing import chain_of, standing_on
 from store.strict_json import FieldError
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages are "fingerprint", "learn", "compress", "calibrate" and "write"."""
 
 _ENTRY_BYTES = 300
 _HEADER_BYTES = 4096
@@ -62,6 +55,7 @@ def compress(
     description: str | None = None,
     created: int | None = None,
     card: Card | None = None,
+    relative_to: Sequence[Path] = (),
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -83,6 +77,8 @@ def compress(
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
         exemplars: example prompts, kept in the file; calibration and learning run on them.
         name, description, created, card: for the file's header; `created` in seconds since 1970.
+        relative_to: the expert file that the fine-tune started from, and then those that one stands on: the delta is
+            taken against all of them on the base, and the expert stands on them too.
         cache_dir: where the base's fingerprint is remembered.
         progress: see `Progress`.
 
@@ -101,6 +97,11 @@ def compress(
         strength=strength,
         tensor_density=dict(tensor_density or {}),
     )
+    chain = chain_of(relative_to) if relative_to else []
+    if chain and recipe.codec is CodecName.OVERWRITE:
+        raise InvalidRequestError(
+            "overwrite keeps the bits of weights of the base: it cannot stand on another expert", param="relative_to"
+        )
     info = ExpertInfo(
         codec=recipe.codec.value,
         codec_params=recipe.params(),
@@ -109,7 +110,8 @@ def compress(
         name=name,
         description=description or "",
         exemplars=tuple(exemplars or ()),
-        card=card or Card(),
+        card=_card_above(card or Card(), chain),
+        relative_to=digest_of(chain[0]) if chain else None,
     )
     try:
         check_info(info)
@@ -127,15 +129,18 @@ def compress(
     if learns and not exemplars:
         raise InvalidRequestError(f"{CodecName.FLEX_SWITCH} learns from exemplars; give some", param="exemplars")
     tell("fingerprint", 0, 1)
-    with FineTune(base, tuned_folder) as fine_tune:
+    manifest = manifest_of(base_folder, cache_dir)
+    with standing_on(base, manifest, chain) as under, FineTune(under, tuned_folder) as fine_tune:
         if recipe.codec is CodecName.LOW_RANK and rank is None and fine_tune.adapter is not None:
             fine_tune.check_low_rank()
             info = replace(info, codec_params={"method": fine_tune.adapter.config.kind.lower()})
             kept = fine_tune.adapter
         else:
             kept = None
-        manifest = manifest_of(base_folder, cache_dir)
-        done = _pack(recipe, base, fine_tune, list(exemplars or ()), budget, kept, tell)
+        found_bits = None if fine_tune.adapter is not None else probe(under, fine_tune.own())
+        if recipe.codec is CodecName.OVERWRITE:
+            info = replace(info, codec_params={"fine_tune": fingerprint_of(fine_tune.own())})
+        done = pack(recipe, under, fine_tune, list(exemplars or ()), budget, kept, tell)
     packed, found, learned = done.tensors, done.calibration, done.learned
     if learned is not None:
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
@@ -154,6 +159,7 @@ def compress(
         times_smaller=2 * sum(sizes.values()) / size,
         density=header.density,
         changed=done.changed / max(1, sum(sizes.values())),
+        probe=found_bits,
         relative_error=relative_error(done.overlaps, packed),
         codec=recipe.codec,
         knob=recipe.knob if recipe.codec in CALIBRATED else None,
@@ -164,59 +170,10 @@ def compress(
     )
 
 
-@dataclass(frozen=True)
-class _Packed:
-    tensors: dict[str, PackedTensor]
-    overlaps: dict[str, Overlap]
-    changed: int
-    calibration: Calibration | None
-    learned: Learned | None
-
-
-def _pack(
-    recipe: Recipe,
-    base: Checkpoint,
-    fine_tune: FineTune,
-    exemplars: list[str],
-    budget: int,
-    kept: Adapter | None,
-    tell: Progress,
-) -> _Packed:
-    """Compress all tensors; with `kept`, an adapter's factors stay what they are, and the rest is raw."""
-    sizes = {name: tensor.span.numel for name, tensor in base.tensors.items()}
-    codec_for = recipe.chooser(sizes, fine_tune.deltas)
-    learned: Learned | None = None
-    packed: dict[str, PackedTensor] = {}
-    if recipe.codec is CodecName.FLEX_SWITCH:
-        left_out = recipe.left_out(sizes)
-        learned = learn(base, fine_tune.checkpoint(), exemplars, budget, left_out=left_out, progress=tell)
-        packed = learned.tensors
-    overlaps: dict[str, Overlap] = {}
-    changed = 0
-    for done, (tensor, delta) in enumerate(fine_tune.deltas()):
-        tell("compress", done, len(base.tensors))
-        changed += int(delta.count_nonzero())
-        chosen = None if learned is not None else codec_for(tensor, tuple(delta.shape))
-        if chosen is not None and (item := _item(chosen, tensor, delta, kept)) is not None:
-            packed[tensor] = item
-        overlaps[tensor] = overlap_of(tensor, delta, packed.get(tensor))
-    found: Calibration | None = None
-    ternary = any(isinstance(item, PackedTernary) for item in packed.values())
-    if recipe.codec in CALIBRATED and recipe.knob is Knob.CALIBRATED and exemplars and ternary:
-        found = calibrate(base, fine_tune.checkpoint().folder, packed, exemplars, progress=tell)
-        if recipe.codec is CodecName.COMPEFT:  # one scale for the whole task vector is what the method is
-            shared = dict.fromkeys(found.multipliers, found.multiplier)
-            found = replace(found, multipliers=shared, kl=found.kl_at_multiplier)
-        packed = {tensor: _scaled(tensor, item, found.multipliers.get(tensor, 1.0)) for tensor, item in packed.items()}
-    return _Packed(packed, overlaps, changed, found, learned)
-
-
-def _item(codec: Codec, tensor: str, delta: torch.Tensor, kept: Adapter | None) -> PackedTensor | None:
-    if kept is None:
-        return codec.compress(tensor, delta)
-    if (factors := kept.factors(tensor)) is not None:
-        return keep_factors(tensor, *factors)
-    return Raw().compress(tensor, delta)
+def _card_above(card: Card, chain: Sequence[Path]) -> Card:
+    """What an expert stands on is what it was made from, too."""
+    digests = [digest_of(file) for file in chain[:1]]
+    return replace(card, parents=tuple(dict.fromkeys([*card.parents, *digests])))
 
 
 def _codec_name(codec: str) -> CodecName:
@@ -273,16 +230,6 @@ def _budget(bits_per_param: float | None, max_size: int | None, sizes: Mapping[s
             f"bits_per_param must be above 0 and at most {_MOST_BITS}, not {wanted}", param="bits_per_param"
         )
     return int(wanted * sum(sizes.values()) / 8)
-
-
-def _scaled(name: str, packed: PackedTensor, multiplier: float) -> PackedTensor:
-    if isinstance(packed, PackedDense):
-        return packed
-    limits = np.finfo(np.float32)
-    scale = packed.scale * multiplier
-    if scale > float(limits.max):
-        raise CheckpointError(f"tensor {name} has a delta too large for a float32 scale", param=name)
-    return replace(packed, scale=float(np.float32(max(scale, float(limits.smallest_subnormal)))))
 
 
 def _tool() -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from store.patterns import Half
+
 
 @dataclass(frozen=True)
 class SparseDelta:
@@ -48,4 +50,27 @@ class DenseDelta:
         return self.values.nbytes
 
 
-Delta = SparseDelta | DenseDelta
+@dataclass(frozen=True)
+class OverwriteDelta:
+    """New bit patterns for some weights of one tensor, told as distances from the base's; `store.overwriting` adds up.
+
+    Attributes:
+        shape: shape of the whole tensor.
+        indices: `[nnz]` int32 (int64 where the tensor has 2³¹ or more elements), strictly ascending, flat row-major.
+        steps: `[nnz]` int16, never 0: new pattern − old pattern, modulo 2¹⁶.
+        half: the 16-bit type of the patterns.
+        sha256: hex, of the new patterns.
+    """
+
+    shape: tuple[int, ...]
+    indices: npt.NDArray[np.int32] | npt.NDArray[np.int64]
+    steps: npt.NDArray[np.int16]
+    half: Half
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.indices.nbytes + self.steps.nbytes
+
+
+Delta = SparseDelta | DenseDelta | OverwriteDelta

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from store.deltas import Delta
-from store.encodings import Encoded
+from store.entry_payload import check_span, entry_of, packed_of, span_of
 from store.errors import ExpertFileError, InvalidRequestError, StoreError, WrongBaseError
 from store.expert_header import (
     DenseEntry,
     ExpertHeader,
     LevelsEntry,
     LowRankEntry,
+    OverwriteEntry,
     SparseEntry,
-    TensorEntry,
     TernaryEntry,
     density_of,
     features_of,
@@ -36,9 +36,9 @@ from store.expert_header import (
 )
 from store.expert_info import ExpertInfo
 from store.manifest import BaseManifest
-from store.packed import PackedDense, PackedLevels, PackedLowRank, PackedTensor, PackedTernary
+from store.packed import PackedDense, PackedTensor
 from store.strict_json import FieldError
-from store.tensor_file import TensorSpan, TensorTable, read_tensor_table
+from store.tensor_file import TensorTable, read_tensor_table
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -47,6 +47,7 @@ __all__ = [
     "ExpertInfo",
     "LevelsEntry",
     "LowRankEntry",
+    "OverwriteEntry",
     "SparseEntry",
     "TernaryEntry",
     "digest_of",
@@ -79,7 +80,7 @@ def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTenso
     """
     # bfloat16 first keeps every tensor aligned to its element size.
     order = sorted(tensors, key=lambda name: (not isinstance(tensors[name], PackedDense), name))
-    entries = {name: _entry_of(tensors[name]) for name in order}
+    entries = {name: entry_of(tensors[name]) for name in order}
     data_bytes = sum(tensor.nbytes for tensor in tensors.values())
     header = ExpertHeader(
         **vars(info),
@@ -87,13 +88,13 @@ def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTenso
         density=density_of(entries),
         bits_per_param=_bits_per_param(data_bytes, base),
         tensors=entries,
-        required_features=features_of(entries),
+        required_features=features_of(entries, info.relative_to),
     )
     text = header_to_json(header)
     table: dict[str, object] = {"__metadata__": {_METADATA_KEY: text}}
     offset = 0
     for name in order:
-        dtype, shape = _span_of(entries[name], tensors[name].nbytes)
+        dtype, shape = span_of(entries[name], tensors[name].nbytes)
         end = offset + tensors[name].nbytes
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -189,7 +190,7 @@ def _read(file: BinaryIO) -> tuple[ExpertHeader, TensorTable]:
         if missing := header.tensors.keys() ^ table.tensors.keys():
             raise FieldError("is not both described and stored", min(missing))
         for name, entry in header.tensors.items():
-            _check_span(name, entry, table.tensors[name])
+            check_span(name, entry, table.tensors[name])
     except FieldError as error:
         _fail(error)
     return header, table
@@ -213,25 +214,6 @@ def _read_for(file: BinaryIO, base: BaseManifest) -> tuple[ExpertHeader, TensorT
     return header, table
 
 
-def _span_of(entry: TensorEntry, nbytes: int) -> tuple[str, tuple[int, ...]]:
-    """How the container holds an entry of `nbytes` bytes: its type and shape."""
-    if isinstance(entry, LowRankEntry):
-        return "BF16", (entry.rank * sum(entry.shape),)
-    return ("BF16", entry.shape) if isinstance(entry, DenseEntry) else ("U8", (nbytes,))
-
-
-def _check_span(name: str, entry: TensorEntry, span: TensorSpan) -> None:
-    dtype, shape = _span_of(entry, span.nbytes)
-    if isinstance(entry, DenseEntry):
-        if span.dtype != dtype or span.shape != shape:
-            raise FieldError(f"is stored as {span.dtype} {list(span.shape)}, not {dtype} {list(shape)}", name)
-    elif span.dtype != "U8" or len(span.shape) != 1:
-        raise FieldError(f"is stored as {span.dtype} {list(span.shape)}; an encoded tensor is U8 with one axis", name)
-    elif isinstance(entry, TernaryEntry) and not entry.nnz <= 8 * span.nbytes <= 2 * entry.numel + 64:
-        # No encoding is larger than the bitmap, nor smaller than its signs.
-        raise FieldError(f"has {span.nbytes} payload bytes for {entry.nnz} of {entry.numel} elements", name)
-
-
 def _check_shapes(header: ExpertHeader, base: BaseManifest) -> None:
     for name, entry in header.tensors.items():
         shape = base.tensors.get(name)
@@ -248,27 +230,7 @@ def _decode(file: BinaryIO, header: ExpertHeader, table: TensorTable) -> Iterato
         payload = file.read(span.nbytes)
         if len(payload) != span.nbytes:
             raise ExpertFileError(f"tensor {name} ends beyond the end of the file: it is cut short", param=name)
-        yield name, _packed(entry, payload).decode(name)
-
-
-def _packed(entry: TensorEntry, payload: bytes) -> PackedTensor:
-    if isinstance(entry, LowRankEntry):
-        return PackedLowRank(entry.shape, payload, entry.rank)
-    if isinstance(entry, DenseEntry):
-        return PackedDense(entry.shape, payload)
-    encoded = Encoded(entry.encoding, entry.params, payload)
-    if isinstance(entry, LevelsEntry):
-        return PackedLevels(entry.shape, entry.nnz, entry.scale, encoded)
-    return PackedTernary(entry.shape, entry.nnz, entry.scale, encoded)
-
-
-def _entry_of(tensor: PackedTensor) -> TensorEntry:
-    if isinstance(tensor, PackedLowRank):
-        return LowRankEntry(tensor.shape, tensor.rank)
-    if isinstance(tensor, PackedDense):
-        return DenseEntry(tensor.shape)
-    kind = LevelsEntry if isinstance(tensor, PackedLevels) else TernaryEntry
-    return kind(tensor.shape, tensor.nnz, tensor.encoded.name, tensor.encoded.params, tensor.scale)
+        yield name, packed_of(entry, payload).decode(name)
 
 
 def _bits_per_param(data_bytes: int, base: BaseManifest) -> float:

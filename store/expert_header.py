@@ -11,13 +11,14 @@ import numpy as np
 
 from store.encodings import MAX_LEVEL
 from store.expert_info import DIGEST_PATTERN, ExpertInfo, info_from_json, info_to_json
+from store.patterns import Half
 from store.positions import GROUPED, PARAMETER, RICE_ZEROS
 from store.strict_json import FieldError, Fields, parse_json
 from store.tensor_file import MAX_NUMEL, MAX_RANK
 
 FORMAT_VERSION = 1
-LEVELS, LOW_RANK = "levels", "low-rank"
-KNOWN_FEATURES = frozenset({GROUPED, LEVELS, LOW_RANK, RICE_ZEROS})
+LEVELS, LOW_RANK, OVERWRITE, RELATIVE = "levels", "low-rank", "overwrite", "relative"
+KNOWN_FEATURES = frozenset({GROUPED, LEVELS, LOW_RANK, OVERWRITE, RELATIVE, RICE_ZEROS})
 """Kinds and layouts that came after the first readers: a file that uses one says so in `required_features`."""
 MAX_RANK_OF_FACTORS = 65536
 _MAX_SCALE = float(np.finfo(np.float32).max)
@@ -69,7 +70,15 @@ class LevelsEntry(SparseEntry):
     scale: float
 
 
-TensorEntry = TernaryEntry | LevelsEntry | DenseEntry
+@dataclass(frozen=True)
+class OverwriteEntry(SparseEntry):
+    """`nnz` weights get new bit patterns of a 16-bit type, whose digest is `sha256`; the others stay the base's."""
+
+    half: Half
+    sha256: str
+
+
+TensorEntry = TernaryEntry | LevelsEntry | OverwriteEntry | DenseEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +99,23 @@ class ExpertHeader(ExpertInfo):
     tensors: dict[str, TensorEntry]
     required_features: tuple[str, ...] = ()
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the expert, alone and at weight 1, is its fine-tune bit by bit."""
+        return self.codec == OVERWRITE and all(isinstance(entry, OverwriteEntry) for entry in self.tensors.values())
+
 
 def check_info(info: ExpertInfo) -> None:
     """Raise FieldError if a header could not carry `info`: to be told before an hour of work, not after."""
-    empty = ExpertHeader(**vars(info), base_fingerprint="0" * 64, density=0.0, bits_per_param=0.0, tensors={})
+    features = features_of({}, info.relative_to)
+    empty = ExpertHeader(
+        **vars(info),
+        base_fingerprint="0" * 64,
+        density=0.0,
+        bits_per_param=0.0,
+        tensors={},
+        required_features=features,
+    )
     header_from_json(header_to_json(empty))
 
 
@@ -103,9 +125,10 @@ def density_of(tensors: Mapping[str, TensorEntry]) -> float:
     return sum(entry.nnz for entry in sparse) / max(1, sum(entry.numel for entry in sparse))
 
 
-def features_of(tensors: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+def features_of(tensors: Mapping[str, TensorEntry], relative_to: str | None = None) -> tuple[str, ...]:
     """The required features of a file with these entries, sorted."""
-    used = {_kind_of(entry) for entry in tensors.values()}
+    used = {RELATIVE} if relative_to is not None else set()
+    used |= {_kind_of(entry) for entry in tensors.values()}
     used |= {entry.encoding for entry in tensors.values() if isinstance(entry, SparseEntry)}
     return tuple(sorted(used & KNOWN_FEATURES))
 
@@ -115,6 +138,8 @@ def _kind_of(entry: TensorEntry) -> str:
         return LOW_RANK
     if isinstance(entry, DenseEntry):
         return "dense"
+    if isinstance(entry, OverwriteEntry):
+        return OVERWRITE
     return LEVELS if isinstance(entry, LevelsEntry) else "ternary"
 
 
@@ -141,6 +166,9 @@ def _entry_to_json(entry: TensorEntry) -> dict[str, object]:
         return {**common, "rank": entry.rank}
     if isinstance(entry, DenseEntry):
         return common
+    if isinstance(entry, OverwriteEntry):
+        values = {"dtype": entry.half.value, "sha256": entry.sha256}
+        return {**common, "nnz": entry.nnz, "encoding": entry.encoding, **entry.params, **values}
     return {**common, "nnz": entry.nnz, "scale": entry.scale, "encoding": entry.encoding, **entry.params}
 
 
@@ -161,13 +189,16 @@ def header_from_json(text: str) -> ExpertHeader:
         fields.fail("required_features", f"asks for {', '.join(unknown)}: this file needs a newer Switchyard")
     entries = fields.child("tensors")
     tensors = {name: _entry_from_json(entries.get(name), name) for name in entries.names()}
-    if missing := sorted(set(features_of(tensors)) - set(features)):
-        fields.fail("required_features", f"lacks {', '.join(missing)}, which a tensor of the file needs")
+    info = info_from_json(fields)
+    if missing := sorted(set(features_of(tensors, info["relative_to"])) - set(features)):
+        fields.fail("required_features", f"lacks {', '.join(missing)}, which the file uses")
+    if info["relative_to"] is not None and any(isinstance(entry, OverwriteEntry) for entry in tensors.values()):
+        fields.fail("relative_to", "is given, and a tensor overwrites the base's own weights: it cannot be both")
     density = fields.number("density", low=0.0, high=1.0)
     if not math.isclose(density, density_of(tensors), rel_tol=1e-6):
         fields.fail("density", f"is {density}, the tensors' counts give {density_of(tensors):.6g}")
     return ExpertHeader(
-        **info_from_json(fields),
+        **info,
         base_fingerprint=fields.text("base_fingerprint", max_bytes=64, pattern=DIGEST_PATTERN),
         density=density,
         bits_per_param=fields.number("bits_per_param", low=0.0, high=1024.0),
@@ -190,9 +221,11 @@ def _entry_from_json(value: object, name: str) -> TensorEntry:
             if len(shape) != 2:
                 entry.fail("shape", "must have two dimensions: only matrices have low-rank factors")
             return LowRankEntry(shape, entry.integer("rank", low=1, high=min(*shape, MAX_RANK_OF_FACTORS)))
-        if kind not in ("ternary", LEVELS):
-            entry.fail("kind", f"is {kind}; this Switchyard knows ternary, {LEVELS}, dense and {LOW_RANK}")
+        if kind not in ("ternary", LEVELS, OVERWRITE):
+            entry.fail("kind", f"is {kind}; this Switchyard knows ternary, {LEVELS}, {OVERWRITE}, dense and {LOW_RANK}")
         nnz = entry.integer("nnz", low=1, high=numel)
+        if kind == OVERWRITE:
+            return _overwrite(entry, shape, nnz)
         scale = _scale(entry)
         encoding, params = _layout(entry)
         if kind == "ternary":
@@ -203,6 +236,17 @@ def _entry_from_json(value: object, name: str) -> TensorEntry:
     except FieldError as error:
         where = "" if error.field == name else f"{error.field} "
         raise FieldError(where + error.message, name) from None
+
+
+def _overwrite(entry: Fields, shape: tuple[int, ...], nnz: int) -> OverwriteEntry:
+    encoding, params = _layout(entry)
+    params |= {key: entry.integer(key, low=1, high=MAX_NUMEL) for key in ("high", "low")}
+    dtype = entry.text("dtype", max_bytes=8)
+    if dtype not in list(Half):
+        entry.fail("dtype", f"is {dtype}; weights that are overwritten are {' or '.join(Half)}")
+    return OverwriteEntry(
+        shape, nnz, encoding, params, Half(dtype), entry.text("sha256", max_bytes=64, pattern=DIGEST_PATTERN)
+    )
 
 
 def _layout(entry: Fields) -> tuple[str, dict[str, int]]:

@@ -34,6 +34,7 @@ class ExpertInfo:
         description: one line for people.
         exemplars: example prompts that tell what the expert is for.
         card: author, licence, lineage, tags and the like.
+        relative_to: hex sha256 of the expert file that the deltas are added on top of; None for the base itself.
     """
 
     codec: str
@@ -44,6 +45,7 @@ class ExpertInfo:
     description: str = ""
     exemplars: tuple[str, ...] = ()
     card: Card = field(default_factory=Card)
+    relative_to: str | None = None
 
 
 def info_to_json(info: ExpertInfo) -> dict[str, object]:
@@ -57,7 +59,10 @@ def info_to_json(info: ExpertInfo) -> dict[str, object]:
         document["description"] = info.description
     if info.exemplars:
         document["exemplars"] = list(info.exemplars)
-    return document | card_to_json(info.card)
+    document |= card_to_json(info.card)
+    if info.relative_to is not None:
+        document["relative_to"] = info.relative_to
+    return document
 
 
 def info_from_json(fields: Fields) -> dict[str, Any]:
@@ -77,6 +82,9 @@ def info_from_json(fields: Fields) -> dict[str, Any]:
         if fields.has("exemplars")
         else (),
         "card": card_from_json(fields),
+        "relative_to": fields.text("relative_to", max_bytes=64, pattern=DIGEST_PATTERN)
+        if fields.has("relative_to")
+        else None,
     }
 
 

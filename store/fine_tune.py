@@ -6,7 +6,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,20 @@ class FineTune:
                 param="rank",
             )
 
+    def own(self) -> Checkpoint:
+        """The fine-tune's own weights.
+
+        Raises:
+            InvalidRequestError: it is an adapter, which has none.
+        """
+        if self.adapter is not None or self._tuned is None:
+            raise InvalidRequestError(
+                "overwrite keeps a checkpoint's weights bit by bit, and an adapter has none: merge it and give the "
+                "merged checkpoint, or take another codec (low-rank keeps its factors)",
+                param="codec",
+            )
+        return self._tuned
+
     def checkpoint(self) -> Checkpoint:
         """The whole model, for those who run it. An adapter is merged into a copy of the base, in float32.
 
@@ -87,12 +101,19 @@ class FineTune:
 
 
 def write_merged(adapter: Adapter, folder: Path) -> None:
-    """Write base + adapter as a float32 checkpoint, one tensor in memory at a time; the other files are the base's.
+    """Write base + adapter as a float32 checkpoint; see `write_float32`."""
+    write_float32(adapter.base, lambda name, weight: weight + adapter.delta(name, weight), folder)
+
+
+def write_float32(base: Checkpoint, change: Callable[[str, torch.Tensor], torch.Tensor], folder: Path) -> None:
+    """Write a changed base as a float32 checkpoint, one tensor in memory at a time; the other files are the base's.
+
+    Args:
+        change: a parameter's name and float32 values to its new ones.
 
     Raises:
         OSError: it cannot be written.
     """
-    base = adapter.base
     for file in base.folder.iterdir():
         if file.suffix in (".json", ".model", ".jinja", ".txt") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
@@ -105,6 +126,4 @@ def write_merged(adapter: Adapter, folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as out:
         out.write(struct.pack("<Q", len(head)) + head)
         for name, tensor in base.tensors.items():
-            weight = load_float32(tensor)
-            merged = weight + adapter.delta(name, weight)
-            out.write(merged.contiguous().numpy().tobytes())
+            out.write(change(name, load_float32(tensor)).contiguous().numpy().tobytes())

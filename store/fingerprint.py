@@ -40,13 +40,14 @@ def manifest_of(folder: Path, cache_dir: Path | None) -> BaseManifest:
     cached = _cache_file(folder, cache_dir) if cache_dir is not None else None
     fingerprint = _recall(cached) if cached is not None else None
     if fingerprint is None:
-        fingerprint = _fingerprint(checkpoint)
+        fingerprint = fingerprint_of(checkpoint)
         if cached is not None:
             _remember(cached, fingerprint)
     return BaseManifest(fingerprint, checkpoint.shapes)
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """The fingerprint of a checkpoint's weights; see `manifest_of`."""
     digest = hashlib.sha256(_DOMAIN)
     for name, tensor in checkpoint.tensors.items():
         shape = ",".join(str(dim) for dim in tensor.shape)

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from store.card import Card
+from store.checkpoint import Checkpoint
 from store.codecs.quantised import Quantised
 from store.codecs.raw import Raw, is_raw
-from store.deltas import Delta, SparseDelta
 from store.encodings import MAX_LEVEL
 from store.errors import InvalidRequestError
-from store.expert_file import ExpertHeader, ExpertInfo, digest_of, read_deltas, write_expert
+from store.expert_file import ExpertHeader, ExpertInfo, digest_of, read_deltas, read_header, write_expert
 from store.manifest import BaseManifest
 from store.merge_methods import MergeSettings, Taus, merger
+from store.overwriting import as_float_delta
 from store.packed import PackedTensor
 
 
@@ -31,6 +31,7 @@ def merge_experts(
     name: str | None = None,
     description: str = "",
     card: Card | None = None,
+    weights: Checkpoint | None = None,
     tool: str = "switchyard",
 ) -> ExpertHeader:
     """Merge expert files of one base into one. Equal arguments give equal bytes.
@@ -43,6 +44,7 @@ def merge_experts(
         base: what they were made for.
         out: the expert file to write.
         card: what to say about the result; its parents are the experts.
+        weights: the base's checkpoint; experts that overwrite weights need it.
 
     Raises:
         ExpertFileError, WrongBaseError: an expert is damaged or made for another base.
@@ -52,11 +54,25 @@ def merge_experts(
         raise InvalidRequestError("give two experts or more to merge", param="experts")
     if not 0.0 <= settings.drop < 1.0:
         raise InvalidRequestError(f"drop must be at least 0 and below 1, not {settings.drop}", param="drop")
+    for path, _ in experts:
+        if (below := read_header(path).relative_to) is not None:
+            raise InvalidRequestError(
+                f"{path.name} stands on the expert {below[:12]}…, which a merge leaves out: compress its fine-tune "
+                "against the base, and merge that",
+                param="experts",
+            )
     sources = [(dict(read_deltas(path, base)), weight) for path, weight in experts]
     names = sorted(set().union(*(deltas for deltas, _ in sources)))
 
     def taus_of(tensor: str) -> Taus:
-        return np.stack([weight * _flat(deltas.get(tensor), base.tensors[tensor]) for deltas, weight in sources])
+        numel = int(np.prod(base.tensors[tensor], dtype=np.int64))
+        rows = [
+            weight * as_float_delta(deltas[tensor], weights, tensor)
+            if tensor in deltas
+            else np.zeros(numel, dtype=np.float32)
+            for deltas, weight in sources
+        ]
+        return np.stack(rows)
 
     merge = merger(settings, lambda: (taus_of(tensor) for tensor in names))
     packed: dict[str, PackedTensor] = {}
@@ -75,13 +91,3 @@ def merge_experts(
         card=replace(card or Card(), parents=tuple(dict.fromkeys(digest_of(path) for path, _ in experts))),
     )
     return write_expert(out, info, packed, base)
-
-
-def _flat(delta: Delta | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    if delta is None:
-        return np.zeros(int(np.prod(shape, dtype=np.int64)), dtype=np.float32)
-    if isinstance(delta, SparseDelta):
-        values = np.zeros(int(np.prod(shape, dtype=np.int64)), dtype=np.float32)
-        values[delta.indices] = delta.levels * np.float32(delta.scale)
-        return values
-    return delta.values.reshape(-1)

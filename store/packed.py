@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from store.bfloat16 import from_bfloat16
-from store.deltas import DenseDelta, SparseDelta
-from store.encodings import Encoded, decode, decode_levels
+from store.deltas import DenseDelta, OverwriteDelta, SparseDelta
+from store.encodings import Encoded, decode, decode_levels, decode_steps
 from store.errors import ExpertFileError
+from store.patterns import Half
 
 
 @dataclass(frozen=True)
@@ -124,4 +125,42 @@ def _finite(payload: bytes, shape: tuple[int, ...], tensor: str) -> npt.NDArray[
     return values
 
 
-PackedTensor = PackedTernary | PackedDense
+@dataclass(frozen=True)
+class PackedOverwrite:
+    """A tensor of which some weights get new bit patterns, and the others stay the base's.
+
+    Attributes:
+        shape: shape of the tensor.
+        nnz: number of changed weights, > 0.
+        encoded: positions, and how many patterns each new one lies from the base's.
+        half: the 16-bit type of the patterns.
+        sha256: of the new patterns (`store.codecs.overwrite.values_digest`).
+    """
+
+    kind: ClassVar[str] = "overwrite"
+    shape: tuple[int, ...]
+    nnz: int
+    encoded: Encoded
+    half: Half
+    sha256: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def payload(self) -> bytes:
+        return self.encoded.payload
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes in the data section of the expert file."""
+        return len(self.encoded.payload)
+
+    def decode(self, tensor: str) -> OverwriteDelta:
+        """Raises ExpertFileError naming `tensor` if the payload is not what the counts promise."""
+        indices, steps = decode_steps(self.encoded, nnz=self.nnz, numel=self.numel, tensor=tensor)
+        return OverwriteDelta(self.shape, indices, steps, self.half, self.sha256)
+
+
+PackedTensor = PackedTernary | PackedDense | PackedOverwrite

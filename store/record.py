@@ -35,6 +35,8 @@ class ExpertRecord:
         card: author, licence, tags and the like: from its header, and edited since.
         signature: of its file (`store.signature`), as it came; whose it is, and whether it counts, `store.trust` says.
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
+        relative_to: digest of the expert that it is added on top of; None for the base.
+        exact: whether it is its fine-tune bit by bit, alone and at weight 1.
         access: whose it is: of the name, whatever version it points to.
         earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
     """
@@ -52,6 +54,8 @@ class ExpertRecord:
     exemplars_digest: str | None
     card: Card = field(default_factory=Card)
     signature: str | None = None
+    relative_to: str | None = None
+    exact: bool = False
     access: Access = field(default_factory=Access)
     earlier: tuple[ExpertRecord, ...] = ()
 
@@ -134,6 +138,8 @@ def record_of(
         exemplars_digest=exemplars_digest,
         card=header.card,
         signature=signature,
+        relative_to=header.relative_to,
+        exact=header.is_exact,
         access=access,
     )
 
@@ -178,10 +184,12 @@ def record_to_json(record: ExpertRecord) -> bytes:
 
 
 def _version_to_json(version: ExpertRecord) -> dict[str, object]:
-    apart = ("access", "card", "signature", "earlier")
+    apart = ("access", "card", "signature", "relative_to", "exact", "earlier")
     plain = (item.name for item in dataclasses.fields(version) if item.name not in apart)
-    signature = {} if version.signature is None else {"signature": version.signature}
-    return {name: getattr(version, name) for name in plain} | card_to_json(version.card) | signature
+    # Left out where they say nothing: records from before they were known stay as they are, byte for byte.
+    extra = {"signature": version.signature, "relative_to": version.relative_to, "exact": version.exact or None}
+    said = {name: value for name, value in extra.items() if value is not None}
+    return {name: getattr(version, name) for name in plain} | card_to_json(version.card) | said
 
 
 def _access_to_json(access: Access) -> dict[str, object]:
@@ -236,4 +244,6 @@ def _version(name: str, fields: Fields) -> ExpertRecord:
         else None,
         card=card_from_json(fields),
         signature=fields.text("signature", max_bytes=200) if fields.has("signature") else None,
+        relative_to=fields.text("relative_to", max_bytes=64, pattern=digest) if fields.has("relative_to") else None,
+        exact=fields.has("exact") and fields.get("exact") is True,
     )

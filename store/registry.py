@@ -23,7 +23,7 @@ from store.garbage import Idle, collect, release, used_by
 from store.manifest import BaseManifest
 from store.names import Names
 from store.ownership import NO_QUOTA, Quota, access_for, changed_access, check_name_free, check_owned, check_quota
-from store.record import KEPT_VERSIONS, ExpertRecord, check_record, check_same, record_of, record_to_json
+from store.record import ExpertRecord, check_record, check_same, record_of, record_to_json
 from store.restoring import restore_lost
 from store.trust import NO_TRUST, Trust
 
@@ -76,7 +76,7 @@ class Registry(Catalogue):
 
         Raises:
             ExpertFileError, WrongBaseError: the file is not a sound expert of this base.
-            InvalidRequestError: the name is malformed or reserved (`param` is "name").
+            InvalidRequestError: the name is malformed or reserved, or what the expert stands on is not here.
             SignatureError, UntrustedError: it is not signed as it must be.
             ConflictError: the name belongs to another expert, or to this one with other exemplars.
             NotPermittedError, QuotaExceededError: the expert is not the caller's, or its tenant keeps enough.
@@ -102,10 +102,11 @@ class Registry(Catalogue):
             present = self._store.get_record(chosen)
             existing = self._expert(chosen, present, by)
             check_name_free(chosen, existing, by, is_taken=present is not None, replace=replace)
+            self.lineage.check_new(record, by)
             before = existing.blobs if existing is not None else set()
             fresh = {blob for blob in record.blobs if self._store.blob_bytes(blob) is None}
             if existing is not None and replace and existing.differs(record, exemplars_given=exemplars is not None):
-                record = existing.pointing_to(record, existing.versions[:KEPT_VERSIONS])
+                record = existing.pointing_to(record, self.lineage.kept(existing.versions, record))
                 existing = None
             elif existing is not None:
                 check_same(existing, record, exemplars_given=exemplars is not None)
@@ -141,7 +142,7 @@ class Registry(Catalogue):
 
         Raises:
             NotFoundError: there is none.
-            ConflictError: it has aliases, or the name is one.
+            ConflictError: it has aliases, others stand on it, or the name is an alias.
             NotPermittedError: it is not the caller's.
         """
         with self._store.exclusive():
@@ -149,7 +150,7 @@ class Registry(Catalogue):
             if record is None:
                 raise NotFoundError(f"there is no expert named {name[:64]!r}", param="name")
             check_owned(record, by)
-            self._all()
+            self.lineage.check_unneeded(record, by)
             if (aliases := self.aliases_of(name)) and not force:
                 raise ConflictError(
                     f"the expert {name} is also called {', '.join(aliases)}: remove these aliases first, or all of it "

@@ -11,8 +11,9 @@ import numpy as np
 
 from store.codecs.base import CodecName
 from store.codecs.t_switch import Knob
-from store.deltas import DenseDelta
-from store.packed import PackedTensor, PackedTernary
+from store.deltas import DenseDelta, OverwriteDelta
+from store.packed import PackedOverwrite, PackedTensor, PackedTernary
+from store.probe import Probe
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,8 @@ class Report:
         density: nonzeros / elements over the sparse tensors.
         relative_error: ‖τ − τ̃‖ / ‖τ‖ over all parameters; 0 for an unchanged model.
         changed: parameters that differ from the base / all.
+        probe: what of it differs bit by bit, and what keeping all of that would cost; None where the weights are no
+            16-bit ones, or an adapter's.
         codec: the method.
         knob: how scales were chosen, where the codec has them.
         calibration: the multipliers and what they brought; None unless calibrated.
@@ -57,6 +60,7 @@ class Report:
     density: float
     relative_error: float
     changed: float
+    probe: Probe | None
     codec: CodecName
     knob: Knob | None
     calibration: Calibration | None
@@ -88,6 +92,8 @@ def overlap_of(name: str, delta: torch.Tensor, packed: PackedTensor | None) -> O
     if packed is None:
         return Overlap(tau2, fixed=tau2)
     decoded = packed.decode(name)
+    if isinstance(decoded, OverwriteDelta):
+        return Overlap(tau2, fixed=0.0)
     if isinstance(decoded, DenseDelta):
         error = tau - decoded.values.reshape(-1)
         return Overlap(tau2, fixed=float(np.sum(np.square(error, dtype=np.float64))))
@@ -115,7 +121,7 @@ def kind_rows(sizes: Mapping[str, int], packed: Mapping[str, PackedTensor]) -> t
             kind,
             len(items),
             sum(item.numel for item in items),
-            sum(item.nnz if isinstance(item, PackedTernary) else item.numel for item in items),
+            sum(item.nnz if isinstance(item, PackedTernary | PackedOverwrite) else item.numel for item in items),
             sum(item.nbytes for item in items),
         )
         for kind, items in kinds.items()

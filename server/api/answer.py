@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -21,6 +21,7 @@ from server.engine.types import Likelihood, Tokenizer
 from server.generation import GenerationRequest
 
 MIX_HEADER = "x-switchyard-mix"
+EXACT_HEADER = "x-switchyard-exact"
 _HEADER_MIXES = 8
 """Proxies drop headers beyond a few kilobytes; the body tells the rest."""
 
@@ -33,6 +34,8 @@ class MixPart(TypedDict):
     id: str
     digest: str
     weight: float
+    stands_on: NotRequired[list[str]]
+    """Digests of the experts that answered with it, at its weight, nearest first."""
 
 
 class Origin(TypedDict):
@@ -41,6 +44,8 @@ class Origin(TypedDict):
     mix: list[MixPart]
     reason: str
     distance: float | None
+    exact: NotRequired[bool]
+    """Whether this is the answer of a fine-tune bit by bit; only where an expert of the mix overwrites weights."""
 
 
 class PromptDetails(TypedDict):
@@ -138,7 +143,7 @@ async def respond(
 ) -> Response:
     """Generate what is wanted and write it in a form; a client that goes away stops it."""
     answer = await services.generation.start(wanted, request.state.caller)
-    headers = {MIX_HEADER: mix_header(answer.routes)}
+    headers = {MIX_HEADER: mix_header(answer.routes)} | exact_header(answer.routes)
     try:
         if body.stream:
             # What fails before the first token still gets a status of its own.
@@ -165,6 +170,12 @@ def mix_header(routes: Sequence[Route]) -> str:
     return "; ".join(mixes if len(mixes) <= _HEADER_MIXES else [*mixes[:_HEADER_MIXES], "..."])
 
 
+def exact_header(routes: Sequence[Route]) -> dict[str, str]:
+    """`true` if every answer is that of a fine-tune bit by bit, `false` if one that could be is not, else nothing."""
+    said = [route.exact for route in routes if route.exact is not None]
+    return {EXACT_HEADER: "true" if all(said) and len(said) == len(routes) else "false"} if said else {}
+
+
 def usage(answer: Answer) -> Usage:
     """What the answer has cost, and where it came from."""
     origins = [origin(route) for route in answer.routes]
@@ -184,5 +195,9 @@ def usage(answer: Answer) -> Usage:
 
 def origin(route: Route) -> Origin:
     """The route as clients see it."""
-    parts: list[MixPart] = [{"id": part.name, "digest": part.digest, "weight": part.weight} for part in route.parts]
-    return {"mix": parts, "reason": route.reason, "distance": route.distance}
+    parts: list[MixPart] = []
+    for part in route.parts:
+        told: MixPart = {"id": part.name, "digest": part.digest, "weight": part.weight}
+        parts.append({**told, "stands_on": list(part.below)} if part.below else told)
+    said: Origin = {"mix": parts, "reason": route.reason, "distance": route.distance}
+    return said if route.exact is None else {**said, "exact": route.exact}

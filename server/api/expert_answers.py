@@ -40,6 +40,10 @@ class Expert(TypedDict):
     tags: list[str]
     parents: list[str]
     """Digests of the expert files it was made from."""
+    relative_to: str | None
+    """Digest of the expert that it stands on, which answers with it; null is the base itself."""
+    exact: bool
+    """Whether, alone and at weight 1, it is its fine-tune bit by bit."""
     metadata: dict[str, str]
     signed_by: SignedBy | None
     aliases: list[str]
@@ -134,6 +138,8 @@ def expert_answer(record: ExpertRecord, services: Services, by: Caller) -> Exper
         "license": record.card.license,
         "tags": list(record.card.tags),
         "parents": list(record.card.parents),
+        "relative_to": record.relative_to,
+        "exact": record.exact,
         "metadata": dict(record.card.metadata),
         "signed_by": _signer(record, services),
         "aliases": list(services.library.aliases_of(record.name)),

@@ -13,8 +13,8 @@ import torch
 
 from server.engine.attention import AttentionBatch, Segment
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import Group, Kernels, PackedDelta, pack
-from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
+from server.engine.kernels import Group, Kernels, LoadedDelta, PackedDelta, pack
+from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
 from server.engine.merged import merge_tensor
 from server.engine.model import BaseModel
 from store.deltas import DenseDelta, SparseDelta
@@ -26,7 +26,7 @@ _STEP_SECONDS, _DELTA_SECONDS = 1.2, 0.2
 _ELEMENTS = 1 << 20
 """Most elements of the synthetic deltas."""
 
-Form = type[PackedDelta]
+Form = type[LoadedDelta]
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,12 @@ def calibrate(model: BaseModel, kernels: Kernels) -> Costs:
 
         delta[form] = Curve(tuple(curve))
         patch[form] = _seconds(merge, model.device, _DELTA_SECONDS / 4) / (out * size)
+    # What overwrites is never applied beside; to patch, it is at most as dear as a delta for every element.
+    delta[Overwrites], patch[Overwrites] = delta[DenseValues], patch[DenseValues]
     return Costs(Curve(tuple(steps)), delta, patch)
 
 
-def _synthetic(model: BaseModel) -> dict[Form, PackedDelta]:
+def _synthetic(model: BaseModel) -> dict[type[PackedDelta], PackedDelta]:
     """A delta of every form, of the shape of the model's largest layer or of some of its rows."""
     layers = [p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in f".{name}"]
     out, size = max(layers, key=math.prod, default=torch.Size((1024, 1024)))
@@ -124,7 +126,7 @@ def _synthetic(model: BaseModel) -> dict[Form, PackedDelta]:
         indices = np.flatnonzero(rng.random(math.prod(shape)) < density).astype(np.int32)
         levels = rng.choice(np.array([-1, 1], np.int8), len(indices))
         made.append(pack(SparseDelta(shape, indices, levels, 0.01), model.device))
-    forms: dict[Form, PackedDelta] = {type(delta): delta for delta in made}
+    forms: dict[type[PackedDelta], PackedDelta] = {type(delta): delta for delta in made}
     for missing in {BitPlanes, SparseRows, DenseValues} - forms.keys():
         forms[missing] = made[0]  # tensors of this shape never take it: the price of the dense form is an upper bound
     return forms

@@ -28,6 +28,7 @@ from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
 from server.engine.types import BaseInfo, EngineRequest, Grammar
 from server.engine.worker import Worker
+from store.checkpoint import open_checkpoint
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.tiers import Tier
 
@@ -86,7 +87,7 @@ class TransformersEngine:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._outbox = Outbox()
         host = HostTier(_host_bytes(settings, device), page_locked=device.type == "cuda")
-        loader = ExpertLoader(self._model.manifest, device, read_expert, host)
+        loader = ExpertLoader(self._model.manifest, device, read_expert, host, open_checkpoint(folder))
         self._worker = Worker(self._model, loader, self._outbox, settings, cache_dir)
         self._base = BaseInfo(
             name=name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.engine.kernels import PackedDelta
+from server.engine.kernels import LoadedDelta
 from server.engine.parcel import Parcel
 
 
@@ -18,7 +18,7 @@ class DecodedExpert:
     """
 
     digest: str
-    tensors: Mapping[str, PackedDelta]
+    tensors: Mapping[str, LoadedDelta]
     parcel: Parcel | None = None
 
     @property

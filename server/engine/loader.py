@@ -6,18 +6,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
-from server.engine.kernels import PackedDelta, pack, packed_fields
+from server.engine.kernels import LoadedDelta, Overwrites, pack, packed_fields
 from server.engine.parcel import Parcel, parcel_bytes, wrap
+from store.checkpoint import Checkpoint
+from store.deltas import OverwriteDelta
+from store.encodings import as_indices
 from store.errors import ExpertUnavailableError
-from store.expert_file import DenseEntry, ExpertHeader, read_deltas, read_header
+from store.expert_file import DenseEntry, ExpertHeader, OverwriteEntry, read_deltas, read_header
 from store.manifest import BaseManifest
+from store.overwriting import check_sixteen_bits, new_patterns
+from store.patterns import Half
 from store.tiers import Tier
 
 _CPU = torch.device("cpu")
+_HALVES = {Half.BF16: torch.bfloat16, Half.F16: torch.float16}
 
 
 class ExpertLoader:
@@ -32,12 +39,21 @@ class ExpertLoader:
 
     Args:
         read: digest → exactly the bytes of that digest; may block, may raise ExpertUnavailableError.
+        base: the base's weights as they are on disk; experts that overwrite weights need them.
     """
 
     def __init__(
-        self, manifest: BaseManifest, device: torch.device, read: Callable[[str], bytes], host: HostTier
+        self,
+        manifest: BaseManifest,
+        device: torch.device,
+        read: Callable[[str], bytes],
+        host: HostTier,
+        base: Checkpoint | None = None,
     ) -> None:
         self._manifest = manifest
+        self._base = base
+        self._sixteen_bits: set[Half] = set()
+        """Types that all of the base's weights are known to be numbers of."""
         self._device = device
         self._read = read
         self.host = host
@@ -106,11 +122,20 @@ class ExpertLoader:
     def _decode(self, digest: str) -> Parcel:
         data = self._read(digest)
 
-        def packed() -> Iterator[tuple[str, PackedDelta]]:
+        def packed() -> Iterator[tuple[str, LoadedDelta]]:
             for name, delta in read_deltas(data, self._manifest):
-                yield name, pack(delta, _CPU)
+                yield name, self._overwrites(name, delta) if isinstance(delta, OverwriteDelta) else pack(delta, _CPU)
 
         return wrap(digest, _decoded_bytes(read_header(data)), packed())
+
+    def _overwrites(self, name: str, delta: OverwriteDelta) -> Overwrites:
+        if self._base is None:
+            raise ExpertUnavailableError("an expert that overwrites weights needs the base's checkpoint")
+        if delta.half not in self._sixteen_bits:
+            check_sixteen_bits(self._base, delta.half)
+            self._sixteen_bits.add(delta.half)
+        new = torch.from_numpy(new_patterns(delta, self._base.tensors[name], name).view(np.int16))
+        return Overwrites(delta.shape, torch.from_numpy(delta.indices), new.view(_HALVES[delta.half]))
 
     def _moved(self, parcel: Parcel) -> Parcel | None:
         """On the device; None if it is not there what it was when it had been decoded.
@@ -132,7 +157,9 @@ class ExpertLoader:
 def _decoded_bytes(header: ExpertHeader) -> int:
     fields: list[int] = []
     for entry in header.tensors.values():
-        if isinstance(entry, DenseEntry):
+        if isinstance(entry, OverwriteEntry):
+            fields += (as_indices(np.empty(0, np.int64), entry.numel).itemsize * entry.nnz, 2 * entry.nnz)
+        elif isinstance(entry, DenseEntry):
             fields += packed_fields(entry.shape, None)
         else:
             fields += packed_fields(entry.shape, entry.nnz, entry.params.get("top", 1))

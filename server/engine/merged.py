@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import PackedDelta, dense
-from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, SparseRows, rows_and_columns
+from server.engine.kernels import LoadedDelta, PackedDelta, dense
+from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, Overwrites, SparseRows, rows_and_columns
 from store.mix import BASE_MIX, Mix
 
-Term = tuple[float, PackedDelta]
+Term = tuple[float, LoadedDelta]
 """A weight of the mix and the delta it is for."""
 
 
@@ -33,9 +33,16 @@ def terms_of(mix: Mix, name: str, experts: Mapping[str, DecodedExpert]) -> list[
 def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term]) -> None:
     """`out ← pristine + Σ weight·delta`, summed in float32 and rounded to `out`'s dtype once (methods §2, Eq. 5).
 
+    What overwrites alone, at weight 1, is set and not added: the fine-tune's own bits come out. Otherwise its delta is
+    new − pristine in float32.
+
     Reference: `merge_tensor_reference`, which it equals bit for bit.
     """
     weight, delta = terms[0]
+    if len(terms) == 1 and isinstance(delta, Overwrites) and weight == 1.0:
+        out.copy_(pristine)
+        out.view(-1).index_put_((delta.places.long(),), delta.values.to(out.dtype))
+        return
     if len(terms) == 1 and isinstance(delta, SparseRows):
         places, values = _nonzeros(delta, weight)
         out.copy_(pristine)
@@ -53,6 +60,9 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term
     for weight, delta in terms:
         if isinstance(delta, SparseRows):
             total.index_add_(0, *_nonzeros(delta, weight))
+        elif isinstance(delta, Overwrites):
+            places = delta.places.long()
+            total.index_add_(0, places, _moved(delta, pristine.view(-1).index_select(0, places)) * weight)
         elif isinstance(delta, BitPlanes):
             total.add_((_levels(delta) * (weight * delta.scale)).view(-1))
         else:
@@ -63,9 +73,22 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term
 def merge_tensor_reference(pristine: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
     """Plain PyTorch: densify every delta, add up in float32, round once."""
     total = torch.zeros(pristine.shape, dtype=torch.float32)
+    flat = pristine.reshape(-1)
     for weight, delta in terms:
-        total += _weighted(delta, weight)
+        if not isinstance(delta, Overwrites):
+            total += _weighted(delta, weight)
+        elif len(terms) == 1 and weight == 1.0:
+            return torch.scatter(flat, 0, delta.places.long(), delta.values.to(flat.dtype)).view(pristine.shape)
+        else:
+            moved = torch.zeros(flat.shape)
+            moved[delta.places.long()] = _moved(delta, flat[delta.places.long()])
+            total += moved.view(pristine.shape) * weight
     return (pristine.float() + total).to(pristine.dtype)
+
+
+def _moved(delta: Overwrites, pristine: torch.Tensor) -> torch.Tensor:
+    """new − pristine at the delta's places, float32."""
+    return delta.values.float() - pristine.float()
 
 
 def _weighted(delta: PackedDelta, weight: float) -> torch.Tensor:

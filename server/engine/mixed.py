@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import Group, Kernels, gather_rows
+from server.engine.kernels import Group, Kernels, Overwrites, Term, gather_rows
 from server.engine.layout import Span
 from server.engine.merged import merge_tensor, terms_of
 from server.engine.sites import Kind, Site, per_row, swapped
@@ -62,8 +62,10 @@ class MixedWeights:
         self.seconds = 0.0
 
     def carries(self, expert: DecodedExpert) -> bool:
-        """Whether everything the expert moves can be applied row by row."""
-        return self._unserved.isdisjoint(expert.tensors)
+        """Whether everything the expert moves can be applied row by row. What overwrites cannot: a sum in floats would
+        not give its fine-tune's bits, so it is always merged."""
+        overwrites = any(isinstance(delta, Overwrites) for delta in expert.tensors.values())
+        return not overwrites and self._unserved.isdisjoint(expert.tensors)
 
     def forget(self) -> None:
         """Let go of the experts of the last step, so that they can leave memory."""
@@ -108,7 +110,7 @@ class MixedWeights:
                 groups = [
                     Group(span.start, span.stop, tuple(terms))
                     for span in here
-                    if (terms := terms_of(span.mix, weight, experts))
+                    if (terms := _beside(span.mix, weight, experts))
                 ]
                 if site.kind is Kind.EMBEDDING:
                     forward = self._embedding(site, groups)
@@ -212,3 +214,8 @@ class MixedWeights:
                 else:
                     known[name] = pristine
         return known
+
+
+def _beside(mix: Mix, name: str, experts: Mapping[str, DecodedExpert]) -> list[Term]:
+    """What kernels add for a mix whose experts `MixedWeights.carries`."""
+    return [(weight, delta) for weight, delta in terms_of(mix, name, experts) if not isinstance(delta, Overwrites)]

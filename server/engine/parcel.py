@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from server.engine.kernels import PackedDelta
+from server.engine.kernels import LoadedDelta
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of so many bytes: a cache line, and what vector loads like."""
@@ -34,7 +34,7 @@ class _Field:
 class _Piece:
     """One packed delta without its tensors."""
 
-    kind: type[PackedDelta]
+    kind: type[LoadedDelta]
     fixed: Mapping[str, Any]
     fields: tuple[_Field, ...]
 
@@ -67,11 +67,11 @@ class Parcel:
         """The same on a device, in one copy; itself if it is there already."""
         return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=True))
 
-    def tensors(self) -> dict[str, PackedDelta]:
+    def tensors(self) -> dict[str, LoadedDelta]:
         """The packed deltas by name: views into the buffer."""
         return {name: self._open(piece) for name, piece in self.pieces.items()}
 
-    def _open(self, piece: _Piece) -> PackedDelta:
+    def _open(self, piece: _Piece) -> LoadedDelta:
         views: dict[str, Any] = {
             field.name: self.buffer[field.start : field.start + field.nbytes].view(field.dtype).view(field.shape)
             for field in piece.fields
@@ -84,7 +84,7 @@ def parcel_bytes(fields: Iterable[int]) -> int:
     return sum(map(_aligned, fields))
 
 
-def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, PackedDelta]]) -> Parcel:
+def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]]) -> Parcel:
     """Put packed deltas, one after the other, into one buffer on the CPU.
 
     Args:

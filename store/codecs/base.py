@@ -25,6 +25,7 @@ class CodecName(StrEnum):
     BIT_DELTA = "bit-delta"
     LOW_RANK = "low-rank"
     RAW = "raw"
+    OVERWRITE = "overwrite"
 
 
 class Codec(Protocol):

@@ -54,6 +54,7 @@ class Recipe:
             CodecName.BIT_DELTA: {"knob": self.knob.value},
             CodecName.LOW_RANK: {"rank": self.rank},
             CodecName.RAW: {},
+            CodecName.OVERWRITE: {},
         }
         return used[self.codec]
 
@@ -64,6 +65,8 @@ class Recipe:
             InvalidRequestError: a glob matches nothing, or asks for a density of a codec that has none.
         """
         known = list(names)
+        if self.tensor_density and self.codec is CodecName.OVERWRITE:
+            raise InvalidRequestError("overwrite keeps every change: nothing may be left out", param="tensor_density")
         for glob, density in self.tensor_density.items():
             if not any(fnmatchcase(name, glob) for name in known):
                 raise InvalidRequestError(f"no tensor of the base matches {glob}", param="tensor_density")

@@ -66,6 +66,8 @@ async def test_upload(own: House) -> None:
         "license": "MIT",
         "tags": ["time"],
         "parents": ["a" * 64],
+        "relative_to": None,
+        "exact": False,
         "metadata": {"k": "v"},
         "signed_by": None,
         "aliases": [],

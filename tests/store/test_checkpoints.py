@@ -98,7 +98,7 @@ def test_the_cache_is_used_and_noticed_stale(tmp_path: Path, monkeypatch: pytest
     first = manifest_of(folder, cache)
     (cached,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(store.fingerprint, "_fingerprint", None)
+        patch.setattr(store.fingerprint, "fingerprint_of", None)
         assert manifest_of(folder, cache) == first
     cached.write_text('{"fingerprint": "nonsense"}')
     assert manifest_of(folder, cache) == first

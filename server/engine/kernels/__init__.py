@@ -5,11 +5,13 @@
 
 from server.engine.kernels.choice import available, backend
 from server.engine.kernels.packing import dense, gather_rows, pack, packed_bytes, packed_fields
-from server.engine.kernels.types import Group, Kernels, PackedDelta, Term
+from server.engine.kernels.types import Group, Kernels, LoadedDelta, Overwrites, PackedDelta, Term
 
 __all__ = [
     "Group",
     "Kernels",
+    "LoadedDelta",
+    "Overwrites",
     "PackedDelta",
     "Term",
     "available",

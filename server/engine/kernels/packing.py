@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, PackedDelta, SparseRows, rows_and_columns
-from store.deltas import Delta, SparseDelta
+from store.deltas import DenseDelta, SparseDelta
 
 SPARSE_BELOW = 0.1
 """Density per digit below which a list of nonzeros is smaller than two planes (they meet at 0.11) and read faster, by
@@ -16,7 +16,7 @@ _MOST_COLUMNS = 1 << 15
 """Entries of `SparseRows` are 16 bits: a column and a sign."""
 
 
-def pack(delta: Delta, device: torch.device) -> PackedDelta:
+def pack(delta: SparseDelta | DenseDelta, device: torch.device) -> PackedDelta:
     """A decoded delta in the form that mixed mode reads fastest, on the device.
 
     Vectors (norms, biases) and dense deltas are kept as float32; the others by density.

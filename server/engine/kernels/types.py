@@ -101,8 +101,34 @@ class DenseValues:
         return self.values.device
 
 
+@dataclass(frozen=True, eq=False)
+class Overwrites:
+    """New values for some weights, exactly a fine-tune's; kernels do not read it: it is merged, never applied beside.
+
+    Attributes:
+        shape: of the whole tensor.
+        places: `[nnz]` int32, or int64 from 2³¹ elements; flat, ascending.
+        values: `[nnz]` bfloat16 or float16.
+    """
+
+    shape: tuple[int, ...]
+    places: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.places.nbytes + self.values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+
 PackedDelta = BitPlanes | SparseRows | DenseValues
 """One tensor of an expert on one device, as mixed mode reads it. Made by `pack`; identity is the object's."""
+
+LoadedDelta = PackedDelta | Overwrites
+"""One tensor of an expert on one device, whichever mode can use it."""
 
 Term = tuple[float, PackedDelta]
 """A weight of the mix and the delta it is for."""
