@@ -22,7 +22,7 @@ from server.text import IncrementalDecoder, StopMatcher
 from server.tracing import Tracing
 from store.access import Caller
 from store.errors import ContextLengthError, InvalidRequestError, NotFoundError
-from store.mix import BASE_MIX, WEIGHT_DECIMALS, Mix
+from store.mix import BASE_MIX, WEIGHT_DECIMALS
 from store.record import ExpertRecord
 from store.registry import Registry
 

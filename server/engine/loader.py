@@ -15,7 +15,6 @@ from server.engine.kernels import LoadedDelta, Overwrites, pack, packed_fields
 from server.engine.parcel import Parcel, parcel_bytes, wrap
 from store.checkpoint import Checkpoint
 from store.deltas import OverwriteDelta
-from store.encodings import as_indices
 from store.errors import ExpertUnavailableError
 from store.expert_file import DenseEntry, ExpertHeader, OverwriteEntry, read_deltas, read_header
 from store.manifest import BaseManifest
@@ -158,7 +157,7 @@ def _decoded_bytes(header: ExpertHeader) -> int:
     fields: list[int] = []
     for entry in header.tensors.values():
         if isinstance(entry, OverwriteEntry):
-            fields += (as_indices(np.empty(0, np.int64), entry.numel).itemsize * entry.nnz, 2 * entry.nnz)
+            fields += ((4 if entry.numel < 2**31 else 8) * entry.nnz, 2 * entry.nnz)
         elif isinstance(entry, DenseEntry):
             fields += packed_fields(entry.shape, None)
         else:

@@ -28,12 +28,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # Decoding only: how experts are made, named and kept is none of the engine's business.
     "server.engine": (
         "server.engine",
+        "store.checkpoint",
         "store.deltas",
         "store.errors",
         "store.expert_file",
         "store.fingerprint",
         "store.manifest",
         "store.mix",
+        "store.overwriting",
+        "store.patterns",
         "store.tiers",
     ),
     "server.tools": ("server.engine.types", "server.tools"),
@@ -136,8 +139,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.engine.timing",
         "server.tracing",
     ),
+    "server.composing": ("server.choices", "store.lineage", "store.mix"),
     "server.generation": (
         "server.choices",
+        "server.composing",
         "server.engine.types",
         "server.metrics",
         "server.prompts",
