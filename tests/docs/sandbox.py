@@ -67,7 +67,11 @@ class Sandbox:
             "SWITCHYARD_CACHE_DIR": str(cache),
             "SWITCHYARD_FEATURE_LAYER": "2",
             "SWITCHYARD_KV_BYTES": "64MiB",
-            "SWITCHYARD_MODE": "merged",  # measures nothing at start
+            # Nothing is measured or compiled at start.
+            "SWITCHYARD_MODE": "merged",
+            "SWITCHYARD_KERNELS": "reference",
+            # Else matplotlib looks for fonts anew on every page.
+            "MPLCONFIGDIR": str(ROOT / ".cache" / "matplotlib"),
         }
         if keys:
             self._env |= {"SWITCHYARD_API_KEYS": KEY, "SWITCHYARD_API_KEY": KEY}

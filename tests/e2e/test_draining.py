@@ -29,7 +29,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(zygote: Zygote, base: Path, folder: Path, drain_seconds: int) -> ServerProcess:
     argv = ("switchyard", "serve", "--port", "0", "--base", base, "--data-dir", folder, "--cache-dir", folder,
-            "--kv-bytes", "32MiB", "--drain-seconds", str(drain_seconds))  # fmt: skip
+            "--kv-bytes", "32MiB", "--mode", "merged", "--kernels", "reference",
+            "--drain-seconds", str(drain_seconds))  # fmt: skip
     return until_ready(zygote.start(argv, cwd=folder, env=clean_environment()))
 
 
