@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "benchmarks.md")
+PAGES = (README, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "clients.md")
 """What shows results."""
 
 
@@ -92,7 +92,33 @@ def first_table() -> str:
     return "\n".join(lines)
 
 
+def clients_table() -> str:
+    """How much of `bench.conformance` each client does: one row per client."""
+    version, *features = load("conformance")["rows"]
+    lines = ["| client | version | works | refused clearly | not offered by it | fails |", "|---|---|---|---|---|---|"]
+    for client in [name for name in version if name not in ("feature", "what")]:
+        found = [row[client] for row in features]
+        counts = [found.count(verdict) for verdict in ("works", "refused", "not offered")]
+        cells = [client, version[client], *counts, len(found) - sum(counts)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def conformance_table() -> str:
+    """The rows of `bench.conformance` as a Markdown table: client × feature."""
+    version, *features = load("conformance")["rows"]
+    clients = [name for name in version if name not in ("feature", "what")]
+    head = " | ".join(f"{client} {version[client]}" for client in clients)
+    lines = [f"| | {head} |", f"|{'---|' * (len(clients) + 1)}"]
+    for row in features:
+        cells = " | ".join("—" if row[client] == "not offered" else row[client] for client in clients)
+        lines.append(f"| {row['what']} | {cells} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "clients": clients_table,
+    "conformance": conformance_table,
     "first_table": first_table,
     "bars": bars_table,
     "bars_summary": bars_summary,
@@ -114,7 +140,7 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.bars", description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md and docs/benchmarks.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md and of docs/")
     if parser.parse_args().readme:
         for page in PAGES:
             page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

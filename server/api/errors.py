@@ -160,7 +160,7 @@ def _validation_body(error: RequestValidationError) -> ErrorAnswer:
         message = "the body must be a JSON object, sent as application/json"
         return error_body(message, 400, code="invalid_value")
     code, what = _VALIDATION_FAULTS.get(kind, ("invalid_value", fault["msg"]))
-    return error_body(f"{param}: {what}", 400, param=param, code=code)
+    return error_body(f"{param}: {context.get('what', what)}", 400, param=param, code=code)
 
 
 def _param(location: Sequence[str | int], body: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,12 +12,24 @@ from server.api.tools import ToolCall
 from server.api.wire import OnlyNeutral, Text, Wire, fault
 from server.engine.types import Message
 
+MAX_NAME = 200
+_OTHER_PARTS = frozenset({"image_url", "input_audio", "audio_url", "video_url", "file", "refusal"})
+
 
 class TextPart(Wire):
     """A part of a message; text is the only kind that this server knows."""
 
     type: Literal["text"]
     text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kind(cls, part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in _OTHER_PARTS:
+            what = f"parts of the kind {kind} are not supported: this base reads text"
+            raise PydanticCustomError("unsupported_parameter", "not supported", {"param": ".type", "what": what})
+        return part
 
 
 def shape_of_text(value: object) -> str:
@@ -34,12 +46,17 @@ class ChatMessage(Wire):
     ] = None
     tool_calls: list[ToolCall] | None = Field(None, description="What the assistant has called.")
     tool_call_id: Text | None = Field(None, description="Which call a message of the role `tool` answers.")
-    name: Text | None = Field(None, description="Of the tool, in a message of the role `tool`.")
+    name: Text | None = Field(
+        None,
+        max_length=MAX_NAME,
+        description="Who speaks, or the tool that answers: for chat templates that look at it.",
+    )
     # Clients send an assistant's message back as they got it, with these empty.
     refusal: Annotated[None, OnlyNeutral()] = None
     annotations: Annotated[None, OnlyNeutral([])] = None
     audio: Annotated[None, OnlyNeutral()] = None
     function_call: Annotated[None, OnlyNeutral()] = None
+    provider_specific_fields: Annotated[None, OnlyNeutral({}, {"refusal": None})] = None  # LiteLLM's
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
@@ -47,8 +64,6 @@ class ChatMessage(Wire):
             raise fault(".tool_calls", "belongs to the role assistant")
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise fault(".tool_call_id", "belongs to the role tool, which needs it")
-        if self.name is not None and self.role != "tool":
-            raise PydanticCustomError("unsupported_parameter", "not supported", {"param": ".name"})
         if self.content is None and not self.tool_calls:
             if "content" in self.model_fields_set:
                 raise fault(".content", "must be text, or a list of text parts")
@@ -72,6 +87,6 @@ class ChatMessage(Wire):
             message["tool_calls"] = [call.to_engine() for call in self.tool_calls]
         if self.role == "tool":
             message["tool_call_id"] = self.tool_call_id
-            if self.name is not None:
-                message["name"] = self.name
+        if self.name is not None:
+            message["name"] = self.name
         return message

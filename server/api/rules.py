@@ -56,6 +56,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/route/map"): _READ,
     ("POST", "/tokenize"): _ASK,
     ("POST", "/detokenize"): _ASK,
+    ("GET", "/tokenizer_info"): _READ,
     ("GET", "/v1/models"): _READ,
     ("GET", "/v1/models/{model:path}"): _READ,
     ("GET", "/v1/experts"): _READ,

@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
+"""`POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ class Detokenized(TypedDict):
     prompt: str
 
 
+class TokenizerInfo(TypedDict):
+    """What a client must know to make prompts by itself, as in a `tokenizer_config.json`."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    model_max_length: int
+
+
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, services: ReadyServices) -> Tokens:
     """The token ids of a text, or of a conversation in the chat template."""
@@ -73,3 +84,18 @@ async def detokenize(body: DetokenizeBody, services: ReadyServices) -> Detokeniz
     tokenizer = services.engine.tokenizer
     spelled = await asyncio.to_thread(lambda: b"".join(map(tokenizer.token_bytes, body.tokens)))
     return {"prompt": spelled.decode(errors="replace")}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(services: ReadyServices) -> TokenizerInfo:
+    """The base's special tokens and chat template; evaluation harnesses then need no tokenizer of their own."""
+    tokenizer = services.engine.tokenizer
+    special = tokenizer.special_tokens
+    return {
+        "bos_token": special.get("bos_token"),
+        "eos_token": special.get("eos_token"),
+        "pad_token": special.get("pad_token"),
+        "unk_token": special.get("unk_token"),
+        "chat_template": tokenizer.chat_template or None,
+        "model_max_length": services.engine.base.context_length,
+    }

@@ -143,8 +143,7 @@ class TransformersEngine:
         wanted = 1 if most is None else most
         if wanted > room:
             raise ContextLengthError(
-                f"the context holds {self._base.context_length} tokens; the prompt has {len(request.prompt)} and "
-                f"{wanted} more were asked for",
+                f"{_longest(self._base)}; the prompt has {len(request.prompt)} and {wanted} more were asked for",
                 param="max_tokens" if room >= 1 else "messages",
             )
         limit = room if most is None else most
@@ -181,9 +180,7 @@ class TransformersEngine:
         for prompt in prompts:
             self._check_vocabulary(prompt, "input")
             if len(prompt) > self._base.context_length:
-                raise ContextLengthError(
-                    f"the context holds {self._base.context_length} tokens; the text has {len(prompt)}", param="input"
-                )
+                raise ContextLengthError(f"{_longest(self._base)}; the text has {len(prompt)}", param="input")
         loop = asyncio.get_running_loop()
         jobs = [(list(prompt), loop.create_future()) for prompt in prompts]
         if not self._worker.post(lambda: self._worker.features.add(jobs)):
@@ -227,6 +224,11 @@ class TransformersEngine:
 
     def _closed(self, tenant: str | None) -> None:
         self._open[tenant] -= 1
+
+
+def _longest(base: BaseInfo) -> str:
+    """OpenAI's words, by which clients know that a prompt is too long."""
+    return f"this model's maximum context length is {base.context_length} tokens"
 
 
 def _host_bytes(settings: EngineSettings, device: torch.device) -> int:

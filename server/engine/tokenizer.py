@@ -60,6 +60,11 @@ class ModelTokenizer:
             template = template.get("tool_use") or template.get("default")
         return template or ""
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        named = self._tokenizer.special_tokens_map
+        return {role: str(token) for role, token in named.items() if isinstance(token, str)}
+
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         if self._tokenizer.chat_template is None:
             raise ChatTemplateError("this base has no chat template; use /v1/completions", param="messages")

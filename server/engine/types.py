@@ -177,6 +177,11 @@ class Tokenizer(Protocol):
         """The chat template, the one for tools where there are several; empty where there is none."""
         ...
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of the special tokens that there are, by role: `bos_token`, `eos_token`, `pad_token`, ..."""
+        ...
+
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's turn.
 

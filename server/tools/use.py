@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from server.engine.grammar_check import WHITESPACE
 from server.engine.types import Grammar, GrammarKind
 from server.tools.parsers import HermesParser, LlamaParser, MistralParser, ToolParser
 
@@ -106,7 +107,9 @@ class ToolUse:
                 '"\\n"',
             )
         more = f" ({between} call)*" if several else ""
-        text = f"start: call{more}\ncall: {before}object{after}\nobject: %json {json.dumps(call)}\n"
+        # Inside a Lark grammar, only the schema itself can say that spaces come to an end.
+        bounded = json.dumps(call | {"x-guidance": {"whitespace_pattern": WHITESPACE}})
+        text = f"start: call{more}\ncall: {before}object{after}\nobject: %json {bounded}\n"
         return Grammar(GrammarKind.LARK, text, "tool_choice")
 
 

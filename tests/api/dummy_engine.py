@@ -49,6 +49,7 @@ class DummyTokenizer:
         return list(text.encode())
 
     chat_template = ""
+    special_tokens: Mapping[str, str] = {"eos_token": "<special>"}
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         turns = [f"{message['role']}: {message['content']}\n" for message in messages]

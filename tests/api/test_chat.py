@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from openai import AsyncOpenAI
 
-from tests.api.house import BASE, CRON, House, events
+from tests.api.house import BASE, CRON, House, error, events
 
 pytestmark = pytest.mark.anyio
 
@@ -174,6 +176,35 @@ async def test_messages_of_every_role_and_shape(house: House, openai: AsyncOpenA
     assert prompt == (
         "system: be terse\nuser: one\ntwo\nassistant: base heard: user: hello\nuser: and now?\nassistant: "
     )
+
+
+async def test_images_are_refused_in_words(house: House) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
+    detail = error(
+        await house.chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}, image]}]), 400
+    )
+    assert (detail["param"], detail["code"]) == ("messages[0].content[1].type", "unsupported_parameter")
+    assert "image_url" in detail["message"]
+    assert "reads text" in detail["message"]
+
+
+async def test_who_speaks_is_left_to_the_chat_template(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    encode = house.engine.tokenizer.encode_chat
+
+    def look(messages: Any, tools: Any = ()) -> list[int]:
+        seen.extend(messages)
+        return encode(messages, tools)
+
+    monkeypatch.setattr(house.engine.tokenizer, "encode_chat", look)
+    messages = [
+        {"role": "user", "content": "how deep?", "name": "ada"},
+        {"role": "assistant", "content": "deep", "name": "surveyor", "provider_specific_fields": {"refusal": None}},
+        {"role": "user", "content": "and now?"},
+    ]
+    assert (await house.chat(messages=messages)).status_code == 200
+    assert [message.get("name") for message in seen] == ["ada", "surveyor", None]
+    assert all("provider_specific_fields" not in message for message in seen)
 
 
 async def test_expert_by_name(house: House, openai: AsyncOpenAI) -> None:

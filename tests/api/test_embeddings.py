@@ -82,6 +82,17 @@ async def test_tokenize_a_conversation(house: House) -> None:
     assert tokens["token_strs"] is None
 
 
+async def test_what_the_tokenizer_is(house: House) -> None:
+    assert (await house.http.get("/tokenizer_info")).json() == {
+        "bos_token": None,
+        "eos_token": "<special>",
+        "pad_token": None,
+        "unk_token": None,
+        "chat_template": None,
+        "model_max_length": CONTEXT,
+    }
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

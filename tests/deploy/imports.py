@@ -39,7 +39,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.patterns",
         "store.tiers",
     ),
-    "server.tools": ("server.engine.types", "server.tools"),
+    "server.tools": ("server.engine.grammar_check", "server.engine.types", "server.tools"),
     "server.access_settings": (),
     "server.audit": (),
     "server.console": (),
