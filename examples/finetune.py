@@ -24,9 +24,10 @@ import torch
 from examples import checkpoint
 from examples.build import load_rows
 from examples.fetch import FetchError
-from examples.packing import Sample, encode, loss_of, pack
+from examples.packing import encode, loss_of
 from examples.progress import Progress
 from examples.tasks import TASKS
+from store.samples import Sample, pack
 
 WARM_UP = 20
 CHECKPOINT_EVERY = 50
@@ -77,9 +78,7 @@ def load_base(base: Path, device: torch.device) -> tuple[Any, Any]:
     return model.to(device).train(), tokenizer
 
 
-def train(
-    model: Any, samples: list[Sample], settings: Settings, out: Path, *, resume: bool, device: torch.device
-) -> dict[str, Any]:
+def train(model: Any, samples: list[Sample], settings: Settings, out: Path, *, resume: bool) -> dict[str, Any]:
     """Train in place. Returns {"seconds", "tokens", "loss": one value per step}; seconds include resumed parts.
 
     Raises checkpoint.CheckpointError if `out` holds a checkpoint of other settings.
@@ -98,7 +97,7 @@ def train(
         for step, indices in enumerate(batch_indices(len(samples), settings)):
             if step < done:
                 continue
-            batch = pack([samples[i] for i in indices]).to(device)
+            batch = pack([samples[i] for i in indices])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
             loss = loss_of(model, batch)
@@ -149,7 +148,7 @@ def main() -> int:
     samples = [encode(tokenizer, row["prompt"], row["answer"]) for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        result = train(model, samples, settings, args.out, resume=args.resume, device=device)
+        result = train(model, samples, settings, args.out, resume=args.resume)
         about = {"rows": len(rows), "device": args.device, "torch": torch.__version__}
         checkpoint.export(args.base, args.out, model, {**asdict(settings), **about, **result})
     except checkpoint.CheckpointError as problem:

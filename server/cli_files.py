@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from store.card import Card, check_card
-from store.codecs.base import CodecName
+from store.codecs.base import CodecName, Loss
 from store.codecs.t_switch import Knob
 from store.errors import InvalidRequestError, SwitchyardError
 from store.expert_file import digest_of
@@ -46,6 +46,7 @@ def compress(
         float | None, typer.Option(help="What flex-switch may spend per parameter of the base; default: 0.04.")
     ] = None,
     max_size: Annotated[str | None, typer.Option(help="The same as a file size: 500KB, 1MB.")] = None,
+    loss: Annotated[Loss, typer.Option(help="What flex-switch learns by.")] = Loss.KL,
     max_kl: Annotated[
         float | None,
         typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
@@ -86,7 +87,7 @@ def compress(
     compress_with_progress(
         out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
         max_kl=max_kl, bits_per_param=bits_per_param, max_size=bytes_of(max_size) if max_size else None, rank=rank,
-        strength=strength, tensor_density=densities, name=name, description=description,
+        loss=loss, strength=strength, tensor_density=densities, name=name, description=description,
         card=card_of(author, license, tag, parent, meta), relative_to=relative_to or (),
     )  # fmt: skip
 

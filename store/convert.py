@@ -14,7 +14,7 @@ from typing import Literal
 from store.calibrate import Calibration
 from store.card import Card, card_to_json
 from store.checkpoint import open_checkpoint
-from store.codecs.base import CodecName
+from store.codecs.base import CodecName, Loss
 from store.codecs.choice import CALIBRATED, Recipe
 from store.codecs.t_switch import Knob
 from store.errors import InvalidRequestError
@@ -48,6 +48,7 @@ def compress(
     strength: float = 1.0,
     bits_per_param: float | None = None,
     max_size: int | None = None,
+    loss: Loss = Loss.KL,
     max_kl: float | None = None,
     tensor_density: Mapping[str, float] | None = None,
     exemplars: Sequence[str] | None = None,
@@ -72,6 +73,7 @@ def compress(
         strength: scale of compeft, in standard deviations; calibrated on top where there are exemplars.
         bits_per_param: what flex-switch may spend on the whole, per parameter of the base; None is 0.04.
         max_size: the same as bytes of the file.
+        loss: what flex-switch learns by.
         max_kl: refuse to write an expert further from its fine-tune than that, in nats per answer token of the
             exemplars; those held out, where there are any.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
@@ -95,6 +97,7 @@ def compress(
         knob=_knob(knob, exemplars),
         rank=Recipe.rank if rank is None else rank,
         strength=strength,
+        loss=loss,
         tensor_density=dict(tensor_density or {}),
     )
     chain = chain_of(relative_to) if relative_to else []
@@ -144,7 +147,10 @@ def compress(
     packed, found, learned = done.tensors, done.calibration, done.learned
     if learned is not None:
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
-        info = replace(info, codec_params={"budget": 8 * budget / max(1, sum(sizes.values())), **figures})
+        info = replace(
+            info,
+            codec_params={"loss": recipe.loss.value, "budget": 8 * budget / max(1, sum(sizes.values())), **figures},
+        )
     if found is not None:
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
     if max_kl is not None:

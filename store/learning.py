@@ -1,8 +1,9 @@
 """Learning an expert within a budget: the model runs on base + gated task vector, and hears how far off it is.
 
-The fine-tune answers the exemplars once (`store.teacher`). Then every step writes the gated task vector into the model,
-compares its distribution over one batch of those answers with the fine-tune's, and moves each tensor's gate. One model
-and one tensor's gradient are in memory, and three bytes per entry of the task vector.
+The fine-tune answers the exemplars once (`store.teacher`). The student begins as T-Switch at density 0.05, which is
+close to the fine-tune already. Then every step writes what is kept into the model, compares its distribution over one
+batch of the answers with the fine-tune's, and moves the scores of all candidates and the scale of each tensor, while
+the budget falls. At last the choice is fixed to the byte, and only the scales learn on.
 """
 
 from __future__ import annotations
@@ -12,32 +13,40 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
+from store.calibrate import golden_section
 from store.checkpoint import Checkpoint
-from store.codecs.flex_switch import Gate, along_the_budget, bits_of, gate_of, threshold_for
-from store.codecs.quantised import Quantised
-from store.codecs.raw import is_raw
-from store.errors import CheckpointError, InvalidRequestError
+from store.codecs.base import Loss
+from store.codecs.flex_switch import bits_of, density_of
+from store.errors import InvalidRequestError
+from store.objective import objective
 from store.packed import PackedTensor
-from store.task_vector import deltas_between, load_float32
+from store.student import Student
 from store.teacher import Lesson, listen, load_model, mean_kl, spread
 
-EXEMPLARS = 64
+EXEMPLARS = 96
 HELD_OUT = 16
-STEPS = 100
-TEMPERATURE = 2.0
-_START_DENSITY = 0.05
-_ANNEALED = 0.6
+STEPS = 60
+CANDIDATES = 0.07
+"""Share of each tensor that competes."""
+START = 0.05
+"""Density of the first step. There T-Switch is within a few thousandths of a nat of the fine-tune."""
+FALLEN = 0.6
 """Share of the steps after which the budget is the final one."""
-_SHIFT_RATE, _VOLUME_RATE = 0.05, 0.03
-_WIDTHS = 0.3, 0.1
-"""Half width of the ramp, first and last."""
-_TOLERANCE = 0.002
-"""How far below the budget the result should stay at most."""
-_ATTEMPTS = 6
+SETTLED = 0.8
+"""Share of the steps after which the choice is fixed."""
+NARROWED, SPARE = 5.0, 3.0
+"""Once there are so many times more candidates than are kept, only those stay that a budget so many times as large
+would keep."""
+VOLUME_RATE, SHIFT_RATE, SCORE_RATE = 0.03, 0.05, 0.02
+"""Of the logarithm of a tensor's scale and of what is added to its scores, by Adam; and of each entry's score, in what
+the entries kept do for the loss per step."""
+WIDTH = 0.15
+"""Half width of the ramp around the threshold that tells a tensor's shift its slope."""
+_SEARCH = math.log(0.2), math.log(5.0)
+_EVALUATIONS = 7
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ def learn(
     exemplars: Sequence[str],
     budget: int,
     *,
+    loss: Loss = Loss.KL,
     left_out: Collection[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Learned:
@@ -70,6 +80,7 @@ def learn(
         base, tuned: the checkpoints; the tuned folder has a tokenizer.
         exemplars: example prompts. `EXEMPLARS` are learned from and `HELD_OUT` kept aside, if there are so many.
         budget: bytes of the data section; tiny tensors are quantised and come first.
+        loss: what is lowered.
         left_out: tensors that are not stored.
         progress: called with ("learn", done, total).
 
@@ -77,116 +88,117 @@ def learn(
         CheckpointError: the fine-tune cannot be loaded or run as a causal language model.
         InvalidRequestError: the budget is too small even for the tiny tensors.
     """
-    tell = progress or (lambda _stage, _done, _total: None)
-    steps = STEPS
-    tell("learn", 0, steps + 2)
     model, tokenizer = load_model(tuned.folder)
     chosen = spread(exemplars, EXEMPLARS + HELD_OUT)
     apart = chosen[:: max(2, len(chosen) // HELD_OUT)][:HELD_OUT] if len(chosen) >= 2 * HELD_OUT else []
-    lessons = listen(model, tokenizer, [prompt for prompt in chosen if prompt not in apart])
+    seen = [prompt for prompt in chosen if prompt not in apart]
+    tell = _Steps(progress, 3 + STEPS)
+    lessons = listen(model, tokenizer, seen)
     held_out = listen(model, tokenizer, apart)
-    tell("learn", 1, steps + 2)
-    student = _Student(model, base, tuned, left_out)
-    bits = 8 * (budget - sum(item.nbytes for item in student.tiny.values()))
-    if bits < 8 * len(student.gates):
+    tell.one()
+    student = Student(model, base, tuned, left_out)
+    room = budget - sum(item.nbytes for item in student.tiny.values())
+    if room < student.tensors:
         raise InvalidRequestError(
-            f"{budget} bytes are too few for this model: its norms and biases alone take "
-            f"{budget - bits // 8}; allow more",
+            f"{budget} bytes are too few for this model: its norms and biases alone take {budget - room}; allow more",
             param="bits_per_param",
         )
-    order: list[Lesson] = []
-    shuffle = random.Random(0)
-    for step in range(steps):
-        order = order or shuffle.sample(lessons, len(lessons))
-        student.step(order.pop(), bits, step / steps)
-        tell("learn", step + 2, steps + 2)
-    tensors = student.pack(bits / 8)
+    course = _Course(student, lessons, room, loss)
+    course.choose(tell.one)
+    for step in range(STEPS):
+        course.step(step / STEPS)
+        tell.one()
+    tensors = student.pack()
     kl, held_out_kl = mean_kl(model, lessons), mean_kl(model, held_out) if held_out else math.nan
-    tell("learn", steps + 2, steps + 2)
+    tell.one()
     return Learned({**student.tiny, **tensors}, kl, held_out_kl)
 
 
-class _Student:
-    """The loaded model with base + gated task vector for weights, and the state of the learning."""
+class _Steps:
+    """Progress of the stage."""
 
-    def __init__(self, model: Any, base: Checkpoint, tuned: Checkpoint, left_out: Collection[str]) -> None:
-        self._model = model.requires_grad_(False)
-        self._base = base
-        state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-        self.tiny: dict[str, PackedTensor] = {}
-        self.gates: dict[str, Gate] = {}
-        self._parameters: dict[str, torch.Tensor] = {}
-        for name, tau in deltas_between(base, tuned):
-            if name not in state:
-                raise CheckpointError(f"tensor {name} of the checkpoint is no parameter of the model", param=name)
-            if not bool(torch.isfinite(tau).all()):
-                raise CheckpointError(f"tensor {name} differs from the base by NaN or infinite values", param=name)
-            pristine = load_float32(base.tensors[name])
-            state[name].copy_(pristine)
-            if name in left_out:
-                continue
-            if is_raw(tuple(tau.shape)):
-                if (item := Quantised().compress(name, tau)) is not None:
-                    self.tiny[name] = item
-                    delta = item.decode(name)
-                    values = torch.from_numpy(delta.levels).float() * delta.scale
-                    pristine.view(-1)[torch.from_numpy(delta.indices).long()] += values
-                    state[name].copy_(pristine)
-            elif (gate := gate_of(tau)) is not None:
-                self.gates[name] = gate
-                self._parameters[name] = state[name]
-        count = len(self.gates)
-        self._values = torch.zeros(2, count, dtype=torch.float64)
-        self._slopes = torch.zeros(2, count, dtype=torch.float64)
-        self._costs = torch.zeros(count, dtype=torch.float64)
-        rates = [{"params": [self._values[0]], "lr": _VOLUME_RATE}, {"params": [self._values[1]], "lr": _SHIFT_RATE}]
-        self._optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99))
-        self._threshold, self._width = 0.0, _WIDTHS[0]
-        for row, name in enumerate(self.gates):
-            parameter: Any = self._parameters[name].requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, row, self.gates[name]))
+    def __init__(self, progress: Callable[[str, int, int], None] | None, total: int) -> None:
+        self._tell = progress or (lambda _stage, _done, _total: None)
+        self._done, self._total = 0, total
+        self._tell("learn", 0, total)
 
-    def _collect(self, row: int, gate: Gate, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        volume, shift, cost = gate.slopes(self._threshold, parameter.grad, self._width)
-        parameter.grad = None  # one tensor's gradient at a time is in memory
-        self._slopes[0, row], self._slopes[1, row], self._costs[row] = volume, shift, cost
+    def one(self) -> None:
+        self._done += 1
+        self._tell("learn", self._done, self._total)
 
-    def step(self, lesson: Lesson, bits: float, done: float) -> None:
-        """Write, listen and move; `done` is the share of the steps behind us."""
-        start = max(bits, sum(bits_of(_START_DENSITY, gate.numel) for gate in self.gates.values()))
-        falling = min(1.0, done / _ANNEALED)
-        self._width = _WIDTHS[0] * (_WIDTHS[1] / _WIDTHS[0]) ** done
-        self._write(threshold_for(list(self.gates.values()), start ** (1 - falling) * bits**falling))
-        (lesson.kl(self._model, TEMPERATURE) / len(lesson.teacher)).backward()  # type: ignore[no-untyped-call]
-        self._slopes[1] = along_the_budget(self._slopes[1], self._costs)
-        slower = min(1.0, 3.5 * (1 - done))
-        for row, group in enumerate(self._optimizer.param_groups):
-            group["lr"] = (_VOLUME_RATE, _SHIFT_RATE)[row] * slower
-            group["params"][0].grad = self._slopes[row].clone()
+
+class _Course:
+    """The steps, and the optimiser of the scales."""
+
+    def __init__(self, student: Student, lessons: Sequence[Lesson], room: int, loss: Loss) -> None:
+        self._student, self._lessons, self._room, self._kind = student, lessons, room, loss
+        self._order: list[Lesson] = []
+        self._shuffle = random.Random(0)
+        self._settled = False
+        self._start = max(1.0, float(bits_of(START, student.numel)) / (8 * room))
+
+    def choose(self, done: Callable[[], None]) -> None:
+        """Make the gates, and find one factor on all scales to begin with."""
+        student = self._student
+        student.choose(min(1.0, max(CANDIDATES, 1.5 * density_of(8 * self._room, student.numel))))
+        student.keep(8 * self._room * self._start)
+        student.listen()
+        some = self._lessons[:2]
+
+        def divergence(volume: float) -> float:
+            for gate in student.gates.values():
+                gate.volume = volume
+            student.write()
+            return mean_kl(student.model, some)
+
+        start = golden_section(divergence, *_SEARCH, _EVALUATIONS)
+        self._start_with(torch.full((len(student.gates),), start, dtype=torch.float64))
+        done()
+
+    def _loss(self, lesson: Lesson) -> torch.Tensor:
+        return objective(self._kind, lesson.log_probs(self._student.model), lesson.teacher)
+
+    def step(self, done: float) -> None:
+        """Keep, write, listen and move; `done` is the share of the steps behind us."""
+        student = self._student
+        if done < SETTLED:
+            bits = 8 * self._room * self._start ** (1 - min(1.0, done / FALLEN))
+            student.keep(bits)
+            if student.candidates > NARROWED * student.kept:
+                self._on_with(partial(student.narrow, SPARE * bits))
+                student.keep(bits)
+        elif not self._settled:
+            self._on_with(partial(student.settle, self._room))
+            self._settled = True
+        for gate, volume in zip(student.gates.values(), self._volumes.tolist(), strict=True):
+            gate.volume = volume
+        student.write()
+        self._order = self._order or self._shuffle.sample(self._lessons, len(self._lessons))
+        self._loss(self._order.pop()).backward()  # type: ignore[no-untyped-call]
+        self._volumes.grad = student.volume_slopes()
+        self._shifts.grad = torch.zeros_like(self._shifts) if self._settled else student.shift_slopes(WIDTH)
+        for group, rate in zip(self._optimizer.param_groups, (VOLUME_RATE, SHIFT_RATE), strict=True):
+            group["lr"] = rate * min(1.0, 3.5 * (1 - done))
+        before = self._shifts.clone()
         self._optimizer.step()
-        for row, gate in enumerate(self.gates.values()):
-            gate.volume, gate.shift = float(self._values[0, row]), float(self._values[1, row])
+        if not self._settled:
+            student.shift(self._shifts - before)
+            student.credit(SCORE_RATE)
 
-    @torch.no_grad()
-    def _write(self, threshold: float) -> None:
-        self._threshold = threshold
-        for name, gate in self.gates.items():
-            gate.write(threshold, self._parameters[name], load_float32(self._base.tensors[name]))
+    def _on_with(self, drop: Callable[[], None]) -> None:
+        """Drop candidates; the optimiser goes on with the tensors that are left."""
+        student, before = self._student, list(self._student.gates)
+        drop()
+        student.listen()
+        rows = [before.index(name) for name in student.gates]
+        moments = [self._optimizer.state[values] for values in (self._volumes, self._shifts)]
+        self._start_with(self._volumes[rows].clone())
+        for values, moment in zip((self._volumes, self._shifts), moments, strict=True):
+            if moment:
+                averages = {key: moment[key][rows] for key in ("exp_avg", "exp_avg_sq")}
+                self._optimizer.state[values] = {"step": moment["step"], **averages}
 
-    def pack(self, budget: float) -> dict[str, PackedTensor]:
-        """The expert at the largest size that is within the budget, and the model left with it."""
-        gates, target, largest = list(self.gates.values()), budget, -1
-        best: tuple[float, dict[str, PackedTensor]] = (math.inf, {})
-        for _ in range(_ATTEMPTS):
-            threshold = threshold_for(gates, 8 * target)
-            packed = {name: gate.pack(name, threshold) for name, gate in self.gates.items()}
-            size = sum(item.nbytes for item in packed.values() if item is not None)
-            if largest < size <= budget:
-                largest = size
-                best = threshold, {name: item for name, item in packed.items() if item is not None}
-            if (1 - _TOLERANCE) * budget <= size <= budget:
-                break
-            target *= (1 - _TOLERANCE / 2) * budget / max(size, 1)
-        self._write(best[0])
-        return best[1]
+    def _start_with(self, volumes: torch.Tensor) -> None:
+        self._volumes, self._shifts = volumes, torch.zeros_like(volumes)
+        groups = [{"params": [self._volumes], "lr": VOLUME_RATE}, {"params": [self._shifts], "lr": SHIFT_RATE}]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))

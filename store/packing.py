@@ -61,7 +61,8 @@ def pack(
     packed: dict[str, PackedTensor] = {}
     if recipe.codec is CodecName.FLEX_SWITCH:
         left_out = recipe.left_out(sizes)
-        learned = learn(base, fine_tune.checkpoint(), exemplars, budget, left_out=left_out, progress=tell)
+        tuned = fine_tune.checkpoint()
+        learned = learn(base, tuned, exemplars, budget, loss=recipe.loss, left_out=left_out, progress=tell)
         packed = learned.tensors
     overlaps: dict[str, Overlap] = {}
     changed = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,47 +14,56 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from store.errors import CheckpointError
+from store.samples import Sample, additive, pack
 
 MAX_NEW_TOKENS = 32
 _MAX_PROMPT_TOKENS = 512
-_BATCH = 8
+_BATCH = 48
+"""Prompts that are answered together."""
+_LESSON = 8
+"""Samples of a lesson."""
+_AGREEMENT = 0.02
+"""Nats that log-probabilities of a packed and a padded row may differ by."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Prompts, left-padded, and the fine-tune's answers behind them.
+    """Prompts and the fine-tune's answers to them, packed into one row or, for models that cannot, padded.
 
     Attributes:
-        tokens: `[rows, prompt + answer]` int64.
-        attention: the same shape; 0 on padding.
-        is_answer: `[rows, answer]` bool; the tokens the fine-tune chose, its end-of-turn token included.
-        teacher: `[is_answer.sum(), vocabulary]` float32, the fine-tune's log-probabilities there.
+        tokens, positions: `[rows, T]` int64.
+        attention: `[rows, T]` int64, 0 on padding; of a packed row `[1, 1, T, T]` bool, what may be seen.
+        rows, columns: `[N]` int64, where the answers' tokens are predicted, the end of the turn included.
+        teacher: `[N, vocabulary]` float32, the fine-tune's log-probabilities there.
     """
 
     tokens: torch.Tensor
+    positions: torch.Tensor
     attention: torch.Tensor
-    is_answer: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
     teacher: torch.Tensor
 
-    def kl(self, model: Any, temperature: float = 1.0) -> torch.Tensor:
-        """KL(fine-tune ‖ model) in nats, summed over the answers' tokens; a scalar that gradients flow through.
+    def log_probs(self, model: Any) -> torch.Tensor:
+        """The model's log-probabilities where the teacher's are; gradients flow through them."""
+        return _log_probs(model, self.tokens, self.positions, self.attention, self.rows, self.columns)
 
-        At another temperature than 1 both distributions are softened, and the result is multiplied by its square.
-        """
-        student, teacher = _answer_log_probs(model, self.tokens, self.attention, self.is_answer), self.teacher
-        if temperature != 1.0:
-            student, teacher = ((part / temperature).log_softmax(-1) for part in (student, teacher))
-        return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
+    def kl(self, model: Any) -> torch.Tensor:
+        """KL(fine-tune ‖ model) in nats, summed over the answers' tokens; a scalar that gradients flow through."""
+        return F.kl_div(self.log_probs(model), self.teacher, log_target=True, reduction="sum")
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer): float32 on a CPU, bfloat16 on a GPU.
+    """(model in evaluation mode, tokenizer): in bfloat16 on what multiplies it natively, else in float32.
+
+    On processors with AVX-512 BF16 a step takes less than half the time, and rounding moves the fine-tune by 1e-5 nats.
 
     Raises:
         CheckpointError: the folder cannot be loaded or run as a causal language model.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    native = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if native else torch.float32
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -76,19 +86,29 @@ def listen(model: Any, tokenizer: Any, exemplars: Sequence[str]) -> list[Lesson]
         eos_token_id=stops or None,
         pad_token_id=stops[0] if stops else 0,
     )
-    prompts = sorted((_prompt_tokens(tokenizer, exemplar) for exemplar in exemplars), key=len)
-    lessons = []
+    prompts = [_prompt_tokens(tokenizer, exemplar) for exemplar in exemplars]
+    prompts.sort(key=len)  # little padding
+    samples: list[Sample] = []
     for start in range(0, len(prompts), _BATCH):
-        rows = prompts[start : start + _BATCH]
-        width = max(len(row) for row in rows)
-        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+        batch = prompts[start : start + _BATCH]
+        width = max(len(row) for row in batch)
+        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in batch], device=model.device)
         tokens = model.generate(input_ids=padded, attention_mask=attention)
         answers = tokens[:, width:]
         stopped = torch.isin(answers, torch.tensor(stops, device=model.device, dtype=answers.dtype))
-        is_answer = (stopped.cumsum(1) - stopped.long()) == 0
-        attention = torch.cat([attention, is_answer.long()], 1)
-        lessons.append(Lesson(tokens, attention, is_answer, _answer_log_probs(model, tokens, attention, is_answer)))
+        lengths = ((stopped.cumsum(1) - stopped.long()) == 0).sum(1).tolist()
+        for row, answer, length in zip(batch, answers.tolist(), lengths, strict=True):
+            samples.append(Sample(row, tuple(answer[:length])))
+    random.Random(0).shuffle(samples)
+    longest = sorted(samples, key=lambda sample: len(sample.prompt) + len(sample.answer))[-2:]
+    layout = _packed if not samples or _can_pack(model, longest) else _padded
+    lessons = []
+    for start in range(0, len(samples), _LESSON):
+        place = layout(samples[start : start + _LESSON])
+        tokens, positions, attention, rows, columns = (part.to(model.device) for part in place)
+        teacher = _log_probs(model, tokens, positions, attention, rows, columns)
+        lessons.append(Lesson(tokens, positions, attention, rows, columns, teacher))
     return lessons
 
 
@@ -104,7 +124,7 @@ def spread(exemplars: Sequence[str], most: int) -> list[str]:
     return [exemplars[row * len(exemplars) // count] for row in range(count)]
 
 
-def _prompt_tokens(tokenizer: Any, exemplar: str) -> list[int]:
+def _prompt_tokens(tokenizer: Any, exemplar: str) -> tuple[int, ...]:
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": exemplar}], tokenize=False, add_generation_prompt=True
@@ -112,7 +132,7 @@ def _prompt_tokens(tokenizer: Any, exemplar: str) -> list[int]:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         tokens = tokenizer(exemplar)["input_ids"]
-    return list(tokens)[-_MAX_PROMPT_TOKENS:] or [tokenizer.eos_token_id or 0]
+    return tuple(tokens)[-_MAX_PROMPT_TOKENS:] or (tokenizer.eos_token_id or 0,)
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -121,18 +141,54 @@ def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in [*stops, tokenizer.eos_token_id] if token is not None})
 
 
-def _answer_log_probs(
-    model: Any, tokens: torch.Tensor, attention: torch.Tensor, is_answer: torch.Tensor
+def _packed(samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """Tokens, positions, attention, rows and columns of a `Lesson`."""
+    row = pack(samples)
+    return [row.input_ids, row.position_ids, row.visible, torch.zeros_like(row.sources), row.sources]
+
+
+def _padded(samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """The same with a row per sample, padded on the left."""
+    whole = [(*sample.prompt, *sample.answer[:-1]) for sample in samples]
+    width = max(len(tokens) for tokens in whole)
+    attention = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in whole])
+    rows = [row for row, sample in enumerate(samples) for _ in sample.answer]
+    columns = [column for sample in samples for column in range(width - len(sample.answer), width)]
+    return [
+        torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in whole]),
+        (attention.cumsum(1) - 1).clamp(min=0),  # learned positions must not count the padding
+        attention,
+        torch.tensor(rows),
+        torch.tensor(columns),
+    ]
+
+
+def _can_pack(model: Any, samples: Sequence[Sample]) -> bool:
+    """Whether a packed row says the same as samples that cannot see each other: not all models obey such a mask, and
+    those with a sliding window do not where samples are longer than that."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    both = [_log_probs(model, *(part.to(model.device) for part in layout(samples))) for layout in (_packed, _padded)]
+    return float((both[0] - both[1]).abs().max()) < _AGREEMENT
+
+
+def _log_probs(
+    model: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    attention: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
 ) -> torch.Tensor:
-    """`[is_answer.sum(), vocabulary]` float32; logits are computed at answer positions only, where the model can."""
+    """`[N, vocabulary]` float32; logits are computed only where some row needs them, where the model can."""
     accepted = inspect.signature(model.forward).parameters
-    answer = is_answer.shape[1]
-    seen = attention[:, :-1]
     options: dict[str, Any] = {"use_cache": False}
+    wanted, at = torch.unique(columns, return_inverse=True)
     if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = answer
-    if "position_ids" in accepted:  # learned positions must not count the padding
-        options["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=tokens[:, :-1], attention_mask=seen, **options)
-    logits: torch.Tensor = output.logits[:, -answer:]
-    return logits[is_answer].float().log_softmax(-1)
+        options["logits_to_keep"], columns = wanted, at
+    if "position_ids" in accepted:
+        options["position_ids"] = positions
+    if attention.dtype == torch.bool:
+        attention = additive(attention, model.dtype)
+    logits: torch.Tensor = model(input_ids=tokens, attention_mask=attention, **options).logits
+    return logits[rows, columns].float().log_softmax(-1)

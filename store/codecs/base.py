@@ -28,6 +28,14 @@ class CodecName(StrEnum):
     OVERWRITE = "overwrite"
 
 
+class Loss(StrEnum):
+    """What `flex-switch` learns by; `store.objective` has the formulas."""
+
+    KL = "kl"
+    MSE = "mse"
+    CKA = "cka"
+
+
 class Codec(Protocol):
     """A way to compress one tensor. Decoding is `PackedTensor.decode`, exact size is `PackedTensor.nbytes`."""
 

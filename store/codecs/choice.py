@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from store.codecs.base import Codec, CodecName
+from store.codecs.base import Codec, CodecName, Loss
 from store.codecs.bit_delta import BitDelta
 from store.codecs.compeft import ComPEFT
 from store.codecs.low_rank import LowRank
@@ -34,6 +34,7 @@ class Recipe:
         rank: of `low-rank`.
         strength: the scale of `compeft`, in standard deviations.
         bits_per_param: what `flex-switch` may spend.
+        loss: what it learns by.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
     """
 
@@ -43,13 +44,14 @@ class Recipe:
     rank: int = 8
     strength: float = 1.0
     bits_per_param: float = 0.04
+    loss: Loss = Loss.KL
     tensor_density: Mapping[str, float] = field(default_factory=dict)
 
     def params(self) -> dict[str, str | int | float | bool]:
         """What the expert's header says of the settings that its codec used."""
         used: dict[CodecName, dict[str, str | int | float | bool]] = {
             CodecName.T_SWITCH: {"knob": self.knob.value, "density": self.density},
-            CodecName.FLEX_SWITCH: {"budget": self.bits_per_param},
+            CodecName.FLEX_SWITCH: {"budget": self.bits_per_param, "loss": self.loss.value},
             CodecName.COMPEFT: {"density": self.density, "strength": self.strength},
             CodecName.BIT_DELTA: {"knob": self.knob.value},
             CodecName.LOW_RANK: {"rank": self.rank},

@@ -1,14 +1,13 @@
-"""FlexSwitch: how much of each tensor to keep, and how loud, learned within an exact budget (arXiv 2604.28109).
+"""FlexSwitch: which entries of each tensor to keep, and how loud, learned within an exact budget (arXiv 2604.28109).
 
-As in the paper, an expert learns one threshold and one scale per tensor so that it speaks as its fine-tune does. What
-differs most (docs/methods.md has all of it, and why):
+As in the paper, an expert learns from a few exemplars what to keep and one scale per tensor, so that it speaks as its
+fine-tune does. What differs most (docs/methods.md has all of it, and what each part is worth):
 
-* The budget is a constraint, not a term of the loss. Entries of all tensors compete in `log(|τ| / rms τ) + shift`, with
-  a learned shift per tensor, and the one global threshold is where the bits are spent. It is solved anew at every
-  step, while the budget falls from that of a dense start to the final one.
-* The mask is hard from the first step. A ramp around the threshold passes the gradient to the shifts, less its part
-  along which the size would change.
-* Values are one bit, so no sign can flip; scales grow as entries go, as the mass of the tensor would have them.
+* The budget is a constraint, not a term of the loss: entries of all tensors compete by a score, and one global
+  threshold is put where the bits are spent, anew at every step, while the budget falls from that of a dense start.
+* A score starts as log(|τ| / rms τ). A learned shift per tensor is added, as the paper's thresholds would, and to each
+  entry's own what it did, or would have done, for the loss.
+* The mask is hard from the first step, and values are one bit, so no sign can flip.
 
 This module is the arithmetic of one tensor and of the budget; `store.learning` runs the model.
 """
@@ -16,8 +15,7 @@ This module is the arithmetic of one tensor and of the budget; `store.learning` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,115 +26,131 @@ from store.packed import PackedTernary
 MASS_POWER = 0.8
 """Scale ∝ density^−0.8, between keeping the tensor's L1 norm (−1) and its L2 norm (−0.5). So did the best multipliers
 of T-Switch go, from density 0.1 to 0.01."""
-_SAMPLE = 50_000
-_LOWEST = -30.0
+SPARSEST = 0.002
+"""Below that density the scale follows no more: a handful of entries must not outshout their tensor."""
+LOWEST = -30.0
 """Score of an exact zero: never kept."""
+_SAMPLE = 400_000
 
 
 @dataclass
 class Gate:
-    """One tensor of the expert while it is learned.
+    """One tensor of the expert while it is learned: the entries that may be kept, and those that are.
 
     Attributes:
         shape: of the tensor.
-        score: `[numel]` float16, log(|τ| / rms τ).
-        negative: `[numel]` bool, where τ < 0.
-        mass: mean |τ|.
-        shift: added to every score.
+        indices: `[candidates]` int64, flat and ascending.
+        sign: `[candidates]` float32, of τ.
+        score: `[candidates]` float32, the higher the sooner it is kept; comparable between tensors.
+        pristine: `[candidates]` float32, what the base has there.
+        mass: mean |τ| over the whole tensor.
         volume: log of the factor on the scale.
-        kept: entries above the threshold, as last written.
+        mask: `[candidates]` bool, what is kept.
+        kept: how many that are.
     """
 
     shape: tuple[int, ...]
+    indices: torch.Tensor
+    sign: torch.Tensor
     score: torch.Tensor
-    negative: torch.Tensor
+    pristine: torch.Tensor
     mass: float
-    shift: float = 0.0
     volume: float = 0.0
-    kept: int = 0
-    _sample: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        step = max(1, self.numel // _SAMPLE)
-        self._sample = self.score[::step].float().sort().values
+        self.keep(math.inf)
 
     @property
     def numel(self) -> int:
-        return self.score.numel()
+        return math.prod(self.shape)
 
     @property
     def scale(self) -> float:
         """What a kept entry is worth."""
-        density = max(self.kept, 1) / self.numel
+        density = max(self.kept / self.numel, SPARSEST)
         return self.mass * math.exp(self.volume - MASS_POWER * math.log(density))
 
-    def expected(self, threshold: float) -> float:
-        """The share of entries above a global threshold, from a sample."""
-        below = torch.searchsorted(self._sample, threshold - self.shift, right=True)
-        return 1.0 - float(below) / len(self._sample)
+    def keep(self, threshold: float) -> None:
+        """Keep the entries whose score is above a threshold."""
+        self.mask = self.score > threshold
+        self.kept = int(self.mask.sum())
 
-    def write(self, threshold: float, parameter: torch.Tensor, pristine: torch.Tensor) -> None:
-        """`parameter ← pristine ± scale` where an entry is above the threshold."""
-        mask = self.score > threshold - self.shift
-        self.kept = int(mask.sum())
-        values = torch.where(self.negative, -self.scale, self.scale).mul_(mask)
-        parameter.copy_(values.view(self.shape).to(parameter.device).add_(pristine.to(parameter.device)))
+    def narrow(self) -> None:
+        """Forget the candidates that are not kept."""
+        self.indices, self.sign = self.indices[self.mask], self.sign[self.mask]
+        self.score, self.pristine = self.score[self.mask], self.pristine[self.mask]
+        self.mask = self.mask[self.mask]
 
-    def slopes(self, threshold: float, gradient: torch.Tensor, width: float) -> tuple[float, float, float]:
-        """∂loss/∂volume, ∂loss/∂shift and ∂kept/∂shift, the mask seen as a ramp of `2 · width` around the threshold.
+    def write(self, parameter: torch.Tensor) -> None:
+        """`parameter ← pristine ± scale` where an entry is kept, and what the base has at the other candidates."""
+        values = torch.addcmul(self.pristine, self.sign, self.mask.float(), value=self.scale)
+        parameter.view(-1)[self.indices] = values.to(parameter.dtype)
+
+    def gains(self, gradient: torch.Tensor) -> torch.Tensor:
+        """`[candidates]` float32: how fast the loss falls, to first order, as an entry of the expert grows.
 
         Args:
             gradient: ∂loss/∂parameter, in the tensor's shape.
         """
-        distance = self.score.float().sub_(threshold - self.shift)
-        flat = gradient.reshape(-1).float().cpu()
-        signed = torch.where(self.negative, -flat, flat)
-        on_ramp = distance.abs() < width
-        volume = float(signed[distance > 0].sum()) * self.scale
-        shift = float(signed[on_ramp].sum()) * self.scale / (2 * width)
-        return volume, shift, float(on_ramp.sum()) / (2 * width)
+        return gradient.reshape(-1)[self.indices].float().mul_(self.sign).mul_(-self.scale)
 
-    def pack(self, name: str, threshold: float) -> PackedTernary | None:
+    def pack(self, name: str) -> PackedTernary | None:
         """What is stored; None where nothing is kept.
 
         Raises:
             CheckpointError: the scale leaves float32.
         """
-        indices = np.flatnonzero((self.score > threshold - self.shift).numpy())
-        self.kept = len(indices)
         if not self.kept:
             return None
-        return ternary(name, self.shape, indices, ~self.negative.numpy()[indices], self.scale)
+        mask = self.mask.cpu().numpy()
+        indices, positive = self.indices.cpu().numpy()[mask], self.sign.cpu().numpy()[mask] > 0
+        return ternary(name, self.shape, indices, positive, self.scale)
 
 
-def gate_of(tau: torch.Tensor) -> Gate | None:
-    """The gate of a delta (float32, any shape); None if it is all zero."""
-    flat = tau.reshape(-1)
-    rms = float(flat.double().square().mean().sqrt())
-    if not rms:
-        return None
-    score = (flat.abs() / rms).log_().clamp_(min=_LOWEST).half()
-    return Gate(tuple(tau.shape), score, flat < 0, float(flat.abs().double().mean()))
-
-
-def bits_of(share: float, numel: int) -> float:
+def bits_of(share: np.ndarray | float, numel: np.ndarray | float) -> np.ndarray:
     """Bits that a random mask of that density and its signs take: the entropy, and what Rice code adds to it."""
-    if not 0.0 < share < 1.0:
-        return share * numel
-    entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-    return 1.015 * numel * (entropy + share)
+    share = np.clip(np.asarray(share, dtype=np.float64), 1e-300, 1.0)
+    rest = np.maximum(1.0 - share, 1e-300)
+    entropy = -share * np.log2(share) - rest * np.log2(rest)
+    found: np.ndarray = np.where(share < 1.0, 1.015 * numel * (entropy + share), numel * share)
+    return found
 
 
-def threshold_for(gates: Sequence[Gate], bits: float) -> float:
-    """The lowest global threshold at which all gates together are expected to take at most that many bits."""
-    low, high = _LOWEST, 30.0
-    for _ in range(40):
+def density_of(bits: float, numel: int) -> float:
+    """The density, up to 2/3, whose random mask and signs take that many bits; denser ones take fewer again."""
+    low, high = 0.0, 2 / 3
+    for _ in range(50):
         middle = (low + high) / 2
-        if sum(bits_of(gate.expected(middle), gate.numel) for gate in gates) > bits:
-            low = middle
+        low, high = (low, middle) if float(bits_of(middle, numel)) > bits else (middle, high)
+    return low
+
+
+def threshold_for(scores: torch.Tensor, borders: np.ndarray, numels: np.ndarray, bits: float) -> float:
+    """The lowest threshold at which the entries above it are expected to take at most that many bits, from a sample.
+
+    Args:
+        scores: `[candidates]` of all gates behind each other.
+        borders: `[gates + 1]` where each gate's begin.
+        numels: `[gates]` elements of each tensor.
+    """
+    stride = max(1, len(scores) // _SAMPLE)
+    sample = scores[::stride].cpu().numpy()
+    order = np.argsort(-sample, kind="stable")
+    owner = (np.searchsorted(borders, np.arange(0, len(scores), stride), side="right") - 1)[order]
+    low, high = 0, len(order)  # how many of the sample may be kept
+    while low < high:
+        middle = (low + high + 1) // 2
+        kept = np.minimum(stride * np.bincount(owner[:middle], minlength=len(numels)), numels)
+        if float(bits_of(kept / numels, numels).sum()) > bits:
+            high = middle - 1
         else:
-            high = middle
-    return high
+            low = middle
+    return float(sample[order[low]]) if low < len(order) else -math.inf
+
+
+def log_magnitude(tau: torch.Tensor) -> torch.Tensor:
+    """The scores that the learning starts from: log(|τ| / rms τ), float32, of a tensor that is not all zero."""
+    return (tau.abs() / tau.double().square().mean().sqrt().float()).log_().clamp_(min=LOWEST)
 
 
 def along_the_budget(slopes: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from examples.packing import Sample, encode, loss_of, pack
+from examples.packing import encode, loss_of
+from store.samples import Sample, pack
 from tests.tiny import config, tokenizer
 
 TOKENS = st.lists(st.integers(0, 255), min_size=1, max_size=12)

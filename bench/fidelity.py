@@ -1,0 +1,104 @@
+"""How much of eight real fine-tunes each method keeps, and at what size.
+
+`python -m bench.fidelity --base FOLDER --tuned FOLDER` measures cell after cell, task by method by size, the bars'
+first, and keeps each under `.cache/bench/fidelity/`: it may be killed at any moment, and the same command goes on.
+`--minutes` stops in time, `--report` measures nothing. Table, curve and JSON are made of the cells that there are;
+those that are missing are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.fidelity_cells import Cell, cells
+from bench.fidelity_report import bars_of, draw, rows_of
+from bench.report import show, write
+from examples.fetch import CACHE
+from examples.tasks import TASKS
+
+CELLS = CACHE.parent / "bench" / "fidelity"
+PLOT = Path(__file__).parents[1] / "docs" / "fidelity.png"
+
+
+class Kept:
+    """Measurements on disk, one file each.
+
+    Args:
+        folder: where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, cell: Cell, identity: str) -> dict[str, Any] | None:
+        """The measurement of a cell; None if there is none, or it was of something else."""
+        try:
+            found: dict[str, Any] = json.loads(self._path(cell).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found if found.get("identity") == identity else None
+
+    def keep(self, cell: Cell, identity: str, found: dict[str, Any]) -> None:
+        """Write a measurement, whole or not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        scratch = self._path(cell).with_suffix(".tmp")
+        scratch.write_text(json.dumps({**found, "identity": identity}, indent=1), encoding="utf-8")
+        os.replace(scratch, self._path(cell))
+
+    def _path(self, cell: Cell) -> Path:
+        return self._folder / f"{cell.key}.json"
+
+
+def measure_all(bench: Any, kept: Kept, wanted: Sequence[Cell], deadline: float) -> None:
+    """Measure what is missing, in order, until the deadline (of `time.monotonic`)."""
+    for cell in wanted:
+        identity = bench.identity(cell)
+        if kept.find(cell, identity) is not None:
+            continue
+        if time.monotonic() > deadline:
+            return
+        found = bench.measure(cell)
+        kept.keep(cell, identity, found)
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float))
+        print(f"{cell.key}: {figures}", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="base folder (safetensors)")
+    parser.add_argument("--tuned", type=Path, required=True, help="folder with one fine-tune per task in it")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after that long")
+    parser.add_argument("--only", default="", help="only cells whose name has this in it")
+    parser.add_argument("--report", action="store_true", help="measure nothing, report what there is")
+    parser.add_argument("-n", type=int, default=100, help="held-out rows per score (default 100, at most 200)")
+    args = parser.parse_args()
+    started = time.monotonic()
+    tasks = [name for name in TASKS if (args.tuned / name / "finetune.json").is_file()]
+    wanted = cells(tasks)
+
+    from bench.fidelity_measure import Bench  # not needed for a report, and slow to import
+
+    bench = Bench(args.base, args.tuned, CELLS, CACHE.parent, args.n)
+    kept = Kept(CELLS)
+    if not args.report:
+        chosen = [cell for cell in wanted if args.only in cell.key]
+        measure_all(bench, kept, chosen, started + 60 * args.minutes)
+    found = {cell: measured for cell in wanted if (measured := kept.find(cell, bench.identity(cell))) is not None}
+    rows, bars = rows_of(wanted, found), bars_of(wanted, found)
+    show(rows, bars)
+    missing = [cell.key for cell in wanted if cell not in found]
+    print(f"{len(found)} of {len(wanted)} cells are measured" + (f"; the next is {missing[0]}" if missing else ""))
+    draw(rows, PLOT)
+    command = f"python -m bench.fidelity --base {args.base} --tuned {args.tuned}"
+    write("fidelity", command, [*rows, *found.values()], bars)
+
+
+if __name__ == "__main__":
+    main()
