@@ -29,10 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
 SIZE = (1280, 800)
+COLOURS = 256
 PATIENCE = 240_000
 """Milliseconds."""
 GENERAL = ("What is the tallest mountain in Africa?", "Tell me a story about a lighthouse.")
-QUESTIONS = ('What is the cron schedule for "Every 15 minutes"?', GENERAL[0])
+QUESTIONS = ('What is the cron schedule for "Every 15 minutes"?', "What is the capital of France?")
 
 
 @contextmanager
@@ -151,6 +152,7 @@ def upload(page: Page) -> None:
 def router_map(page: Page) -> None:
     page.goto(f"{URL}/#map")
     page.locator(".recent button", has_text="cron").first.click()
+    page.evaluate("document.querySelector('main').scrollTo(0, 0)")
     page.wait_for_timeout(1000)
 
 
@@ -169,7 +171,8 @@ def take(browser: Browser, views: Sequence[str], themes: Sequence[str]) -> None:
             page = context.new_page()
             VIEWS[view](page)
             path = ROOT / "docs" / f"console-{view}-{theme}.png"
-            Image.open(BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
+            image = Image.open(BytesIO(page.screenshot())).convert("RGB")
+            image.quantize(COLOURS, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
             sys.stdout.write(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1000} kB\n")
             page.close()
         context.close()

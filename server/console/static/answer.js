@@ -14,8 +14,19 @@ export class TurnView {
     this.again = again;
     this.text = h("div", { class: "text" });
     this.origin = h("div", { class: "origin" });
-    this.answer = h("article", { class: "answer", "aria-label": "Answer" }, this.origin, this.text, (this.foot = h("div", { class: "turn-foot" })));
-    this.element = h("li", { class: "turn" }, h("article", { class: "question", "aria-label": "Question" }, turn.question), this.answer);
+    this.answer = h(
+      "article",
+      { class: "answer", "aria-label": "Answer" },
+      this.origin,
+      this.text,
+      (this.foot = h("div", { class: "turn-foot" })),
+    );
+    this.element = h(
+      "li",
+      { class: "turn" },
+      h("article", { class: "question", "aria-label": "Question" }, turn.question),
+      this.answer,
+    );
     this.draw();
   }
 
@@ -37,7 +48,12 @@ export class TurnView {
     const { turn } = this;
     if (!turn.mix) return turn.state === "busy" ? h("span", { class: "quiet" }, "Waiting for the first token …") : null;
     return [
-      h("div", { class: "chips" }, mixChips(turn.mix), turn.reason && h("span", { class: "badge" }, reasonWords(turn.reason))),
+      h(
+        "div",
+        { class: "chips" },
+        mixChips(turn.mix),
+        turn.reason && h("span", { class: "badge" }, reasonWords(turn.reason)),
+      ),
       mixBar(turn.mix),
     ];
   }
@@ -46,7 +62,10 @@ export class TurnView {
     const { turn } = this;
     if (turn.state === "busy") return null;
     if (turn.state === "failed") {
-      return [h("p", { class: "notice bad", role: "alert" }, turn.error), this.#button("Try again", () => this.again(turn))];
+      return [
+        h("p", { class: "notice bad", role: "alert" }, turn.error),
+        this.#button("Try again", () => this.again(turn)),
+      ];
     }
     const spent = [
       turn.state === "stopped" && "stopped",
@@ -58,10 +77,13 @@ export class TurnView {
     ].filter(Boolean);
     return [
       h("span", { class: "quiet" }, spent.join(" · ")),
-      h("span", { class: "row" },
+      h(
+        "span",
+        { class: "row" },
         turn.routed && this.#button("Why?", () => this.#explain()),
         this.#button("Copy", () => this.#copy()),
-        this.#button("Try again", () => this.again(turn))),
+        this.#button("Try again", () => this.again(turn)),
+      ),
     ];
   }
 

@@ -16,7 +16,13 @@ export class Chart {
     this.svg = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
     this.figures = h("dl", { class: "figures" });
     this.top = h("span", { class: "axis" });
-    this.element = h("figure", { class: "chart card", title: hint }, h("figcaption", {}, title, this.top), this.svg, this.figures);
+    this.element = h(
+      "figure",
+      { class: "chart card", title: hint },
+      h("figcaption", {}, title, this.top),
+      this.svg,
+      this.figures,
+    );
     this.draw();
   }
 
@@ -35,13 +41,23 @@ export class Chart {
     const last = this.values.map((line) => line.at(-1) ?? null);
     const told = this.lines.map((line, i) => `${line.name} ${last[i] === null ? "none" : this.format(last[i])}`);
     this.svg.setAttribute("aria-label", `${this.title}: ${told.join(", ")}`);
-    show(this.svg,
+    show(
+      this.svg,
       [0.25, 0.5, 0.75, 1].map((share) => s("path", { class: "rule", d: `M0 ${y(share)}H${WIDTH}` })),
-      this.lines.map((line, i) => this.#line(this.values[i], top || 1, line.colour)));
+      this.lines.map((line, i) => this.#line(this.values[i], top || 1, line.colour)),
+    );
     show(this.top, known.length && top ? `up to ${this.format(top)}` : "");
-    show(this.figures, this.lines.map((line, i) =>
-      h("div", {}, h("dt", {}, h("span", { class: "swatch", css: { "--own": line.colour } }), line.name),
-        h("dd", {}, last[i] === null ? "–" : this.format(last[i])))));
+    show(
+      this.figures,
+      this.lines.map((line, i) =>
+        h(
+          "div",
+          {},
+          h("dt", {}, h("span", { class: "swatch", css: { "--own": line.colour } }), line.name),
+          h("dd", {}, last[i] === null ? "–" : this.format(last[i])),
+        ),
+      ),
+    );
   }
 
   #line(values, top, colour) {
@@ -52,13 +68,18 @@ export class Chart {
       if (value === null) runs.push([]);
       else runs.at(-1).push([start + i * step, y(1 - Math.min(1, value / top))]);
     });
-    return runs.filter((run) => run.length).map((run) => {
-      const path = `M${run.map(([x, height]) => `${x.toFixed(1)} ${height}`).join("L")}`;
-      const [from, to] = [run[0][0], run.at(-1)[0]];
-      return s("g", { css: { "--own": colour } },
-        s("path", { class: "area", d: `${path}L${to.toFixed(1)} ${HEIGHT}L${from.toFixed(1)} ${HEIGHT}Z` }),
-        s("path", { class: "line", d: run.length > 1 ? path : `${path}h2` }));
-    });
+    return runs
+      .filter((run) => run.length)
+      .map((run) => {
+        const path = `M${run.map(([x, height]) => `${x.toFixed(1)} ${height}`).join("L")}`;
+        const [from, to] = [run[0][0], run.at(-1)[0]];
+        return s(
+          "g",
+          { css: { "--own": colour } },
+          s("path", { class: "area", d: `${path}L${to.toFixed(1)} ${HEIGHT}L${from.toFixed(1)} ${HEIGHT}Z` }),
+          s("path", { class: "line", d: run.length > 1 ? path : `${path}h2` }),
+        );
+      });
   }
 }
 

@@ -29,7 +29,10 @@ class Chat {
     this.list = h("ol", { class: "turns", "aria-label": "Conversation" });
     this.log = h("div", { class: "log", tabindex: "0", role: "region", "aria-label": "Conversation" }, this.list);
     this.input = h("textarea", {
-      id: "message", rows: 2, placeholder: "Ask something …", "aria-label": "Message",
+      id: "message",
+      rows: 2,
+      placeholder: "Ask something …",
+      "aria-label": "Message",
       onkeydown: (event) => {
         if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
           event.preventDefault();
@@ -38,16 +41,40 @@ class Chat {
       },
     });
     this.button = h("button", { type: "submit", class: "primary", id: "send" }, "Send");
-    this.form = h("form", { class: "composer", onsubmit: (event) => {
-      event.preventDefault();
-      if (this.running) this.stop();
-      else this.send();
-    } }, this.input, this.button);
-    const head = h("div", { class: "view-head" }, h("h1", { id: "title-chat" }, "Chat"),
-      h("button", { type: "button", class: "small", id: "new-chat", onclick: () => this.clear() }, "New conversation"));
-    show(root, head, h("div", { class: "chat" },
-      h("div", { class: "talk" }, this.log, this.form),
-      h("aside", { class: "settings", "aria-label": "Settings of the answer" }, this.mixer.element, this.sampling.element)));
+    this.form = h(
+      "form",
+      {
+        class: "composer",
+        onsubmit: (event) => {
+          event.preventDefault();
+          if (this.running) this.stop();
+          else this.send();
+        },
+      },
+      this.input,
+      this.button,
+    );
+    const head = h(
+      "div",
+      { class: "view-head" },
+      h("h1", { id: "title-chat" }, "Chat"),
+      h("button", { type: "button", class: "small", id: "new-chat", onclick: () => this.clear() }, "New conversation"),
+    );
+    show(
+      root,
+      head,
+      h(
+        "div",
+        { class: "chat" },
+        h("div", { class: "talk" }, this.log, this.form),
+        h(
+          "aside",
+          { class: "settings", "aria-label": "Settings of the answer" },
+          this.mixer.element,
+          this.sampling.element,
+        ),
+      ),
+    );
     this.running = null;
     subscribe(() => !this.turns.length && this.#offer());
     this.#draw();
@@ -124,7 +151,13 @@ class Chat {
     const response = await call("/v1/chat/completions", {
       method: "POST",
       signal: this.running.signal,
-      json: { ...who, ...this.sampling.request(), messages: this.#messages(turn), stream: true, stream_options: { include_usage: true } },
+      json: {
+        ...who,
+        ...this.sampling.request(),
+        messages: this.#messages(turn),
+        stream: true,
+        stream_options: { include_usage: true },
+      },
     });
     turn.mix = parseMix(response.headers.get("x-switchyard-mix"));
     let first = null;
@@ -156,14 +189,31 @@ class Chat {
   /** What the server is told of the conversation up to the question of a turn. Turns without an answer are left out. */
   #messages(turn) {
     const before = turn.alone ? [] : this.turns.slice(0, this.turns.indexOf(turn)).filter((one) => one.answer);
-    const said = before.flatMap((one) => [{ role: "user", content: one.question }, { role: "assistant", content: one.answer }]);
+    const said = before.flatMap((one) => [
+      { role: "user", content: one.question },
+      { role: "assistant", content: one.answer },
+    ]);
     const system = this.sampling.system.trim();
-    return [...(system ? [{ role: "system", content: system }] : []), ...said, { role: "user", content: turn.question }];
+    return [
+      ...(system ? [{ role: "system", content: system }] : []),
+      ...said,
+      { role: "user", content: turn.question },
+    ];
   }
 
   #draw() {
-    this.views = this.turns.map((turn) => new TurnView(turn, () => this.#messages(turn), (one) => this.again(one)));
-    show(this.list, this.views.map((view) => view.element));
+    this.views = this.turns.map(
+      (turn) =>
+        new TurnView(
+          turn,
+          () => this.#messages(turn),
+          (one) => this.again(one),
+        ),
+    );
+    show(
+      this.list,
+      this.views.map((view) => view.element),
+    );
     if (!this.turns.length) {
       show(this.list, this.#welcome());
       this.#offer();
@@ -172,22 +222,41 @@ class Chat {
   }
 
   #welcome() {
-    return h("li", { class: "welcome" },
+    return h(
+      "li",
+      { class: "welcome" },
       h("h2", {}, "One base, many experts"),
       h("p", {}, "Ask anything. Every answer shows which experts gave it, with which weights, and why."),
-      (this.starters = h("div", { class: "starters" })));
+      (this.starters = h("div", { class: "starters" })),
+    );
   }
 
   /** Offer prompts that experts are for, where this key may read them, and one that none is for. */
   async #offer() {
-    const taught = all().filter((expert) => expert.exemplar_count).slice(0, STARTERS);
-    const asked = taught.map((expert) => getJson(`/v1/experts/${encodeURIComponent(expert.id)}/exemplars`, { quiet: true }));
+    const taught = all()
+      .filter((expert) => expert.exemplar_count)
+      .slice(0, STARTERS);
+    const asked = taught.map((expert) =>
+      getJson(`/v1/experts/${encodeURIComponent(expert.id)}/exemplars`, { quiet: true }),
+    );
     const told = await Promise.allSettled(asked);
     const prompts = told.flatMap(({ value }) => value?.exemplars.slice(0, 1) ?? []);
-    show(this.starters, [...prompts, ANYTHING].map((text) => h("button", { type: "button", onclick: () => {
-      this.input.value = text;
-      this.send();
-    } }, text)));
+    show(
+      this.starters,
+      [...prompts, ANYTHING].map((text) =>
+        h(
+          "button",
+          {
+            type: "button",
+            onclick: () => {
+              this.input.value = text;
+              this.send();
+            },
+          },
+          text,
+        ),
+      ),
+    );
   }
 
   /** Stay at the end while the reader is there. */

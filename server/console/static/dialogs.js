@@ -16,7 +16,11 @@ export function open(title, build, { wide = false } = {}) {
       answer = value;
       dialog.close();
     };
-    const dismiss = h("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => close(null) }, "✕");
+    const dismiss = h(
+      "button",
+      { type: "button", class: "plain", "aria-label": "Close", onclick: () => close(null) },
+      "✕",
+    );
     dialog.append(h("div", { class: "dialog-head" }, h("h2", { id }, title), dismiss), build(close));
     dialog.addEventListener("close", () => {
       dialog.remove();
@@ -74,7 +78,11 @@ async function openKey(message) {
         },
       },
       message && h("p", { class: "notice bad", role: "alert" }, message),
-      h("p", {}, "This server asks for a key. It stays in this tab, until the tab is closed, and is sent to this server only."),
+      h(
+        "p",
+        {},
+        "This server asks for a key. It stays in this tab, until the tab is closed, and is sent to this server only.",
+      ),
       field("Key", input),
       h(
         "div",
@@ -101,6 +109,10 @@ const SHORTCUTS = [
 
 export function showShortcuts() {
   return open("Keyboard shortcuts", () =>
-    h("dl", { class: "keys" }, SHORTCUTS.map(([keys, what]) => [h("dt", {}, h("kbd", {}, keys)), h("dd", {}, what)])),
+    h(
+      "dl",
+      { class: "keys" },
+      SHORTCUTS.map(([keys, what]) => [h("dt", {}, h("kbd", {}, keys)), h("dd", {}, what)]),
+    ),
   );
 }

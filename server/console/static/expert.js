@@ -13,24 +13,37 @@ const BF16_BITS = 16;
 /** Open an expert's page; resolves when it is closed. */
 export async function openExpert(name) {
   const body = h("div", { class: "expert" }, h("p", { class: "quiet" }, "Loading …"));
-  await open(name, (close) => {
-    fillIn(body, name, close);
-    return body;
-  }, { wide: true });
+  await open(
+    name,
+    (close) => {
+      fillIn(body, name, close);
+      return body;
+    },
+    { wide: true },
+  );
 }
 
 async function fillIn(body, name, close) {
   const path = `/v1/experts/${encodeURIComponent(name)}`;
   try {
     const [expert, versions] = await Promise.all([getJson(path), getJson(`${path}/versions`)]);
-    show(body,
+    show(
+      body,
       h("p", { class: "lead" }, expert.description || "No description."),
-      h("div", { class: "row" },
-        h("a", { class: "button primary", href: `#chat/${encodeURIComponent(name)}`, onclick: () => close() }, "Chat with it"),
-        h("button", { type: "button", class: "danger", onclick: () => remove(expert, path, close) }, "Delete …")),
+      h(
+        "div",
+        { class: "row" },
+        h(
+          "a",
+          { class: "button primary", href: `#chat/${encodeURIComponent(name)}`, onclick: () => close() },
+          "Chat with it",
+        ),
+        h("button", { type: "button", class: "danger", onclick: () => remove(expert, path, close) }, "Delete …"),
+      ),
       report(expert),
       versionsPart(versions.data, path, () => fillIn(body, name, close)),
-      exemplarsPart(path));
+      exemplarsPart(path),
+    );
   } catch (error) {
     show(body, refusal(error));
   }
@@ -58,22 +71,57 @@ function report(expert) {
     ["Tags", expert.tags.join(", ")],
     ["Signed by", expert.signed_by && (expert.signed_by.name ?? `an unknown key, ${expert.signed_by.fingerprint}`)],
     ["Made with", expert.tool],
-    ...Object.entries(expert.codec_params).map(([key, value]) => [`Codec: ${key}`, typeof value === "number" ? digits(value) : String(value)]),
+    ...Object.entries(expert.codec_params).map(([key, value]) => [
+      `Codec: ${key}`,
+      typeof value === "number" ? digits(value) : String(value),
+    ]),
     ...Object.entries(expert.metadata).filter(([key]) => key !== "retention"),
   ];
-  return h("section", {},
+  return h(
+    "section",
+    {},
     h("h3", {}, "Report"),
-    h("dl", { class: "facts" }, facts.filter(([, value]) => value).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-    h("p", { class: "quiet" }, h("span", { class: "swatch", css: { "--own": colour(expert.id) } }), ` Routing: ${expert.routing_reason}.`),
-    h("p", { class: "quiet digest" }, `sha256 ${expert.digest}`));
+    h(
+      "dl",
+      { class: "facts" },
+      facts.filter(([, value]) => value).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+    ),
+    h(
+      "p",
+      { class: "quiet" },
+      h("span", { class: "swatch", css: { "--own": colour(expert.id) } }),
+      ` Routing: ${expert.routing_reason}.`,
+    ),
+    h("p", { class: "quiet digest" }, `sha256 ${expert.digest}`),
+  );
 }
 
 function versionsPart(versions, path, again) {
   if (versions.length < 2) return null;
-  return h("section", {}, h("h3", {}, "Versions"), h("ul", { class: "versions" }, versions.map((version) =>
-    h("li", {}, h("code", {}, version.digest.slice(0, 12)), ` ${date(version.created)}, ${bytes(version.bytes)} `,
-      version.current ? h("span", { class: "badge" }, "current")
-        : h("button", { type: "button", class: "small", onclick: () => rollBack(version, path, again) }, "Go back to it")))));
+  return h(
+    "section",
+    {},
+    h("h3", {}, "Versions"),
+    h(
+      "ul",
+      { class: "versions" },
+      versions.map((version) =>
+        h(
+          "li",
+          {},
+          h("code", {}, version.digest.slice(0, 12)),
+          ` ${date(version.created)}, ${bytes(version.bytes)} `,
+          version.current
+            ? h("span", { class: "badge" }, "current")
+            : h(
+                "button",
+                { type: "button", class: "small", onclick: () => rollBack(version, path, again) },
+                "Go back to it",
+              ),
+        ),
+      ),
+    ),
+  );
 }
 
 async function rollBack(version, path, again) {

@@ -4,6 +4,8 @@ import { h } from "./dom.js";
 import { colour } from "./experts.js";
 import { digits, percent, weight } from "./format.js";
 
+const SHOWN = 5;
+
 /** Chips of a mix; "base" where nobody else answers. */
 export function mixChips(mix) {
   if (!mix?.length) return [h("span", { class: "chip" }, h("span", { class: "swatch" }), "base")];
@@ -57,15 +59,27 @@ export function explanation(decision) {
     ["Distance", digits(decision.distance)],
     ["Domain ends at", digits(decision.threshold)],
   ];
+  const rest = decision.neighbours.slice(SHOWN);
+  const list = (some) =>
+    h(
+      "ol",
+      { class: "neighbours" },
+      some.map((near) => neighbour(near, longest)),
+    );
   const longest = Math.max(...decision.neighbours.map((near) => near.distance), 1e-9);
   return h(
     "div",
     { class: "explanation" },
     h("div", { class: "chips" }, mixChips(decision.mix), h("span", { class: "badge" }, reasonWords(decision.code))),
     h("p", {}, decision.reason),
-    h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    h(
+      "dl",
+      { class: "facts" },
+      facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+    ),
     decision.neighbours.length > 0 && h("h4", {}, "Nearest centres"),
-    h("ol", { class: "neighbours" }, decision.neighbours.map((near) => neighbour(near, longest))),
+    list(decision.neighbours.slice(0, SHOWN)),
+    rest.length > 0 && h("details", {}, h("summary", { class: "quiet" }, `${rest.length} more`), list(rest)),
   );
 }
 
@@ -75,8 +89,13 @@ function neighbour(near, longest) {
     {},
     h("span", { class: "swatch", css: { "--own": near.id ? colour(near.id) : "var(--grey)" } }),
     h("span", { class: "name" }, near.id ?? "general text"),
-    h("span", { class: "meter", "aria-hidden": "true" },
-      h("i", { css: { width: `${(100 * near.distance) / longest}%`, "--own": near.id ? colour(near.id) : "var(--grey)" } })),
+    h(
+      "span",
+      { class: "meter", "aria-hidden": "true" },
+      h("i", {
+        css: { width: `${(100 * near.distance) / longest}%`, "--own": near.id ? colour(near.id) : "var(--grey)" },
+      }),
+    ),
     h("span", { class: "number" }, digits(near.distance)),
     h("q", {}, near.exemplar),
   );

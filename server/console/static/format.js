@@ -30,7 +30,14 @@ export function seconds(value) {
 }
 
 const relative = new Intl.RelativeTimeFormat(LANGUAGE, { numeric: "auto", style: "short" });
-const STEPS = [["second", 60], ["minute", 60], ["hour", 24], ["day", 30], ["month", 12], ["year", Infinity]];
+const STEPS = [
+  ["second", 60],
+  ["minute", 60],
+  ["hour", 24],
+  ["day", 30],
+  ["month", 12],
+  ["year", Infinity],
+];
 
 /** How long ago, from Unix seconds. */
 export function ago(then) {
@@ -44,7 +51,8 @@ export function ago(then) {
   return "–";
 }
 
-export const date = (then) => new Date(1000 * then).toLocaleString(LANGUAGE, { dateStyle: "medium", timeStyle: "short" });
+export const date = (then) =>
+  new Date(1000 * then).toLocaleString(LANGUAGE, { dateStyle: "medium", timeStyle: "short" });
 
 /** `+0.8`, `−0.2`, `1`: a weight with the sign that it needs. */
 export const weight = (value) => digits(value).replace("-", "−");

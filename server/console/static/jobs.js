@@ -28,7 +28,10 @@ export class JobList {
     try {
       const { data } = await getJson("/v1/jobs", { quiet });
       this.element.hidden = !data.length;
-      show(this.list, data.slice(0, SHOWN).map((job) => this.#line(job)));
+      show(
+        this.list,
+        data.slice(0, SHOWN).map((job) => this.#line(job)),
+      );
       // Ended jobs change no more; a new one is looked for when the view is opened, or while another one runs.
       if (!data.some((job) => ["queued", "running"].includes(job.status))) this.stop();
     } catch (error) {
@@ -43,11 +46,20 @@ export class JobList {
     const share = progress?.total ? ` ${percent(Math.floor((100 * progress.done) / progress.total) / 100)}` : "";
     const told = job.error?.message ?? (progress ? `${progress.stage}${share}` : "");
     const lives = ["queued", "running"].includes(job.status);
-    return h("li", {},
+    return h(
+      "li",
+      {},
       h("span", { class: `badge job-${job.status}` }, job.status),
-      h("b", {}, job.expert ? h("a", { href: `#library/${encodeURIComponent(job.expert.id)}` }, job.expert.id) : job.name ?? "unnamed"),
+      h(
+        "b",
+        {},
+        job.expert
+          ? h("a", { href: `#library/${encodeURIComponent(job.expert.id)}` }, job.expert.id)
+          : (job.name ?? "unnamed"),
+      ),
       h("span", { class: "quiet" }, [bytes(job.bytes), ago(job.created_at), told].filter(Boolean).join(" · ")),
-      lives && h("button", { type: "button", class: "small", onclick: () => this.#cancel(job) }, "Cancel"));
+      lives && h("button", { type: "button", class: "small", onclick: () => this.#cancel(job) }, "Cancel"),
+    );
   }
 
   async #cancel(job) {

@@ -14,13 +14,41 @@ const TIERS = { device: 0, host: 1, store: 2 };
 const COLUMNS = [
   { id: "id", text: "Name", by: (expert) => expert.id, cell: nameCell },
   { id: "bytes", text: "Size", by: (expert) => expert.bytes, cell: (expert) => bytes(expert.bytes), number: true },
-  { id: "bits", text: "Bits/param", by: (expert) => expert.bits_per_param, cell: (expert) => digits(expert.bits_per_param), number: true },
-  { id: "retention", text: "Retention", by: (expert) => retention(expert) ?? -1, cell: (expert) => percent(retention(expert)), number: true,
-    hint: "Share of the fine-tune's gain that is kept, as its maker measured it (metadata: retention)" },
-  { id: "tier", text: "Tier", by: (expert) => TIERS[expert.tier], cell: (expert) => h("span", { class: `badge tier-${expert.tier}` }, expert.tier) },
-  { id: "used", text: "Last used", by: (expert) => -(expert.last_used ?? 0), cell: (expert) => ago(expert.last_used),
-    hint: "By this server, since its start" },
-  { id: "exemplars", text: "Exemplars", by: (expert) => expert.exemplar_count, cell: (expert) => count(expert.exemplar_count), number: true },
+  {
+    id: "bits",
+    text: "Bits/param",
+    by: (expert) => expert.bits_per_param,
+    cell: (expert) => digits(expert.bits_per_param),
+    number: true,
+  },
+  {
+    id: "retention",
+    text: "Retention",
+    by: (expert) => retention(expert) ?? -1,
+    cell: (expert) => percent(retention(expert)),
+    number: true,
+    hint: "Share of the fine-tune's gain that is kept, as its maker measured it (metadata: retention)",
+  },
+  {
+    id: "tier",
+    text: "Tier",
+    by: (expert) => TIERS[expert.tier],
+    cell: (expert) => h("span", { class: `badge tier-${expert.tier}` }, expert.tier),
+  },
+  {
+    id: "used",
+    text: "Last used",
+    by: (expert) => -(expert.last_used ?? 0),
+    cell: (expert) => ago(expert.last_used),
+    hint: "By this server, since its start",
+  },
+  {
+    id: "exemplars",
+    text: "Exemplars",
+    by: (expert) => expert.exemplar_count,
+    cell: (expert) => count(expert.exemplar_count),
+    number: true,
+  },
   { id: "visibility", text: "Visibility", by: (expert) => expert.visibility, cell: (expert) => expert.visibility },
 ];
 
@@ -38,22 +66,47 @@ class Library {
   constructor(root) {
     this.sort = { id: "id", up: true };
     this.most = SHOWN;
-    this.search = h("input", { type: "search", placeholder: "Search names, descriptions, tags …", "aria-label": "Search experts",
-      oninput: () => this.#draw() });
+    this.search = h("input", {
+      type: "search",
+      placeholder: "Search names, descriptions, tags …",
+      "aria-label": "Search experts",
+      oninput: () => this.#draw(),
+    });
     this.tag = h("select", { "aria-label": "Tag", onchange: () => this.#draw() });
     this.told = h("p", { class: "quiet", role: "status" });
     this.head = h("tr");
     this.rows = h("tbody");
-    this.table = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Experts" },
-      h("table", { class: "experts" }, h("thead", {}, this.head), this.rows));
-    this.more = h("button", { type: "button", hidden: true, onclick: () => {
-      this.most += SHOWN;
-      this.#draw();
-    } }, "Show more");
+    this.table = h(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Experts" },
+      h("table", { class: "experts" }, h("thead", {}, this.head), this.rows),
+    );
+    this.more = h(
+      "button",
+      {
+        type: "button",
+        hidden: true,
+        onclick: () => {
+          this.most += SHOWN;
+          this.#draw();
+        },
+      },
+      "Show more",
+    );
     this.fault = h("div");
-    show(root,
-      h("div", { class: "view-head" }, h("h1", { id: "title-library" }, "Library"), h("a", { class: "button primary", href: "#upload" }, "Upload an expert")),
-      h("div", { class: "toolbar" }, this.search, this.tag, this.told), this.fault, this.table, this.more);
+    show(
+      root,
+      h(
+        "div",
+        { class: "view-head" },
+        h("h1", { id: "title-library" }, "Library"),
+        h("a", { class: "button primary", href: "#upload" }, "Upload an expert"),
+      ),
+      h("div", { class: "toolbar" }, this.search, this.tag, this.told),
+      this.fault,
+      this.table,
+      this.more,
+    );
     subscribe(() => this.#draw());
     this.#draw();
   }
@@ -96,14 +149,31 @@ class Library {
     const found = this.#matching();
     const size = found.reduce((sum, expert) => sum + expert.bytes, 0);
     show(this.told, `${count(found.length)} of ${count(all().length)} · ${bytes(size)}`);
-    show(this.head, COLUMNS.map((column) => this.#heading(column)));
+    show(
+      this.head,
+      COLUMNS.map((column) => this.#heading(column)),
+    );
     const focused = document.activeElement?.dataset?.expert;
-    show(this.rows, found.slice(0, this.most).map((expert) => this.#row(expert)));
-    if (!found.length) show(this.rows, h("tr", {}, h("td", { colspan: COLUMNS.length, class: "empty" },
-      all().length ? "No expert is like that." : "No expert yet: drop one on the page “Upload”.")));
+    show(
+      this.rows,
+      found.slice(0, this.most).map((expert) => this.#row(expert)),
+    );
+    if (!found.length)
+      show(
+        this.rows,
+        h(
+          "tr",
+          {},
+          h(
+            "td",
+            { colspan: COLUMNS.length, class: "empty" },
+            all().length ? "No expert is like that." : "No expert yet: drop one on the page “Upload”.",
+          ),
+        ),
+      );
     this.more.hidden = found.length <= this.most;
     // Drawn anew by a timer: whoever is on a row by keyboard stays there.
-    if (focused) this.rows.querySelector(`[data-expert="${CSS.escape(focused)}"]`)?.focus();
+    if (focused) this.rows.querySelector(`[data-expert="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   }
 
   #heading({ id, text, number, hint }) {
@@ -114,16 +184,32 @@ class Library {
       this.#draw();
       this.head.querySelector(`[data-column="${id}"]`).focus();
     };
-    return h("th", { scope: "col", "aria-sort": direction, class: number ? "number" : "" },
-      h("button", { type: "button", class: "plain", "data-column": id, title: hint, onclick: press }, text,
-        h("span", { "aria-hidden": "true", class: "arrow" }, { ascending: "▲", descending: "▼", none: "" }[direction])));
+    return h(
+      "th",
+      { scope: "col", "aria-sort": direction, class: number ? "number" : "" },
+      h(
+        "button",
+        { type: "button", class: "plain", "data-column": id, title: hint, onclick: press },
+        text,
+        h("span", { "aria-hidden": "true", class: "arrow" }, { ascending: "▲", descending: "▼", none: "" }[direction]),
+      ),
+    );
   }
 
   #row(expert) {
-    return h("tr", { onclick: (event) => event.target.closest("a, button") || this.#open(expert.id) },
-      COLUMNS.map((column) => (column.id === "id"
-        ? h("th", { scope: "row" }, column.cell(expert, () => this.#open(expert.id)))
-        : h("td", { class: column.number ? "number" : "", "data-label": column.text }, column.cell(expert)))));
+    return h(
+      "tr",
+      { onclick: (event) => event.target.closest("a, button") || this.#open(expert.id) },
+      COLUMNS.map((column) =>
+        column.id === "id"
+          ? h(
+              "th",
+              { scope: "row" },
+              column.cell(expert, () => this.#open(expert.id)),
+            )
+          : h("td", { class: column.number ? "number" : "", "data-label": column.text }, column.cell(expert)),
+      ),
+    );
   }
 
   async #open(name) {
@@ -134,10 +220,19 @@ class Library {
 
 function nameCell(expert, open) {
   return [
-    h("button", { type: "button", class: "plain name", "data-expert": expert.id, onclick: open },
-      h("span", { class: "swatch", css: { "--own": colour(expert.id) } }), expert.id),
+    h(
+      "button",
+      { type: "button", class: "plain name", "data-expert": expert.id, onclick: open },
+      h("span", { class: "swatch", css: { "--own": colour(expert.id) } }),
+      expert.id,
+    ),
     expert.description && h("span", { class: "quiet line" }, expert.description),
-    expert.tags.length > 0 && h("span", { class: "tags" }, expert.tags.map((tag) => h("span", { class: "tag" }, tag))),
+    expert.tags.length > 0 &&
+      h(
+        "span",
+        { class: "tags" },
+        expert.tags.map((tag) => h("span", { class: "tag" }, tag)),
+      ),
   ];
 }
 

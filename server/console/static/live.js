@@ -12,7 +12,12 @@ const EVERY = 2000;
 const KEPT = 150; // samples: five minutes
 const WINDOW = 15; // samples over which quantiles and shares are taken
 
-const TIERS = [["device", "var(--c0)"], ["host", "var(--c1)"], ["cache", "var(--c2)"], ["store", "var(--c3)"]];
+const TIERS = [
+  ["device", "var(--c0)"],
+  ["host", "var(--c1)"],
+  ["cache", "var(--c2)"],
+  ["store", "var(--c3)"],
+];
 const perSecond = (value) => digits(value);
 
 export function liveView(root) {
@@ -24,19 +29,68 @@ class Live {
   constructor(root) {
     this.samples = [];
     this.charts = {
-      throughput: new Chart("Tokens per second", [{ name: "generated", colour: "var(--c0)" }, { name: "prompt", colour: "var(--c4)" }], { format: perSecond }),
-      requests: new Chart("Requests", [{ name: "running", colour: "var(--c0)" }, { name: "waiting", colour: "var(--c3)" }], { format: digits }),
-      first: new Chart("Time to first token", [{ name: "p50", colour: "var(--c0)" }, { name: "p95", colour: "var(--c3)" }], { format: seconds, hint: "Over the last half minute" }),
-      between: new Chart("Between tokens", [{ name: "p50", colour: "var(--c0)" }, { name: "p95", colour: "var(--c3)" }], { format: seconds, hint: "Over the last half minute" }),
-      hits: new Chart("Found in a tier", TIERS.map(([name, colour]) => ({ name, colour })), { format: percent, most: 1, hint: "Share of look-ups over the last half minute" }),
-      memory: new Chart("Memory", [{ name: "experts on the device", colour: "var(--c0)" }, { name: "key/value cache", colour: "var(--c4)" }], { format: bytes }),
+      throughput: new Chart(
+        "Tokens per second",
+        [
+          { name: "generated", colour: "var(--c0)" },
+          { name: "prompt", colour: "var(--c4)" },
+        ],
+        { format: perSecond },
+      ),
+      requests: new Chart(
+        "Requests",
+        [
+          { name: "running", colour: "var(--c0)" },
+          { name: "waiting", colour: "var(--c3)" },
+        ],
+        { format: digits },
+      ),
+      first: new Chart(
+        "Time to first token",
+        [
+          { name: "p50", colour: "var(--c0)" },
+          { name: "p95", colour: "var(--c3)" },
+        ],
+        { format: seconds, hint: "Over the last half minute" },
+      ),
+      between: new Chart(
+        "Between tokens",
+        [
+          { name: "p50", colour: "var(--c0)" },
+          { name: "p95", colour: "var(--c3)" },
+        ],
+        { format: seconds, hint: "Over the last half minute" },
+      ),
+      hits: new Chart(
+        "Found in a tier",
+        TIERS.map(([name, colour]) => ({ name, colour })),
+        { format: percent, most: 1, hint: "Share of look-ups over the last half minute" },
+      ),
+      memory: new Chart(
+        "Memory",
+        [
+          { name: "experts on the device", colour: "var(--c0)" },
+          { name: "key/value cache", colour: "var(--c4)" },
+        ],
+        { format: bytes },
+      ),
     };
-    this.figures = h("div", { class: "charts" }, Object.values(this.charts).map((chart) => chart.element));
+    this.figures = h(
+      "div",
+      { class: "charts" },
+      Object.values(this.charts).map((chart) => chart.element),
+    );
     this.metricsFault = h("div");
     this.engine = h("div", { class: "card engine" });
     this.told = h("p", { class: "quiet" }, "Every two seconds, the last five minutes");
-    show(root, h("div", { class: "view-head" }, h("h1", { id: "title-live" }, "Live"), this.told),
-      this.metricsFault, this.figures, h("h2", {}, "The engine now"), this.engine);
+    show(
+      root,
+      h("div", { class: "view-head" }, h("h1", { id: "title-live" }, "Live"), this.told),
+      this.metricsFault,
+      this.figures,
+      h("h2", {}, "The engine now"),
+      this.engine,
+    );
   }
 
   async start() {
@@ -79,7 +133,10 @@ class Live {
     requests.push([gauge("switchyard_requests_running"), gauge("switchyard_requests_waiting")], KEPT);
     first.push(both("switchyard_time_to_first_token_seconds"), KEPT);
     between.push(both("switchyard_inter_token_seconds"), KEPT);
-    hits.push(TIERS.map(([tier]) => (here.has(tier) ? found(oldest.series, now.series, tier) : null)), KEPT);
+    hits.push(
+      TIERS.map(([tier]) => (here.has(tier) ? found(oldest.series, now.series, tier) : null)),
+      KEPT,
+    );
     memory.push([gauge("switchyard_expert_tier_bytes", { tier: "device" }), gauge("switchyard_kv_used_bytes")], KEPT);
   }
 
@@ -94,7 +151,9 @@ class Live {
 
 /** Share of a tier's look-ups that found their expert; null without any. */
 function found(before, now, tier) {
-  const grown = (what) => sum(now, `switchyard_expert_tier_${what}_total`, { tier }) - sum(before, `switchyard_expert_tier_${what}_total`, { tier });
+  const grown = (what) =>
+    sum(now, `switchyard_expert_tier_${what}_total`, { tier }) -
+    sum(before, `switchyard_expert_tier_${what}_total`, { tier });
   const [hits, misses] = [grown("hits"), grown("misses")];
   return hits < 0 || hits + misses <= 0 ? null : hits / (hits + misses);
 }

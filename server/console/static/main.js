@@ -46,7 +46,12 @@ async function connect() {
   try {
     const experts = await load();
     const held = experts.length === 1 ? "1 expert" : `${experts.length} experts`;
-    show(line, h("span", { class: "dot good" }), h("span", {}, server.base), h("small", {}, `${held} · version ${server.version}`));
+    show(
+      line,
+      h("span", { class: "dot good" }),
+      h("span", {}, server.base),
+      h("small", {}, `${held} · version ${server.version}`),
+    );
   } catch (error) {
     const text = error.status === 401 ? "No API key" : error.message;
     show(line, h("span", { class: "dot bad" }), text);
@@ -55,7 +60,9 @@ async function connect() {
 }
 
 function isTyping(target) {
-  return target.closest("input:not([type=range]):not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]");
+  return target.closest(
+    "input:not([type=range]):not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]",
+  );
 }
 
 function onKey(event) {

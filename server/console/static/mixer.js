@@ -5,7 +5,12 @@ import { all, colour, server, subscribe } from "./experts.js";
 import { weight } from "./format.js";
 import { keep, recall } from "./kept.js";
 
-const MODES = [["auto", "Routed"], ["expert", "Expert"], ["mix", "Mix"], ["base", "Base"]];
+const MODES = [
+  ["auto", "Routed"],
+  ["expert", "Expert"],
+  ["mix", "Mix"],
+  ["base", "Base"],
+];
 const MOST = 16;
 
 export class Mixer {
@@ -16,7 +21,11 @@ export class Mixer {
       "fieldset",
       { class: "mixer" },
       h("legend", {}, "Who answers"),
-      h("div", { class: "segments" }, MODES.map(([mode, text]) => this.#radio(mode, text))),
+      h(
+        "div",
+        { class: "segments" },
+        MODES.map(([mode, text]) => this.#radio(mode, text)),
+      ),
       this.body,
     );
     subscribe(() => this.#draw());
@@ -58,9 +67,15 @@ export class Mixer {
   }
 
   #draw() {
-    for (const input of this.element.querySelectorAll("input[name=mode]")) input.checked = input.value === this.state.mode;
+    for (const input of this.element.querySelectorAll("input[name=mode]"))
+      input.checked = input.value === this.state.mode;
     if (!this.state.expert) this.state.expert = all()[0]?.id ?? "";
-    show(this.body, { auto: () => this.#routed(), expert: () => this.#one(), mix: () => this.#mix(), base: () => this.#base() }[this.state.mode]());
+    show(
+      this.body,
+      { auto: () => this.#routed(), expert: () => this.#one(), mix: () => this.#mix(), base: () => this.#base() }[
+        this.state.mode
+      ](),
+    );
   }
 
   #base() {
@@ -69,11 +84,25 @@ export class Mixer {
 
   #routed() {
     const { soft, confidence } = this.state;
-    const style = h("select", { onchange: (event) => this.#set({ soft: event.target.value }) },
-      options([["", "As the server is set"], ["top1", "The best expert"], ["soft", "A weighted mix"]], soft));
+    const style = h(
+      "select",
+      { onchange: (event) => this.#set({ soft: event.target.value }) },
+      options(
+        [
+          ["", "As the server is set"],
+          ["top1", "The best expert"],
+          ["soft", "A weighted mix"],
+        ],
+        soft,
+      ),
+    );
     const told = h("output", {}, confidence ? `${Math.round(100 * confidence)} %` : "off");
     const least = h("input", {
-      type: "range", min: 0, max: 1, step: 0.05, value: confidence,
+      type: "range",
+      min: 0,
+      max: 1,
+      step: 0.05,
+      value: confidence,
       oninput: (event) => show(told, Number(event.target.value) ? `${Math.round(100 * event.target.value)} %` : "off"),
       onchange: (event) => {
         this.state.confidence = Number(event.target.value);
@@ -90,8 +119,11 @@ export class Mixer {
   #one() {
     if (!all().length) return h("p", { class: "quiet" }, "There is no expert yet. Upload one.");
     const names = all().map((expert) => [expert.id, expert.id]);
-    const choice = h("select", { id: "forced", onchange: (event) => this.#set({ expert: event.target.value }) },
-      options(names, this.state.expert));
+    const choice = h(
+      "select",
+      { id: "forced", onchange: (event) => this.#set({ expert: event.target.value }) },
+      options(names, this.state.expert),
+    );
     const chosen = all().find((expert) => expert.id === this.state.expert);
     return [field("Expert", choice), chosen?.description && h("p", { class: "quiet" }, chosen.description)];
   }
@@ -101,12 +133,23 @@ export class Mixer {
     const rest = all().filter((expert) => !mix.some((part) => part.id === expert.id));
     const add = h(
       "select",
-      { id: "add-expert", disabled: !rest.length || mix.length >= MOST, onchange: (event) => this.#add(event.target.value) },
-      options([["", rest.length ? "Add an expert …" : "No other expert"], ...rest.map((expert) => [expert.id, expert.id])], ""),
+      {
+        id: "add-expert",
+        disabled: !rest.length || mix.length >= MOST,
+        onchange: (event) => this.#add(event.target.value),
+      },
+      options(
+        [["", rest.length ? "Add an expert …" : "No other expert"], ...rest.map((expert) => [expert.id, expert.id])],
+        "",
+      ),
     );
     return [
       h("p", { class: "quiet" }, "Weights multiply each expert's task vector; below 0 they push away from it."),
-      h("div", { class: "sliders" }, mix.map((part) => this.#slider(part))),
+      h(
+        "div",
+        { class: "sliders" },
+        mix.map((part) => this.#slider(part)),
+      ),
       field("Add", add),
     ];
   }
@@ -120,7 +163,12 @@ export class Mixer {
   #slider(part) {
     const told = h("output", {}, weight(part.weight));
     const input = h("input", {
-      type: "range", min: -2, max: 2, step: 0.05, value: part.weight, "aria-label": `Weight of ${part.id}`,
+      type: "range",
+      min: -2,
+      max: 2,
+      step: 0.05,
+      value: part.weight,
+      "aria-label": `Weight of ${part.id}`,
       css: { "--own": colour(part.id) },
       oninput: (event) => {
         part.weight = Number(event.target.value);
@@ -128,11 +176,24 @@ export class Mixer {
         keep("mixer", this.state);
       },
     });
-    const remove = h("button", {
-      type: "button", class: "plain", "aria-label": `Take ${part.id} out of the mix`,
-      onclick: () => this.#set({ mix: this.state.mix.filter((other) => other !== part) }),
-    }, "✕");
-    return h("div", { class: "slider" }, h("span", { class: "swatch", css: { "--own": colour(part.id) } }),
-      h("span", { class: "name" }, part.id), told, remove, input);
+    const remove = h(
+      "button",
+      {
+        type: "button",
+        class: "plain",
+        "aria-label": `Take ${part.id} out of the mix`,
+        onclick: () => this.#set({ mix: this.state.mix.filter((other) => other !== part) }),
+      },
+      "✕",
+    );
+    return h(
+      "div",
+      { class: "slider" },
+      h("span", { class: "swatch", css: { "--own": colour(part.id) } }),
+      h("span", { class: "name" }, part.id),
+      told,
+      remove,
+      input,
+    );
   }
 }

@@ -20,7 +20,10 @@ export async function kindOf(file) {
 
 /** Prompts out of a file of JSON lines (`{"prompt": …}`) or of plain lines. */
 export async function readExemplars(file) {
-  const lines = (await file.text()).split("\n").map((line) => line.trim()).filter(Boolean);
+  const lines = (await file.text())
+    .split("\n")
+    .map((line) => line.trim())
+    .filter(Boolean);
   if (!/\.jsonl$/i.test(file.name)) return lines;
   return lines.map((line, i) => {
     try {

@@ -21,16 +21,32 @@ export class Sampling {
     /** Whether a message goes without what was said before: many experts know single questions only. */
     this.alone = recall("alone", false);
     const inputs = FIELDS.map(([name, label, min, max, step]) => field(label, this.#input(name, min, max, step)));
-    const system = h("textarea", { rows: 3, value: this.system, placeholder: "None", oninput: (event) => {
-      this.system = event.target.value;
-      keep("system", this.system);
-    } });
-    const alone = h("input", { type: "checkbox", id: "alone", checked: this.alone, onchange: (event) => {
-      this.alone = event.target.checked;
-      keep("alone", this.alone);
-    } });
-    this.element = h("details", { class: "sampling" }, h("summary", {}, "Sampling"),
-      h("div", { class: "grid" }, inputs), field("System message", system), h("label", { class: "check" }, alone, "Each message by itself"));
+    const system = h("textarea", {
+      rows: 3,
+      value: this.system,
+      placeholder: "None",
+      oninput: (event) => {
+        this.system = event.target.value;
+        keep("system", this.system);
+      },
+    });
+    const alone = h("input", {
+      type: "checkbox",
+      id: "alone",
+      checked: this.alone,
+      onchange: (event) => {
+        this.alone = event.target.checked;
+        keep("alone", this.alone);
+      },
+    });
+    this.element = h(
+      "details",
+      { class: "sampling" },
+      h("summary", {}, "Sampling"),
+      h("div", { class: "grid" }, inputs),
+      field("System message", system),
+      h("label", { class: "check" }, alone, "Each message by itself"),
+    );
   }
 
   /** The parameters that were given. */
@@ -40,7 +56,13 @@ export class Sampling {
 
   #input(name, min, max, step) {
     return h("input", {
-      type: "number", min, max, step, value: this.given[name], placeholder: "default", id: `sampling-${name}`,
+      type: "number",
+      min,
+      max,
+      step,
+      value: this.given[name],
+      placeholder: "default",
+      id: `sampling-${name}`,
       onchange: (event) => {
         if (!event.target.reportValidity()) return;
         this.given[name] = event.target.value === "" ? "" : Number(event.target.value);

@@ -11,15 +11,34 @@ const FRESH = 60; // seconds in which a prompt fades
 
 /** Draw the map into an SVG element; `pick(prompt)` when a prompt is chosen. */
 export function drawMap(svg, map, prompts, { chosen, pick, only }) {
-  const scale = fit([...map.experts.flatMap((expert) => expert.centres), ...map.background, ...prompts.map((one) => [one.x, one.y])]);
+  const scale = fit([
+    ...map.experts.flatMap((expert) => expert.centres),
+    ...map.background,
+    ...prompts.map((one) => [one.x, one.y]),
+  ]);
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   const faded = (name) => (only && only !== name ? " faded" : "");
-  show(svg,
-    s("g", { class: "background" }, map.background.map((point) => circle(scale(point), 2.5))),
-    map.experts.map((expert) => s("g", { class: `centres${faded(expert.id)}`, css: { "--own": colour(expert.id) } },
-      expert.centres.map((point) => circle(scale(point), 5)))),
+  show(
+    svg,
+    s(
+      "g",
+      { class: "background" },
+      map.background.map((point) => circle(scale(point), 2.5)),
+    ),
+    map.experts.map((expert) =>
+      s(
+        "g",
+        { class: `centres${faded(expert.id)}`, css: { "--own": colour(expert.id) } },
+        expert.centres.map((point) => circle(scale(point), 5)),
+      ),
+    ),
     labels(map.experts, scale, faded),
-    s("g", { class: "prompts" }, prompts.map((prompt) => dot(prompt, scale, prompt.number === chosen, pick))));
+    s(
+      "g",
+      { class: "prompts" },
+      prompts.map((prompt) => dot(prompt, scale, prompt.number === chosen, pick)),
+    ),
+  );
 }
 
 /** From places on the map to the picture, both axes alike. */
@@ -28,10 +47,7 @@ function fit(points) {
   const [left, right] = [Math.min(...xs, 0), Math.max(...xs, 1e-6)];
   const [low, high] = [Math.min(...ys, 0), Math.max(...ys, 1e-6)];
   const size = Math.min((WIDTH - 2 * MARGIN) / (right - left), (HEIGHT - 2 * MARGIN) / (high - low));
-  return ([x, y]) => [
-    WIDTH / 2 + (x - (left + right) / 2) * size,
-    HEIGHT / 2 - (y - (low + high) / 2) * size,
-  ];
+  return ([x, y]) => [WIDTH / 2 + (x - (left + right) / 2) * size, HEIGHT / 2 - (y - (low + high) / 2) * size];
 }
 
 function circle([x, y], r) {
@@ -46,10 +62,15 @@ function labels(experts, scale, faded) {
     const x = median(points.map((point) => point[0]));
     let y = Math.max(LINE, Math.min(...points.map((point) => point[1])) - 11);
     const reach = 4.5 * expert.id.length;
-    while (placed.some((other) => Math.abs(other.x - x) < other.reach + reach && Math.abs(other.y - y) < LINE)) y -= LINE;
+    while (placed.some((other) => Math.abs(other.x - x) < other.reach + reach && Math.abs(other.y - y) < LINE))
+      y -= LINE;
     placed.push({ x, y, reach });
     const anchor = x > WIDTH - 90 ? "end" : x < 90 ? "start" : "middle";
-    return s("text", { x: x.toFixed(1), y: y.toFixed(1), "text-anchor": anchor, class: `label${faded(expert.id)}` }, expert.id);
+    return s(
+      "text",
+      { x: x.toFixed(1), y: y.toFixed(1), "text-anchor": anchor, class: `label${faded(expert.id)}` },
+      expert.id,
+    );
   });
 }
 
@@ -74,10 +95,24 @@ function dot(prompt, scale, isChosen, pick) {
     event.preventDefault();
     pick(prompt);
   };
-  return s("g", {
-    class: `prompt${isChosen ? " chosen" : ""}${age < 5 ? " new" : ""}`, tabindex: 0, role: "button", "data-number": prompt.number,
-    "aria-label": `A prompt that went to ${who}`, "aria-pressed": isChosen ? "true" : "false",
-    transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, onclick: press, onkeydown: press,
-    css: { "--own": prompt.mix.length ? colour(prompt.mix[0].id) : "var(--grey)", opacity: isChosen ? "1" : String(Math.max(0.45, 1 - age / FRESH)) },
-  }, s("circle", { r: 13, class: "halo" }), s("path", { d: "M0-8 8 0 0 8-8 0Z" }));
+  return s(
+    "g",
+    {
+      class: `prompt${isChosen ? " chosen" : ""}${age < 5 ? " new" : ""}`,
+      tabindex: 0,
+      role: "button",
+      "data-number": prompt.number,
+      "aria-label": `A prompt that went to ${who}`,
+      "aria-pressed": isChosen ? "true" : "false",
+      transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
+      onclick: press,
+      onkeydown: press,
+      css: {
+        "--own": prompt.mix.length ? colour(prompt.mix[0].id) : "var(--grey)",
+        opacity: isChosen ? "1" : String(Math.max(0.45, 1 - age / FRESH)),
+      },
+    },
+    s("circle", { r: 13, class: "halo" }),
+    s("path", { d: "M0-8 8 0 0 8-8 0Z" }),
+  );
 }

@@ -7,25 +7,63 @@ import { kindOf, readExemplars } from "./safetensors.js";
 
 export function uploadView(root) {
   const view = new Upload(root);
-  return { title: "Upload", start: () => view.jobs.start(), stop: () => view.jobs.stop(), focus: () => view.choose.focus() };
+  return {
+    title: "Upload",
+    start: () => view.jobs.start(),
+    stop: () => view.jobs.stop(),
+    focus: () => view.choose.focus(),
+  };
 }
 
 class Upload {
   constructor(root) {
-    this.files = h("input", { type: "file", multiple: true, id: "files", class: "hidden", tabindex: "-1", "aria-label": "Files",
-      onchange: () => this.#chosen(this.files) });
-    this.folder = h("input", { type: "file", webkitdirectory: true, id: "folder", class: "hidden", tabindex: "-1", "aria-label": "Folder",
-      onchange: () => this.#chosen(this.folder) });
+    this.files = h("input", {
+      type: "file",
+      multiple: true,
+      id: "files",
+      class: "hidden",
+      tabindex: "-1",
+      "aria-label": "Files",
+      onchange: () => this.#chosen(this.files),
+    });
+    this.folder = h("input", {
+      type: "file",
+      webkitdirectory: true,
+      id: "folder",
+      class: "hidden",
+      tabindex: "-1",
+      "aria-label": "Folder",
+      onchange: () => this.#chosen(this.folder),
+    });
     this.choose = h("button", { type: "button", class: "primary", onclick: () => this.files.click() }, "Choose files");
-    this.zone = h("div", { class: "dropzone", id: "dropzone" },
+    this.zone = h(
+      "div",
+      { class: "dropzone", id: "dropzone" },
       h("p", { class: "big" }, "Drop files here"),
-      h("p", { class: "quiet" }, "An expert file (.safetensors) is live when its upload ends. The files of a checkpoint or of a LoRA adapter ",
-        "are compressed here first. Prompts in a .jsonl or .txt file become exemplars."),
-      h("div", { class: "row" }, this.choose, h("button", { type: "button", onclick: () => this.folder.click() }, "Choose a folder")),
-      this.files, this.folder);
+      h(
+        "p",
+        { class: "quiet" },
+        "An expert file (.safetensors) is live when its upload ends. The files of a checkpoint or of a LoRA adapter ",
+        "are compressed here first. Prompts in a .jsonl or .txt file become exemplars.",
+      ),
+      h(
+        "div",
+        { class: "row" },
+        this.choose,
+        h("button", { type: "button", onclick: () => this.folder.click() }, "Choose a folder"),
+      ),
+      this.files,
+      this.folder,
+    );
     this.items = h("ul", { class: "uploads", "aria-label": "Uploads" });
     this.jobs = new JobList();
-    show(root, h("div", { class: "view-head" }, h("h1", { id: "title-upload" }, "Upload")), this.zone, this.items, this.jobs.element);
+    show(
+      root,
+      h("div", { class: "view-head" }, h("h1", { id: "title-upload" }, "Upload")),
+      this.zone,
+      this.items,
+      this.jobs.element,
+    );
     addEventListener("jobsent", () => this.jobs.start());
     this.#watch();
   }
@@ -58,7 +96,7 @@ class Upload {
   async #take(files) {
     const kinds = { expert: [], weights: [], part: [], exemplars: [] };
     for (const file of files.filter((one) => one.size > 0)) kinds[await kindOf(file)].push(file);
-    let exemplars = [];
+    let exemplars;
     try {
       exemplars = (await Promise.all(kinds.exemplars.map(readExemplars))).flat();
     } catch (error) {
@@ -67,7 +105,8 @@ class Upload {
     }
     for (const file of kinds.expert) this.#add("expert", [file], exemplars);
     if (kinds.weights.length) this.#add("raw", [...kinds.weights, ...kinds.part], exemplars);
-    else if (!kinds.expert.length) toast("No weights are among them: an expert or a fine-tune is a .safetensors file.", "bad");
+    else if (!kinds.expert.length)
+      toast("No weights are among them: an expert or a fine-tune is a .safetensors file.", "bad");
   }
 
   #add(kind, files, exemplars) {

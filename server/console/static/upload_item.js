@@ -18,29 +18,88 @@ export class UploadItem {
     this.body = h("div");
     const what = kind === "expert" ? "Expert file" : "Fine-tune, to be compressed here";
     const names = files.length > 3 ? `${files.length} files` : files.map((file) => file.name).join(", ");
-    this.element = h("li", { class: "card" },
-      h("div", { class: "card-head" }, h("h2", {}, names), h("span", { class: "quiet" }, `${what} · ${bytes(this.size)}`)), this.body);
+    this.element = h(
+      "li",
+      { class: "card" },
+      h(
+        "div",
+        { class: "card-head" },
+        h("h2", {}, names),
+        h("span", { class: "quiet" }, `${what} · ${bytes(this.size)}`),
+      ),
+      this.body,
+    );
     this.#form(exemplars);
   }
 
   #form(exemplars) {
-    this.name = h("input", { type: "text", pattern: NAME, maxlength: 64, autocomplete: "off", spellcheck: "false",
-      placeholder: this.kind === "expert" ? "as in the file" : "made up", title: "lower-case letters, digits, dots, dashes" });
+    this.name = h("input", {
+      type: "text",
+      pattern: NAME,
+      maxlength: 64,
+      autocomplete: "off",
+      spellcheck: "false",
+      placeholder: this.kind === "expert" ? "as in the file" : "made up",
+      title: "lower-case letters, digits, dots, dashes",
+    });
     this.replace = h("input", { type: "checkbox" });
-    this.exemplars = h("textarea", { rows: 3, value: exemplars.join("\n"), placeholder: this.kind === "expert" ? "those in the file" : "one prompt a line" });
-    const raw = this.kind === "raw" && h("div", { class: "grid" },
-      field("Codec", (this.codec = h("select", {}, options(CODECS.map((name) => [name, name]), CODECS[0])))),
-      field("Density", (this.density = h("input", { type: "number", min: 0.001, max: 1, step: "any", placeholder: "default" }))),
-      field("Description", (this.description = h("input", { type: "text", maxlength: 2000 }))));
-    show(this.body, h("form", { onsubmit: (event) => {
-      event.preventDefault();
-      this.#run();
-    } },
-    h("div", { class: "grid" }, field("Name", this.name), h("label", { class: "check" }, this.replace, "Replace what has this name")),
-    raw,
-    field("Exemplars", this.exemplars, "Prompts the expert is for, one a line: they tell the router, and calibrate a fine-tune."),
-    h("div", { class: "row" }, h("button", { type: "submit", class: "primary" }, "Publish"),
-      h("button", { type: "button", onclick: () => this.element.remove() }, "Leave it"))));
+    this.exemplars = h("textarea", {
+      rows: 3,
+      value: exemplars.join("\n"),
+      placeholder: this.kind === "expert" ? "those in the file" : "one prompt a line",
+    });
+    const raw =
+      this.kind === "raw" &&
+      h(
+        "div",
+        { class: "grid" },
+        field(
+          "Codec",
+          (this.codec = h(
+            "select",
+            {},
+            options(
+              CODECS.map((name) => [name, name]),
+              CODECS[0],
+            ),
+          )),
+        ),
+        field(
+          "Density",
+          (this.density = h("input", { type: "number", min: 0.001, max: 1, step: "any", placeholder: "default" })),
+        ),
+        field("Description", (this.description = h("input", { type: "text", maxlength: 2000 }))),
+      );
+    show(
+      this.body,
+      h(
+        "form",
+        {
+          onsubmit: (event) => {
+            event.preventDefault();
+            this.#run();
+          },
+        },
+        h(
+          "div",
+          { class: "grid" },
+          field("Name", this.name),
+          h("label", { class: "check" }, this.replace, "Replace what has this name"),
+        ),
+        raw,
+        field(
+          "Exemplars",
+          this.exemplars,
+          "Prompts the expert is for, one a line: they tell the router, and calibrate a fine-tune.",
+        ),
+        h(
+          "div",
+          { class: "row" },
+          h("button", { type: "submit", class: "primary" }, "Publish"),
+          h("button", { type: "button", onclick: () => this.element.remove() }, "Leave it"),
+        ),
+      ),
+    );
   }
 
   async #run() {
@@ -51,7 +110,13 @@ export class UploadItem {
       const ids = [];
       let before = 0;
       for (const file of this.files) {
-        ids.push(await sendFile(file, (sent) => this.#tell(`Sending ${file.name}`, before + sent, this.size), this.abort.signal));
+        ids.push(
+          await sendFile(
+            file,
+            (sent) => this.#tell(`Sending ${file.name}`, before + sent, this.size),
+            this.abort.signal,
+          ),
+        );
         before += file.size;
       }
       if (this.kind === "expert") await this.#publish(ids[0], said);
@@ -64,20 +129,28 @@ export class UploadItem {
 
   /** What was typed, as both APIs call it. */
   #said() {
-    const exemplars = this.exemplars.value.split("\n").map((line) => line.trim()).filter(Boolean);
+    const exemplars = this.exemplars.value
+      .split("\n")
+      .map((line) => line.trim())
+      .filter(Boolean);
     const raw = this.kind === "raw" && {
       codec: this.codec.value,
       ...(this.density.value && { density: Number(this.density.value) }),
       ...(this.description.value && { description: this.description.value }),
     };
-    return { name: this.name.value, replace: this.replace.checked, more: { ...(exemplars.length && { exemplars }), ...raw } };
+    return {
+      name: this.name.value,
+      replace: this.replace.checked,
+      more: { ...(exemplars.length && { exemplars }), ...raw },
+    };
   }
 
   async #publish(upload, { name, replace, more }) {
     this.#tell("Checking and publishing", null);
-    const expert = name && replace
-      ? await getJson(`/v1/experts/${encodeURIComponent(name)}`, { method: "PUT", json: { upload, ...more } })
-      : await getJson("/v1/experts", { method: "POST", json: { upload, ...(name && { name }), ...more } });
+    const expert =
+      name && replace
+        ? await getJson(`/v1/experts/${encodeURIComponent(name)}`, { method: "PUT", json: { upload, ...more } })
+        : await getJson("/v1/experts", { method: "POST", json: { upload, ...(name && { name }), ...more } });
     this.#done(expert.id, [
       ["Size", bytes(expert.bytes)],
       ["Bits per parameter", digits(expert.bits_per_param)],
@@ -106,8 +179,12 @@ export class UploadItem {
     this.stage = h("span", {}, "");
     this.share = h("span", { class: "number" }, "");
     this.bar = h("progress", { max: 1, "aria-label": "Progress" });
-    show(this.body, h("div", { class: "beside" }, this.stage, this.share), this.bar,
-      h("button", { type: "button", class: "small", onclick: () => this.abort.abort() }, "Cancel"));
+    show(
+      this.body,
+      h("div", { class: "beside" }, this.stage, this.share),
+      this.bar,
+      h("button", { type: "button", class: "small", onclick: () => this.abort.abort() }, "Cancel"),
+    );
   }
 
   #tell(stage, done, total) {
@@ -119,17 +196,31 @@ export class UploadItem {
 
   #failed(error) {
     const stopped = error.name === "AbortError";
-    const again = h("button", { type: "button", class: "small", onclick: () => this.#form(this.exemplars.value.split("\n")) }, "Try again");
+    const again = h(
+      "button",
+      { type: "button", class: "small", onclick: () => this.#form(this.exemplars.value.split("\n")) },
+      "Try again",
+    );
     show(this.body, stopped ? h("p", { class: "quiet" }, "Stopped; nothing was published.") : refusal(error), again);
   }
 
   #done(name, facts) {
     load({ quiet: true }).catch(() => {});
-    show(this.body,
+    show(
+      this.body,
       h("p", { class: "notice good", role: "status" }, `${name} is live.`),
-      h("dl", { class: "facts" }, facts.map(([what, value]) => h("div", {}, h("dt", {}, what), h("dd", {}, value)))),
-      h("div", { class: "row" }, h("a", { class: "button primary", href: `#chat/${encodeURIComponent(name)}` }, "Chat with it"),
-        h("a", { class: "button", href: `#library/${encodeURIComponent(name)}` }, "Open it in the library")));
+      h(
+        "dl",
+        { class: "facts" },
+        facts.map(([what, value]) => h("div", {}, h("dt", {}, what), h("dd", {}, value))),
+      ),
+      h(
+        "div",
+        { class: "row" },
+        h("a", { class: "button primary", href: `#chat/${encodeURIComponent(name)}` }, "Chat with it"),
+        h("a", { class: "button", href: `#library/${encodeURIComponent(name)}` }, "Open it in the library"),
+      ),
+    );
   }
 }
 

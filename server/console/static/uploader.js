@@ -8,7 +8,11 @@ const WAIT = 1000;
 
 /** Send a file; `progress(bytes)` as it goes. Resolves to the id of the complete upload. Throws ApiError. */
 export async function sendFile(file, progress, signal) {
-  const upload = await getJson("/v1/uploads", { method: "POST", json: { filename: file.name, bytes: file.size }, signal });
+  const upload = await getJson("/v1/uploads", {
+    method: "POST",
+    json: { filename: file.name, bytes: file.size },
+    signal,
+  });
   const path = `/v1/uploads/${encodeURIComponent(upload.id)}`;
   let { offset } = upload;
   let failures = 0;
@@ -45,7 +49,11 @@ function sendPiece(path, piece, offset, progress, signal) {
     const request = new XMLHttpRequest();
     const abort = () => request.abort();
     request.open("PATCH", path);
-    const given = headers({ "content-type": "application/offset+octet-stream", "tus-resumable": "1.0.0", "upload-offset": offset });
+    const given = headers({
+      "content-type": "application/offset+octet-stream",
+      "tus-resumable": "1.0.0",
+      "upload-offset": offset,
+    });
     for (const [name, value] of Object.entries(given)) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => progress(event.loaded);
     request.onload = () => (request.status === 204 ? resolve() : reject(new ApiError(request.status, detail(request))));

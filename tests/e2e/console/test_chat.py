@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 from playwright.sync_api import Page, expect
 
+from store.errors import EngineDeadError
 from tests.api.house import House
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.console.conftest import Watch, unlock
@@ -131,3 +132,7 @@ def test_a_failure_is_told_and_can_be_tried_again(outside: Watch, guarded: tuple
     engine.max_queue = 8
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".answer .text")).to_contain_text("heard: user: hello")
+    engine.failure, engine.fail_after = EngineDeadError("the engine has failed"), 5
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_have_text("the engine has failed")
+    expect(page.locator(".answer .text")).to_have_text("base")  # what had come by then stays
