@@ -77,7 +77,7 @@ export function explanation(decision) {
       { class: "facts" },
       facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
     ),
-    decision.neighbours.length > 0 && h("h4", {}, "Nearest centres"),
+    decision.neighbours.length > 0 && h("h3", {}, "Nearest centres"),
     list(decision.neighbours.slice(0, SHOWN)),
     rest.length > 0 && h("details", {}, h("summary", { class: "quiet" }, `${rest.length} more`), list(rest)),
   );

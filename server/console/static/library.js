@@ -214,6 +214,8 @@ class Library {
 
   async #open(name) {
     await openExpert(name);
+    // Rows may have been drawn anew meanwhile: the one that the dialog was opened from may be gone.
+    this.rows.querySelector(`[data-expert="${CSS.escape(name)}"]`)?.focus({ preventScroll: true });
     await this.#refresh(true);
   }
 }

@@ -2,10 +2,12 @@
 
 const MOST_HEADER = 64 << 20;
 
-/** `expert`, `weights`, `exemplars` or `part` (a file that belongs to a checkpoint or an adapter). */
+const PARTS = /^(adapter_config\.json|model\.safetensors\.index\.json)$/;
+
+/** `expert`, `weights`, `part` (says how weights belong together), `exemplars`, or `other`: not for the server. */
 export async function kindOf(file) {
   if (/\.(jsonl|txt)$/i.test(file.name)) return "exemplars";
-  if (!/\.safetensors$/i.test(file.name)) return "part";
+  if (!/\.safetensors$/i.test(file.name)) return PARTS.test(file.name) ? "part" : "other";
   const length = new DataView(await file.slice(0, 8).arrayBuffer());
   if (length.byteLength < 8) return "weights";
   const size = Number(length.getBigUint64(0, true));

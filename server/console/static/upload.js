@@ -94,7 +94,7 @@ class Upload {
 
   /** Sort files into what they will become: each expert file by itself, all others one fine-tune. */
   async #take(files) {
-    const kinds = { expert: [], weights: [], part: [], exemplars: [] };
+    const kinds = { expert: [], weights: [], part: [], exemplars: [], other: [] };
     for (const file of files.filter((one) => one.size > 0)) kinds[await kindOf(file)].push(file);
     let exemplars;
     try {
