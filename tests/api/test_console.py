@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.console.files import static_files
+from store.codecs.base import CodecName
 from tests.api.house import House, error, open_house
 
 pytestmark = pytest.mark.anyio
@@ -68,6 +69,14 @@ async def test_it_can_be_left_out(tmp_path: Path) -> None:
     async with open_house(tmp_path, console=False) as house:
         for path in ("/", "/console/main.js"):
             error(await house.http.get(path), 404)
+
+
+def test_every_codec_can_be_chosen() -> None:
+    offered = re.search(
+        r"const CODECS = \[(.*?)\];", (STATIC / "upload_item.js").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert offered
+    assert re.findall(r'"([a-z-]+)"', offered[1]) == [name.value for name in CodecName]
 
 
 def test_every_file_ships_with_the_package_and_loads_nothing_from_elsewhere() -> None:

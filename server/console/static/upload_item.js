@@ -7,7 +7,7 @@ import { bytes, count, digits, percent } from "./format.js";
 import { refusal } from "./notices.js";
 import { sendFile } from "./uploader.js";
 
-const CODECS = ["t-switch", "flex-switch", "compeft", "bit-delta", "low-rank", "raw"];
+const CODECS = ["t-switch", "flex-switch", "compeft", "bit-delta", "low-rank", "raw", "overwrite"];
 const NAME = "[a-z0-9][a-z0-9._\\-]{0,63}";
 
 export class UploadItem {
