@@ -40,6 +40,7 @@ WARM_UP = 1 / 3
 _SAMPLES = 400
 _MINUTES_OF_A_SLOPE = 5.0
 """Memory that is measured for less long tells nothing of leaks."""
+_PATIENCE = 120.0
 DECODED = 38_000
 """What an expert takes, decoded, or a little more."""
 _MIB = 1 << 20
@@ -157,13 +158,21 @@ def _options(oracle: Oracle, scratch: Path, mode: str) -> list[str | Path]:
 
 
 def _look(url: str) -> dict[str, Any]:
-    seen: dict[str, Any] = httpx.get(f"{url}/debug/engine?hash=true", timeout=60).raise_for_status().json()
-    return seen
+    """The engine's view of itself; asked again while it is busy, which a machine that has other things to do may be."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        answer = httpx.get(f"{url}/debug/engine?hash=true", timeout=_PATIENCE)
+        if answer.status_code == 503 and time.monotonic() < deadline:
+            continue
+        if answer.is_error:
+            raise RuntimeError(f"the engine does not tell how it is: {answer.text}")
+        seen: dict[str, Any] = answer.json()
+        return seen
 
 
 def _idle(url: str) -> dict[str, Any]:
-    """The engine's view of itself once it has nothing to do, or after a minute."""
-    deadline = time.monotonic() + 60
+    """The engine's view of itself once it has nothing to do, or after a while."""
+    deadline = time.monotonic() + _PATIENCE
     while disagreements(seen := _look(url)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return seen

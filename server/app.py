@@ -42,7 +42,8 @@ from server.api import (
 )
 from server.api.accounting import AuditMiddleware, LimitMiddleware
 from server.api.auth import AuthMiddleware
-from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
+from server.api.description import describe_api
+from server.api.middleware import BodyLimitMiddleware, CrowdMiddleware, RequestMiddleware
 from server.api.services import Services
 from server.audit import AuditLog
 from server.chores import Chore, do_all
@@ -192,6 +193,8 @@ def create_app(
     if settings.console:
         app.include_router(console.router)
 
+    describe_api(app)
+
     def body_limit(scope: Scope) -> int:
         prefix = experts.router.prefix
         below = scope["path"].removeprefix(f"{prefix}/")
@@ -202,10 +205,11 @@ def create_app(
         return settings.max_upload_bytes if upload else settings.max_body_bytes
 
     # The last one added is the first one a request meets.
-    app.add_middleware(BodyLimitMiddleware, limit_of=body_limit)
+    app.add_middleware(BodyLimitMiddleware, limit_of=body_limit, patience=settings.client_seconds)
     app.add_middleware(LimitMiddleware, meter=meter)
     app.add_middleware(AuthMiddleware, settings=settings, keys=services.keys)
     app.add_middleware(AuditMiddleware, audit=services.audit)
+    app.add_middleware(CrowdMiddleware, most=settings.max_requests)
     app.add_middleware(RequestMiddleware, metrics=metrics, tracing=tracing)
     return app
 

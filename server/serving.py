@@ -20,6 +20,7 @@ from server.api.services import Services
 from server.assembly import assembled
 from server.generation import AUTO
 from server.logs import set_up
+from server.protocol import BoundedProtocol
 from server.settings import Settings
 from store.record import ExpertRecord
 from store.registry import Registry
@@ -48,6 +49,22 @@ def serve(settings: Settings, out: Console, *, preload: Path | None = None) -> N
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         server.run()
+
+
+def listening(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How an application is served: where, and within which bounds."""
+    protocol = type("Protocol", (BoundedProtocol,), {"patience": settings.client_seconds})
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=30,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -119,6 +119,15 @@ class Settings(BaseSettings):
     )
     job_hours: float = Field(6.0, gt=0, le=720, description="How long a job may take.")
     max_body_bytes: ByteSize = Field(ByteSize(8 << 20), gt=0, description="Largest body of every other request.")
+    max_requests: int = Field(
+        2048, ge=1, description="Most requests at a time, waiting ones included, before the server answers 503."
+    )
+    client_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="How long a client may take for the head of a request, pause in its body or not read its answer.",
+    )
     max_n: int = Field(16, ge=1, description="Largest `n` of one request.")
     max_sequences: int = Field(128, ge=1, description="Most answers one request may ask for: prompts × n.")
 

@@ -73,7 +73,7 @@ class Tenants:
 
     def reset(self, tenant: str) -> bool:
         """Let a tenant have the usual limits again; False if it had them."""
-        return self._documents.delete(tenant)
+        return tenant in self._documents.all() and self._documents.delete(tenant)  # a bad name has none
 
 
 def _from_json(data: bytes, usual: Limits) -> Limits:

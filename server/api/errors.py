@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
+from server.api.rules import methods_of, path_of
 from store import errors
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,13 @@ class NotReadyError(errors.SwitchyardError):
     code = "not_ready"
 
 
+class BusyError(errors.SwitchyardError):
+    """Too many requests are at work (503)."""
+
+    code = "too_many_requests"
+    retry_after = 1
+
+
 class ForbiddenError(errors.SwitchyardError):
     """The request comes from where it may not come from (403)."""
 
@@ -70,10 +78,11 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.EngineDeadError: 503,
     errors.MissingPackageError: 501,
     NotReadyError: 503,
+    BusyError: 503,
     errors.SwitchyardError: 500,
 }
 
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+_HTTP_CODES = {408: "request_timeout", 404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 _VALIDATION_FAULTS = {
     "extra_forbidden": ("unknown_parameter", "there is no such parameter"),
@@ -117,6 +126,9 @@ def error_response(error: Exception, scope: Scope) -> JSONResponse:
     """The answer for any exception."""
     status, body = describe(error, scope)
     headers = dict(getattr(error, "headers", None) or {})
+    declared = path_of(scope["path"]) if status == HTTPStatus.METHOD_NOT_ALLOWED else None
+    if declared is not None:  # the router names the methods of one route, of several with this path
+        headers = {"Allow": ", ".join(methods_of(declared))}
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):

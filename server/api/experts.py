@@ -62,13 +62,13 @@ async def upload_expert(request: Request, services: ReadyServices, asker: Asker,
 async def list_experts(
     services: AnyServices,
     asker: Asker,
+    tag: Annotated[list[str], Query(default_factory=list, max_length=16)],
     q: Annotated[str, Query(max_length=200)] = "",
-    tag: Annotated[list[str] | None, Query(max_length=16)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
     after: Annotated[str, Query(max_length=64)] = "",
 ) -> ExpertList:
     """Experts by name, page by page; `tag` asks for a tag, `q` looks for letters in what is said about them."""
-    records, more = await services.library.page(after=after, limit=limit, matching=q, tags=tag or (), by=asker)
+    records, more = await services.library.page(after=after, limit=limit, matching=q, tags=tag, by=asker)
     return {"object": "list", "data": [expert_answer(record, services, asker) for record in records], "has_more": more}
 
 

@@ -179,19 +179,19 @@ async def _events(boundary: bytes, stream: AsyncIterator[bytes]) -> AsyncIterato
         nonlocal ended
         ended = True
 
-    parser = MultipartParser(
-        boundary,
-        {
-            "on_header_field": grow(0),
-            "on_header_value": grow(1),
-            "on_header_end": header_end,
-            "on_headers_finished": headers_end,
-            "on_part_data": lambda data, start, stop: found.append(data[start:stop]),
-            "on_part_end": lambda: found.append(_End()),
-            "on_end": end,
-        },
-    )
     try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_header_field": grow(0),
+                "on_header_value": grow(1),
+                "on_header_end": header_end,
+                "on_headers_finished": headers_end,
+                "on_part_data": lambda data, start, stop: found.append(data[start:stop]),
+                "on_part_end": lambda: found.append(_End()),
+                "on_end": end,
+            },
+        )
         async for chunk in stream:
             parser.write(chunk)
             for event in found:

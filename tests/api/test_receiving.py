@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
@@ -46,6 +46,7 @@ def request(pieces: Iterator[bytes], *, cut_off: bool = False) -> Request:
     return Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300), sizes=st.lists(st.integers(1, 40), min_size=1), note=st.binary(max_size=50))
 async def test_any_bytes_in_any_pieces(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, sizes: list[int], note: bytes

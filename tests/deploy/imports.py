@@ -243,7 +243,16 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "router",
         "store",
     ),
-    "server.serving": ("server.api", "server.assembly", "server.generation", "server.settings", "store", "server.logs"),
+    "server.protocol": ("server.api",),
+    "server.serving": (
+        "server.protocol",
+        "server.api",
+        "server.assembly",
+        "server.generation",
+        "server.settings",
+        "store",
+        "server.logs",
+    ),
     # The command line and what its verbs need: they talk to a server over HTTP, or to the store.
     "server.cli": ("server", "store"),
     "server.cli_files": ("server", "store"),
