@@ -15,7 +15,6 @@ from server.engine.attention import AttentionBatch, Segment
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import Group, Kernels, LoadedDelta, PackedDelta, pack
 from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
-from server.engine.merged import merge_tensor
 from server.engine.model import BaseModel
 from store.deltas import DenseDelta, SparseDelta
 
@@ -106,7 +105,7 @@ def calibrate(model: BaseModel, kernels: Kernels) -> Costs:
         merged = torch.empty_like(pristine)
 
         def merge(packed: PackedDelta = packed, out: torch.Tensor = merged, pristine: torch.Tensor = pristine) -> None:
-            merge_tensor(out, pristine, [(1.0, packed)])
+            kernels.merge(out, pristine, [(1.0, packed)])
 
         delta[form] = Curve(tuple(curve))
         patch[form] = _seconds(merge, model.device, _DELTA_SECONDS / 4) / (out * size)

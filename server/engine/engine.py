@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
@@ -19,6 +20,7 @@ from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
 from server.engine.inspection import view
 from server.engine.loader import ExpertLoader
+from server.engine.merged import digest_of
 from server.engine.model import BaseModel, choose_device, choose_dtype
 from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
@@ -212,12 +214,18 @@ class TransformersEngine:
 
     async def base_sha256(self) -> str:
         # Nobody writes to them, so the engine need not stand still for it.
-        return await asyncio.to_thread(self._worker.executor.merged.pristine_fingerprint)
+        return await asyncio.to_thread(lambda: self.check_integrity()[0])
 
     def check_integrity(self) -> tuple[str, str]:
-        """sha256 of the pristine weights now, and of what the model runs with now. For tests; call when idle."""
+        """sha256 of the pristine weights now, and of what the model runs with now, quantised weights and other buffers
+        included. The second one for tests: call it when idle."""
         merged = self._worker.executor.merged
-        return merged.pristine_fingerprint(), merged.fingerprint()
+        fixed = digest_of(dict(self._model.network.named_buffers()))
+        pristine, current = (
+            hashlib.sha256(f"{weights} {fixed}".encode()).hexdigest()
+            for weights in (merged.pristine_fingerprint(), merged.fingerprint())
+        )
+        return pristine, current
 
     def _cancel(self, sequence: Sequence) -> None:
         self._worker.post(lambda: self._worker.end(sequence))

@@ -34,7 +34,7 @@ class Executor:
     def __init__(self, model: BaseModel, cache: KVCache, kernels: Kernels) -> None:
         self._model = model
         self._cache = cache
-        self.merged = MergedWeights(model.parameters, dict(model.network.named_buffers()))
+        self.merged = MergedWeights(model.parameters, kernels)
         self.mixed = MixedWeights(
             *find_sites(model.network, model.parameters, model.try_out), model.parameters, kernels
         )

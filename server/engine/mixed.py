@@ -20,7 +20,7 @@ from torch import nn
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import Group, Kernels, Overwrites, Term, gather_rows
 from server.engine.layout import Span
-from server.engine.merged import merge_tensor, terms_of
+from server.engine.merged import terms_of
 from server.engine.sites import Kind, Site, per_row, swapped
 from store.mix import Mix
 
@@ -210,7 +210,7 @@ class MixedWeights:
                 terms = terms_of(mix, name, experts)
                 if terms:
                     known[name] = torch.empty_like(pristine)
-                    merge_tensor(known[name], pristine, terms)
+                    self._kernels.merge(known[name], pristine, terms)
                 else:
                     known[name] = pristine
         return known

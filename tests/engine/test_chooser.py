@@ -11,7 +11,7 @@ from server.engine.chooser import ModeChooser
 from server.engine.costs import Costs, Curve, calibrate
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import backend
-from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
+from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
 from server.engine.model import BaseModel
 from server.engine.options import Mode
 from server.engine.scheduler import Demand
@@ -76,7 +76,7 @@ def test_calibration_prices_every_form(library: Library) -> None:
     cpu = torch.device("cpu")
     model = BaseModel(library.base, dtype=torch.float32, device=cpu, feature_layer=1, cache_dir=None)
     costs = calibrate(model, backend("reference", cpu))
-    assert costs.delta.keys() == costs.patch.keys() == {BitPlanes, SparseRows, DenseValues}
+    assert costs.delta.keys() == costs.patch.keys() == {BitPlanes, SparseRows, DenseValues, Overwrites}
     assert costs.step(1) > 0
     assert costs.surcharge(EXPERTS["a"], 4) > 0
     assert costs.patching(EXPERTS["a"]) > 0

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import PackedDelta, Term, pack
+from server.engine.kernels import PackedDelta, Term, backend, pack
+from server.engine.kernels.merging import merge_tensor, merge_tensor_reference
 from server.engine.kernels.types import DenseValues
-from server.engine.merged import MergedWeights, merge_tensor, merge_tensor_reference
+from server.engine.merged import MergedWeights
 from store.deltas import DenseDelta, SparseDelta
 from store.mix import BASE_MIX, Mix
 
@@ -108,7 +109,7 @@ def test_the_base_survives_two_hundred_random_patches_and_failures(dtype: torch.
     torch.manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"a": (31, 17), "b": (17,), "c": (64, 33)}
     parameters = {n: nn.Parameter(torch.randn(s).to(dtype), requires_grad=False) for n, s in shapes.items()}
-    merged = MergedWeights(parameters)
+    merged = MergedWeights(parameters, backend("auto", CPU))
     at_load = merged.pristine_fingerprint()
     assert merged.fingerprint() == at_load
     library = make_library(parameters)
@@ -133,7 +134,7 @@ def test_the_base_survives_two_hundred_random_patches_and_failures(dtype: torch.
 
 def test_an_expert_leaves_nothing_behind_for_the_next() -> None:
     parameters = {"w": nn.Parameter(torch.zeros(4, 4), requires_grad=False)}
-    merged = MergedWeights(parameters)
+    merged = MergedWeights(parameters, backend("auto", CPU))
     one = SparseDelta((4, 4), np.array([0, 5], np.int32), np.array([1, -1], np.int8), 2.0)
     two = SparseDelta((4, 4), np.array([7], np.int32), np.array([1], np.int8), 3.0)
     library = {name: DecodedExpert(name, {"w": pack(delta, CPU)}) for name, delta in (("one", one), ("two", two))}
@@ -147,7 +148,7 @@ def test_an_expert_leaves_nothing_behind_for_the_next() -> None:
 
 def test_going_back_to_the_last_mix_needs_no_patch() -> None:
     parameters = {"w": nn.Parameter(torch.randn(40, 33), requires_grad=False)}
-    merged = MergedWeights(parameters)
+    merged = MergedWeights(parameters, backend("auto", CPU))
     mix = Mix.of({"one": 1.0})
     library = {"one": DecodedExpert("one", {"w": random_delta((40, 33), 0.3, 0)})}
     merged.apply(mix, library)

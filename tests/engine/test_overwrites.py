@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from server.engine.engine import TransformersEngine
 from server.engine.kernels import LoadedDelta, Overwrites
-from server.engine.merged import _digest, merge_tensor, merge_tensor_reference
-from server.engine.types import Mode
+from server.engine.kernels.merging import merge_tensor, merge_tensor_reference
+from server.engine.merged import digest_of as weights_digest
+from server.engine.options import Mode
 from store.convert import compress
 from store.expert_file import digest_of
 from store.mix import Mix
@@ -102,7 +103,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 async def test_the_engine_runs_the_fine_tune_itself(trained: tuple[Library, str, Path], mode: Mode, dtype: str) -> None:
     library, digest, tuned = trained
     model = fine_tune(tuned, dtype)
-    wanted = _digest(dict(model.named_parameters()))
+    wanted = weights_digest(dict(model.named_parameters()))
     async with running(library, replace(SETTINGS, mode=mode, dtype=dtype)) as engine:
         merged = engine._worker.executor.merged
         pristine = merged.pristine_fingerprint()
@@ -146,7 +147,7 @@ async def test_a_mix_is_the_float_sum(trained: tuple[Library, str, Path]) -> Non
 async def test_over_http(trained: tuple[Library, str, Path], tmp_path: Path) -> None:
     """Uploaded to a server with the real engine: alone exact, mixed or scaled not, and both are said."""
     library, digest, tuned = trained
-    wanted = _digest(dict(fine_tune(tuned, "float32").named_parameters()))
+    wanted = weights_digest(dict(fine_tune(tuned, "float32").named_parameters()))
     other = library.add(6)
     files = dict(library.files)
 

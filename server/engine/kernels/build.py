@@ -1,4 +1,4 @@
-"""`native.cpp` → a shared library, with the system's own compiler at first use."""
+"""`native.cpp` and `merge.cpp` → a shared library, with the system's own compiler at first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "merge.cpp"))
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0
@@ -86,15 +86,18 @@ def load(cache_dir: Path, *, flags: tuple[str, ...] = (), compiler: str | None =
 
 def _load(cache_dir: Path, compiler: str, recipe: Recipe, flags: tuple[str, ...]) -> ctypes.CDLL:
     options = (*_FLAGS, *recipe.compile, *flags)
-    made_from = (SOURCE.read_text(encoding="utf-8"), options, recipe.link, _run([compiler, "--version"]), _cpu())
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    made_from = (sources, options, recipe.link, _run([compiler, "--version"]), _cpu())
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:20]
     path = cache_dir / "kernels" / f"native-{digest}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made, linked = Path(scratch, "native.o"), Path(scratch, "native.so")
-            _run([compiler, *options, "-c", str(SOURCE), "-o", str(made)])
-            _run([compiler, "-shared", *recipe.link, str(made), "-o", str(linked)])
+            linked = Path(scratch, "native.so")
+            made = [str(Path(scratch, f"{source.stem}.o")) for source in SOURCES]
+            for source, into in zip(SOURCES, made, strict=True):
+                _run([compiler, *options, "-c", str(source), "-o", into])
+            _run([compiler, "-shared", *recipe.link, *made, "-o", str(linked)])
             os.replace(linked, path)
     return ctypes.CDLL(str(path))
 

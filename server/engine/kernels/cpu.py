@@ -1,4 +1,4 @@
-"""The kernels of `native.cpp`, called from Python."""
+"""The kernels of `native.cpp` and `merge.cpp`, called from Python."""
 
 from __future__ import annotations
 
@@ -15,12 +15,24 @@ from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels
-from server.engine.kernels.types import BitPlanes, DenseValues, Group, PackedDelta, SparseRows, rows_and_columns
+from server.engine.kernels.types import (
+    BitPlanes,
+    DenseValues,
+    Group,
+    LoadedTerm,
+    Overwrites,
+    PackedDelta,
+    SparseRows,
+    rows_and_columns,
+)
 from store.deltas import SparseDelta
 
 _TERM = struct.Struct("<qqiifi")
 """`Term` of native.cpp up to its pointers: first row, last row, form, opens a group, factor, digits."""
 _POINTERS = struct.Struct("<5Q")
+
+_MERGED = {torch.float32: 0, torch.bfloat16: 1}
+"""What `merge.cpp` merges; the others are left to torch."""
 
 
 class CpuKernels:
@@ -42,6 +54,14 @@ class CpuKernels:
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
             *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int),
         )
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        common = (pointer, pointer, size, size, ctypes.c_int)
+        self._merge_planes, self._merge_sparse = library.switchyard_merge_planes, library.switchyard_merge_sparse
+        self._merge_planes.restype = self._merge_sparse.restype = None
+        self._merge_planes.argtypes = (*common, pointer, ctypes.c_float, ctypes.c_int)
+        self._merge_sparse.argtypes = (*common, pointer, pointer, pointer, pointer, ctypes.c_float, ctypes.c_int)
+        self.masks = bool(library.switchyard_merge_masks())
+        """Whether merging takes words of planes as masks of vector instructions."""
         self.parallel = bool(library.switchyard_parallel())
         self.permute = int(library.switchyard_permute())
         """Entries of the table that one vector instruction looks up; 0 where there is none."""
@@ -76,6 +96,24 @@ class CpuKernels:
             if any(isinstance(delta, DenseValues) for _, delta in group.terms):
                 dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
                 self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
+
+    def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
+        weight, delta = terms[0]
+        form = _MERGED.get(out.dtype)
+        many = isinstance(delta, BitPlanes) and delta.digits > 1
+        if len(terms) > 1 or form is None or many or isinstance(delta, DenseValues | Overwrites):
+            self._plain.merge(out, pristine, terms)
+            return
+        if not (out.is_contiguous() and pristine.is_contiguous() and out.shape == pristine.shape == delta.shape):
+            raise ValueError("out, pristine and the delta must be contiguous and of one shape")
+        where = (out.data_ptr(), pristine.data_ptr(), *rows_and_columns(delta.shape), form)
+        how = (weight * delta.scale, torch.get_num_threads())
+        if isinstance(delta, BitPlanes):
+            self._merge_planes(*where, delta.words.data_ptr(), *how)
+        else:
+            levels = None if delta.levels is None else delta.levels.data_ptr()
+            lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
+            self._merge_sparse(*where, *lists, *how)
 
     def _record(self, group: Group, shape: tuple[int, int]) -> bytes:
         """The terms of a group as `native.cpp` reads them; those that it computes."""
@@ -117,5 +155,8 @@ class CpuKernels:
             ours, expected = torch.ones(9, 72), torch.ones(9, 72)
             self.add_linear(ours, x, groups)
             self._plain.add_linear(expected, x, groups)
-            if not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4):
+            merged, plainly = torch.empty(72, 100), torch.empty(72, 100)
+            self.merge(merged, ours.new_ones(72, 100), [(0.5, delta)])
+            self._plain.merge(plainly, ours.new_ones(72, 100), [(0.5, delta)])
+            if not (torch.allclose(ours, expected, rtol=1e-4, atol=1e-4) and torch.equal(merged, plainly)):
                 raise BuildError("what the compiler made computes wrongly on this machine")

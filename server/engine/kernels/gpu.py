@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from server.engine.kernels.reference import ReferenceKernels
-from server.engine.kernels.types import BitPlanes, DenseValues, Group, SparseRows, rows_and_columns
+from server.engine.kernels.types import BitPlanes, DenseValues, Group, LoadedTerm, SparseRows, rows_and_columns
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = 16
@@ -129,6 +129,9 @@ class TritonKernels:
             dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
             if dense:
                 self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
+
+    def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
+        self._plain.merge(out, pristine, terms)
 
 
 def _tables(

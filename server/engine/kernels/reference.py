@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from server.engine.kernels.merging import merge_tensor
 from server.engine.kernels.packing import dense
-from server.engine.kernels.types import Group, rows_and_columns
+from server.engine.kernels.types import Group, LoadedTerm, rows_and_columns
 
 
 class ReferenceKernels:
@@ -24,3 +25,6 @@ class ReferenceKernels:
                 matrix = dense(delta).view(rows_and_columns(delta.shape))
                 total.addmm_(x[rows].float(), matrix.T, alpha=weight)
             y[rows] = total.to(y.dtype)
+
+    def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
+        merge_tensor(out, pristine, terms)

@@ -133,6 +133,9 @@ LoadedDelta = PackedDelta | Overwrites
 Term = tuple[float, PackedDelta]
 """A weight of the mix and the delta it is for."""
 
+LoadedTerm = tuple[float, LoadedDelta]
+"""The same of what can only be merged, too."""
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -161,6 +164,18 @@ class Kernels(Protocol):
             y: `[rows, out]`, float32, bfloat16 or float16, contiguous.
             x: `[rows, in]`, of `y`'s dtype and on its device, contiguous.
             groups: disjoint, within the rows; every delta has the shape `(out, in)` and lies on the same device.
+        """
+        ...
+
+    def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
+        """`out ← pristine + Σ weight·delta`, summed in float32 and rounded to `out`'s dtype once (methods §2, Eq. 5);
+        what overwrites alone, at weight 1, is set.
+
+        Bit for bit what `server.engine.kernels.merging.merge_tensor_reference` makes, but for the sign of zeros.
+
+        Args:
+            out, pristine: contiguous, of one shape, dtype (float32, bfloat16 or float16) and device; may not overlap.
+            terms: at least one; every delta has that shape and lies on that device.
         """
         ...
 

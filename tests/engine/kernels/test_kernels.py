@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
+from server.engine.kernels.merging import merge_tensor_reference
 from store.deltas import Delta, DenseDelta, SparseDelta
 from tests.engine.kernels.builders import as_matrix, sparse_delta
 
@@ -39,7 +40,7 @@ MAKERS: dict[str, Callable[[Path], Kernels]] = {
     "cpu": CpuKernels,
     # The other widths, on any machine: what is an instruction elsewhere is a loop here.
     "cpu, 16 entries": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=16")),
-    "cpu, no permutation": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=0")),
+    "cpu, no permutation": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=0", "-DPORTABLE")),
 }
 
 weights = st.one_of(st.just(1.0), st.floats(-2, 3, width=32))
@@ -133,6 +134,22 @@ def test_any_batch_equals_dense_matrices(kernels: Kernels, data: st.DataObject, 
 def test_shapes_of_a_model(kernels: Kernels, rows: int, density: float, dtype: torch.dtype) -> None:
     terms: Terms = [(0.75, sparse_delta(1, (192, 576), density)), (0.25, sparse_delta(2, (192, 576), density))]
     check(kernels, (192, 576), [(0, rows, terms), (1, 1, terms[:1]), (0, rows, terms[1:])], dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_merging_equals_the_reference_bit_for_bit(kernels: Kernels, data: st.DataObject, dtype: torch.dtype) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 140)))
+    device = device_of(kernels)
+    terms = data.draw(terms_of(shape).filter(bool))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+    pristine = torch.randn(shape, generator=generator).to(device, dtype)
+    pristine[0, 0] = data.draw(st.sampled_from([0.0, -0.0, float("nan"), float("inf"), 1e-40, 3e38]))
+    before, out = pristine.clone(), torch.full_like(pristine, 7)
+    kernels.merge(out, pristine, [(weight, pack(delta, device)) for weight, delta in terms])
+    expected = merge_tensor_reference(pristine.cpu(), [(weight, pack(delta, CPU)) for weight, delta in terms])
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(pristine, before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("density", [0.012, 0.3])
