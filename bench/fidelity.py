@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fidelity_cells import Cell, cells
-from bench.fidelity_report import bars_of, draw, rows_of
+from bench.fidelity_report import bars_of, draw, rows_of, smallest_of
 from bench.report import show, write
 from examples.fetch import CACHE
 from examples.tasks import TASKS
@@ -92,12 +92,15 @@ def main() -> None:
         measure_all(bench, kept, chosen, started + 60 * args.minutes)
     found = {cell: measured for cell in wanted if (measured := kept.find(cell, bench.identity(cell))) is not None}
     rows, bars = rows_of(wanted, found), bars_of(wanted, found)
-    show(rows, bars)
+    smallest = smallest_of(wanted, found)
+    narrow = [{key: value for key, value in row.items() if key not in ("bytes", "score")} for row in rows]
+    show([row for row in narrow if row["tasks"]], bars)
+    show(smallest, title="the smallest expert that keeps 0.99 of the gain")
     missing = [cell.key for cell in wanted if cell not in found]
     print(f"{len(found)} of {len(wanted)} cells are measured" + (f"; the next is {missing[0]}" if missing else ""))
     draw(rows, PLOT)
     command = f"python -m bench.fidelity --base {args.base} --tuned {args.tuned}"
-    write("fidelity", command, [*rows, *found.values()], bars)
+    write("fidelity", command, [*rows, *smallest, *found.values()], bars)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,20 @@ class Bench:
     ) -> None:
         self._base, self._tuned, self._experts, self._cache = base, tuned, experts, cache
         self._rows, self._exemplars = rows, exemplars
-        self.model, self.tokenizer = load_base(base, torch.device("cpu"))
-        self.model.eval()
         self._heard: tuple[str, list[Lesson]] | None = None
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        model, tokenizer = load_base(self._base, torch.device("cpu"))
+        return model.eval(), tokenizer
+
+    @property
+    def model(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
 
     def identity(self, cell: Cell) -> str:
         """What a measurement depends on besides the code: the fine-tune, the settings, the number of rows."""

@@ -14,6 +14,8 @@ Found = Mapping[Cell, Mapping[str, Any]]
 FLEX = "FlexSwitch (KL)"
 FIGURES = "bits_per_param", "bytes", "times_smaller", "seconds", "kl", "score"
 MISSING = "missing"
+FAITHFUL = 0.99
+"""Share of the gain that counts as all of it."""
 GOALS = ((FLEX, 0.04, 0.99), (FLEX, 0.02, 0.97), ("T-Switch (calibrated)", 0.4, 0.98))
 
 
@@ -47,6 +49,19 @@ def _row(column: Sequence[Cell], found: Found) -> dict[str, Any]:
         | {"retention": mean(known) if known else None}
         | {task: MISSING if value is None else round(value, 4) for task, value in each.items()}
     )
+
+
+def smallest_of(wanted: Sequence[Cell], found: Found) -> list[dict[str, Any]]:
+    """For each task the smallest expert measured that keeps `FAITHFUL` of the gain; none, where none does."""
+    rows = []
+    for task in dict.fromkeys(cell.task for cell in wanted):
+        kept = {cell: retention(cell, found) for cell in wanted if cell.task == task and cell.size}
+        enough = [cell for cell, value in kept.items() if value is not None and value >= FAITHFUL]
+        best = min(enough, key=lambda cell: float(found[cell]["bits_per_param"]), default=None)
+        if best is not None:
+            figures = {"faithful_at": found[best]["bits_per_param"], "bytes": found[best]["bytes"]}
+            rows.append({"task": task, "method": best.method.name, **figures, "retention": kept[best]})
+    return rows
 
 
 def bars_of(wanted: Sequence[Cell], found: Found) -> list[Bar]:

@@ -12,7 +12,7 @@ import pytest
 
 from bench.fidelity import Kept, measure_all
 from bench.fidelity_cells import BASE, TUNED, Cell, cells
-from bench.fidelity_report import FLEX, MISSING, bars_of, draw, retention, rows_of
+from bench.fidelity_report import FLEX, MISSING, bars_of, draw, retention, rows_of, smallest_of
 
 TASKS = ["cron", "spam"]
 SCORES = {"base": 0.1, "fine-tune": 0.9}
@@ -95,5 +95,9 @@ def test_the_report_is_of_what_is_there(tmp_path: Path) -> None:
     bars = {bar["id"]: bar for bar in bars_of(wanted, everything)}
     assert bars[f"fidelity.{FLEX}.0.04"]["value"] == pytest.approx(0.5)
     assert not bars[f"fidelity.{FLEX}.0.04"]["met"]
+    assert not smallest_of(wanted, everything)
+    everything[flex] |= {"score": 0.895}
+    (smallest,) = smallest_of(wanted, everything)
+    assert (smallest["task"], smallest["method"], smallest["faithful_at"]) == ("cron", FLEX, flex.size)
     draw(rows_of(wanted, found), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
