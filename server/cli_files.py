@@ -51,6 +51,9 @@ def compress(
         float | None,
         typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
     ] = None,
+    widen: Annotated[
+        bool, typer.Option("--widen", help="Where --max-kl is not met, try again with twice the size, five times.")
+    ] = False,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of low-rank; default: 8, of an adapter its own factors as they are.")
     ] = None,
@@ -86,8 +89,9 @@ def compress(
     densities = _tensor_densities(tensor_density or [])
     compress_with_progress(
         out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
-        max_kl=max_kl, bits_per_param=bits_per_param, max_size=bytes_of(max_size) if max_size else None, rank=rank,
-        loss=loss, strength=strength, tensor_density=densities, name=name, description=description,
+        max_kl=max_kl, widen=widen, bits_per_param=bits_per_param, rank=rank,
+        max_size=bytes_of(max_size) if max_size else None, loss=loss, strength=strength,
+        tensor_density=densities, name=name, description=description,
         card=card_of(author, license, tag, parent, meta), relative_to=relative_to or (),
     )  # fmt: skip
 
@@ -102,6 +106,12 @@ def merge(
         float | None, typer.Option(help="Multiplier of the result; default: 0.3 for sums, else 1.")
     ] = None,
     drop: Annotated[float, typer.Option(help="Share of the entries that dare drops.")] = 0.5,
+    dominant: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the singular values that opcm keeps newcomers out of.")
+    ] = 0.5,
+    two_sided: Annotated[
+        bool, typer.Option("--two-sided", help="Of opcm: keep them out of whole rows and columns, as the paper has it.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="What the result would like to be called.")] = None,
     description: Annotated[str, typer.Option(help="One line for people.")] = "",
     author: Author = "",
@@ -113,7 +123,7 @@ def merge(
     """Merge experts into one, offline; a negative weight takes a skill away."""
     from server.merging import merge_files
 
-    settings = MergeSettings(method=method, strength=strength, drop=drop)
+    settings = MergeSettings(method=method, strength=strength, drop=drop, dominant=dominant, two_sided=two_sided)
     card = card_of(author, license, tag, None, meta)
     merge_files(
         out, base, experts, output, settings, name=name, description=description, card=card, cache_dir=cache_dir
@@ -126,11 +136,19 @@ def inspect(
     trusted_keys: Annotated[
         str, typer.Option(envvar="SWITCHYARD_TRUSTED_KEYS", help="Whose signatures count, as the server has them.")
     ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw density and bits by layer and module: a PNG. Needs matplotlib.")
+    ] = None,
 ) -> None:
     """Show what is in an expert file and who signed it, without loading any model."""
     from server.inspecting import show_expert
 
     show_expert(file, out, trusted_keys)
+    if plot is not None:
+        from server.plotting import plot_expert
+
+        plot_expert(file, plot)
+        out.print(f"drawn in [bold]{escape(str(plot))}[/]")
 
 
 @files.command()

@@ -18,6 +18,7 @@ from store.convert import compress
 from store.errors import InvalidRequestError
 from store.exemplars import parse_exemplars
 from store.report import Report
+from store.widening import compress_widening
 
 _STAGES = {
     "fingerprint": "fingerprint of the base",
@@ -36,9 +37,13 @@ def compress_with_progress(
     *,
     cache_dir: Path | None,
     exemplars: Path | None,
+    widen: bool = False,
     **options: Any,
 ) -> Report:
     """Compress on a terminal; `options` go to `store.convert.compress`.
+
+    Args:
+        widen: where `max_kl` is not met, try again with more room.
 
     Raises:
         SwitchyardError: as `compress`, or a file cannot be read.
@@ -63,7 +68,8 @@ def compress_with_progress(
                     bars.update(tasks[earlier], total=1, completed=1)
             bars.update(tasks[stage], completed=done, total=total, visible=True)
 
-        report = compress(folder, tuned, output, exemplars=prompts, cache_dir=cache, progress=tell, **options)
+        run = compress_widening if widen else compress
+        report = run(folder, tuned, output, exemplars=prompts, cache_dir=cache, progress=tell, **options)
         for task in tasks.values():
             if bars.tasks[task].visible:
                 bars.update(task, total=1, completed=1)
@@ -93,6 +99,8 @@ def _show(report: Report, output: Path, out: Console) -> None:
         f"{how}; {report.changed:.1%} of the parameters changed, relative error {report.relative_error:.3f}; "
         f"took {report.seconds:.0f} s"
     )
+    for tried in report.widened:
+        out.print(f"widened: {escape(tried)}")
     if (bits := report.probe) is not None and bits.is_worth_it and report.codec is not CodecName.OVERWRITE:
         out.print(
             f"only {bits.changed:.1%} of the weights changed at all: [bold]--codec overwrite[/] keeps every bit of "

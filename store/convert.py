@@ -30,6 +30,8 @@ from store.report import Report, kind_rows, relative_error
 from store.standing import chain_of, standing_on
 from store.strict_json import FieldError
 
+BELOW_FLOOR = "below_floor"
+"""The code of the error that `max_kl` gives."""
 _ENTRY_BYTES = 300
 _HEADER_BYTES = 4096
 _MOST_BITS = 1.5
@@ -212,6 +214,7 @@ def _check_floor(max_kl: float, found: Calibration | None, learned: Learned | No
             f"the expert would answer {kl:.4f} nats per token away from its fine-tune, and max_kl allows {max_kl}: "
             "give it a higher density or budget, or take a codec that keeps more",
             param="max_kl",
+            code=BELOW_FLOOR,
         )
 
 

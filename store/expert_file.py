@@ -53,6 +53,7 @@ __all__ = [
     "digest_of",
     "read_deltas",
     "read_header",
+    "tensor_bytes",
     "validate",
     "validate_open",
     "write_expert",
@@ -124,6 +125,12 @@ def read_header(source: Path | bytes) -> ExpertHeader:
     """
     with _open(source) as file:
         return _read(file)[0]
+
+
+def tensor_bytes(path: Path) -> dict[str, int]:
+    """Bytes of the data section by tensor. Raises as `read_header`."""
+    with _open(path) as file:
+        return {name: span.nbytes for name, span in _read(file)[1].tensors.items()}
 
 
 def validate(path: Path, base: BaseManifest) -> ExpertHeader:

@@ -24,6 +24,7 @@ class Method(StrEnum):
     RAM_PLUS = "ram-plus"
     RAM_PLUS_CHANGED = "ram-plus-changed"
     RAM_PLUS_TENSOR = "ram-plus-tensor"
+    OPCM = "opcm"
 
 
 _SUMS = (Method.TASK_ARITHMETIC, Method.DARE)
@@ -41,6 +42,7 @@ class MergeSettings:
         drop: share of the entries that `dare` drops, 0 ≤ drop < 1.
         raised: factor of `ram-plus` and `ram-plus-changed` on what only one expert changed, where all is shared.
         seed: of `dare`.
+        dominant, two_sided: of `opcm`; see `store.opcm`.
     """
 
     method: Method = Method.TIES
@@ -48,6 +50,8 @@ class MergeSettings:
     drop: float = 0.5
     raised: float = 1.2
     seed: int = 0
+    dominant: float = 0.5
+    two_sided: bool = False
 
     @property
     def factor(self) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from store.card import Card
@@ -17,7 +18,8 @@ from store.encodings import MAX_LEVEL
 from store.errors import InvalidRequestError
 from store.expert_file import ExpertHeader, ExpertInfo, digest_of, read_deltas, read_header, write_expert
 from store.manifest import BaseManifest
-from store.merge_methods import MergeSettings, Taus, merger
+from store.merge_methods import MergeSettings, Method, Taus, merger
+from store.opcm import Deltas, opcm
 from store.overwriting import as_float_delta
 from store.packed import PackedTensor
 
@@ -37,7 +39,7 @@ def merge_experts(
     """Merge expert files of one base into one. Equal arguments give equal bytes.
 
     Matrices are stored as levels of up to 127 times a scale, norms and biases in bfloat16. The experts are in memory
-    decoded, and one tensor of each in float32.
+    decoded, and one tensor of each in float32; of `opcm` only one expert and the sum so far, in float32.
 
     Args:
         experts: files and the weights that their deltas are multiplied by first; two or more.
@@ -54,6 +56,8 @@ def merge_experts(
         raise InvalidRequestError("give two experts or more to merge", param="experts")
     if not 0.0 <= settings.drop < 1.0:
         raise InvalidRequestError(f"drop must be at least 0 and below 1, not {settings.drop}", param="drop")
+    if not 0.0 <= settings.dominant <= 1.0:
+        raise InvalidRequestError(f"dominant must be 0 to 1, not {settings.dominant}", param="dominant")
     for path, _ in experts:
         if (below := read_header(path).relative_to) is not None:
             raise InvalidRequestError(
@@ -61,6 +65,32 @@ def merge_experts(
                 "against the base, and merge that",
                 param="experts",
             )
+    merged = _folded if settings.method is Method.OPCM else _together
+    packed: dict[str, PackedTensor] = {}
+    for tensor, values in merged(experts, base, settings, weights):
+        shape = base.tensors[tensor]
+        codec = Raw() if is_raw(shape) else Quantised(MAX_LEVEL)
+        scaled = torch.from_numpy(np.float32(settings.factor) * values).view(shape)
+        if (item := codec.compress(tensor, scaled)) is not None:
+            packed[tensor] = item
+    info = ExpertInfo(
+        codec="merge",
+        codec_params={"method": settings.method.value, "strength": settings.factor, "experts": len(experts)},
+        tool=tool,
+        name=name,
+        description=description,
+        card=replace(card or Card(), parents=tuple(dict.fromkeys(digest_of(path) for path, _ in experts))),
+    )
+    return write_expert(out, info, packed, base)
+
+
+Merged = Iterator[tuple[str, npt.NDArray[np.float32]]]
+
+
+def _together(
+    experts: Sequence[tuple[Path, float]], base: BaseManifest, settings: MergeSettings, weights: Checkpoint | None
+) -> Merged:
+    """Entry by entry, all experts decoded in memory."""
     sources = [(dict(read_deltas(path, base)), weight) for path, weight in experts]
     names = sorted(set().union(*(deltas for deltas, _ in sources)))
 
@@ -75,19 +105,20 @@ def merge_experts(
         return np.stack(rows)
 
     merge = merger(settings, lambda: (taus_of(tensor) for tensor in names))
-    packed: dict[str, PackedTensor] = {}
-    for tensor in names:
-        shape = base.tensors[tensor]
-        merged = np.float32(settings.factor) * merge(tensor, taus_of(tensor))
-        codec = Raw() if is_raw(shape) else Quantised(MAX_LEVEL)
-        if (item := codec.compress(tensor, torch.from_numpy(merged).view(shape))) is not None:
-            packed[tensor] = item
-    info = ExpertInfo(
-        codec="merge",
-        codec_params={"method": settings.method.value, "strength": settings.factor, "experts": len(experts)},
-        tool=tool,
-        name=name,
-        description=description,
-        card=replace(card or Card(), parents=tuple(dict.fromkeys(digest_of(path) for path, _ in experts))),
-    )
-    return write_expert(out, info, packed, base)
+    return ((tensor, merge(tensor, taus_of(tensor))) for tensor in names)
+
+
+def _folded(
+    experts: Sequence[tuple[Path, float]], base: BaseManifest, settings: MergeSettings, weights: Checkpoint | None
+) -> Merged:
+    """One expert after the other, the sum so far and one of them in memory."""
+
+    def taus() -> Iterator[Deltas]:
+        for path, weight in experts:
+            yield {
+                tensor: np.float32(weight) * as_float_delta(delta, weights, tensor)
+                for tensor, delta in read_deltas(path, base)
+            }
+
+    folded = opcm(taus(), base.tensors, dominant=settings.dominant, two_sided=settings.two_sided)
+    return iter(sorted(folded.items()))

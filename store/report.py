@@ -52,6 +52,7 @@ class Report:
         learned: what learning reached; None unless learned.
         rows: per kind of storage.
         seconds: wall time.
+        widened: tries before this one that ended too far from the fine-tune: what each asked for, and how it ended.
     """
 
     bytes: int
@@ -67,6 +68,7 @@ class Report:
     learned: Learned | None
     rows: tuple[KindRow, ...]
     seconds: float
+    widened: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

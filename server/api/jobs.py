@@ -57,6 +57,7 @@ class JobBody(Wire):
     bits_per_param: float | None = Field(None, gt=0, le=16, description="What flex-switch may spend; default: 0.04.")
     max_size: Annotated[int, Field(ge=1)] | None = Field(None, description="The same as bytes of the file.")
     max_kl: float | None = Field(None, gt=0, description="Fail where the expert ends further from its fine-tune.")
+    widen: bool = Field(False, description="Where max_kl is not met, try again with twice the size, five times.")
 
     def options(self) -> dict[str, Any]:
         """What `store.convert.compress` is given; the card as JSON has it.

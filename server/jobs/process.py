@@ -40,6 +40,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     from store.convert import compress
     from store.errors import SwitchyardError
     from store.strict_json import Fields
+    from store.widening import compress_widening
 
     base, tuned, out = Path(task["base"]), Path(task["input"]), Path(task["out"])
     told = 0.0
@@ -55,7 +56,8 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
             _furnish(tuned, base)
         options = dict(task["options"])
         options["card"] = card_from_json(Fields(options.get("card", {}), "card"))
-        report = compress(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **options)
+        run = compress_widening if options.pop("widen", False) else compress
+        report = run(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **options)
     except SwitchyardError as error:
         return {"error": {"message": error.message, "param": error.param, "code": error.code}}
     except MemoryError:

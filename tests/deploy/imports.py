@@ -273,6 +273,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.compressing": ("server.engine.model", "server.settings", "store"),
     "server.merging": ("server.engine.model", "server.settings", "store"),
     "server.inspecting": ("store",),
+    "server.plotting": ("store.errors", "store.expert_file"),
     "server.signing": ("store.errors", "store.expert_file", "store.signature"),
     "server.storekeeping": ("store",),
     "server": (),
