@@ -2,7 +2,7 @@
 
 For fine-tunes that leave most weights as they were, bit by bit, as reinforcement learning in bfloat16 does (arXiv
 2505.11711). A sum of floats would not come back: base + (tuned − base) ≠ tuned in general. So what is stored is the
-distance of the new 16-bit pattern from the base's, counted in patterns, modulo 2¹⁶: most often one step up or down.
+distance of the new 16-bit pattern from the base's, counted in patterns, modulo 2¹⁶: near ones are the likeliest.
 """
 
 from __future__ import annotations
