@@ -31,9 +31,10 @@ from examples.build import load_rows
 from examples.evaluate import FAIR_TOKENS, answers
 from examples.fetch import FetchError
 from examples.half_adam import HalfAdam
-from examples.packing import Sample, pack, prompt_ids
+from examples.packing import prompt_ids
 from examples.progress import Progress
 from examples.tasks import TASKS, Row, Task
+from store.samples import Sample, additive, pack
 
 CHECKPOINT_EVERY = 10
 WARM_UP = 5
@@ -100,13 +101,13 @@ def rollouts(
 
 def policy_loss(model: Any, group: Group) -> torch.Tensor:
     """−Σ advantage · log p over the tokens of a group's answers; the caller divides by how many tokens there are."""
-    batch = pack(group.samples).to(model.device)
-    mask = batch.mask.clamp_min(torch.finfo(model.dtype).min).to(model.dtype)
+    batch = pack(group.samples)
+    sources, targets = batch.sources.to(model.device), batch.targets.to(model.device)
     logits = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask,
-        logits_to_keep=batch.sources, use_cache=False,
+        input_ids=batch.input_ids.to(model.device), position_ids=batch.position_ids.to(model.device),
+        attention_mask=additive(batch.visible.to(model.device), model.dtype), logits_to_keep=sources, use_cache=False,
     ).logits[0]  # fmt: skip
-    chosen = -torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+    chosen = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     weights = [a for a, s in zip(group.advantages, group.samples, strict=True) for _ in s.answer]
     return -(chosen * torch.tensor(weights, device=chosen.device)).sum()
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from examples import rl
 from examples.half_adam import HalfAdam
-from examples.packing import Sample
 from examples.tasks.task import Row, Task
+from store.samples import Sample
 from tests.tiny import config, tokenizer
 
 TASK = Task(name="letters", summary="", build=list, hint="One letter.")
