@@ -173,8 +173,9 @@ def test_huge_prompts_are_refused(server: Running) -> None:
 
 def test_what_is_pipelined_after_a_request_is_no_request(server: Running) -> None:
     answer = talk(server, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\x00\xff garbage\r\n\r\n" * 50)
-    assert status(answer) == 200
-    assert answer.count(b"HTTP/1.1 200") == 1
+    # Whoever sends garbage while an answer is on its way loses the connection, at worst before that answer.
+    assert answer == b"" or status(answer) == 200
+    assert answer.count(b"HTTP/1.1") <= 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def route(server: ServerProcess, prompt: str) -> None:
 
 
 def test_a_prompt_lands_on_the_map_and_is_explained(page: Page, server: ServerProcess) -> None:
-    route(server, "the river 5 is long")
+    route(server, "boats sail along the 9")
     at(page, server.url, "map")
     expect(page.locator(".centres")).to_have_count(2)
     for name in ("rivers", "numbers"):
@@ -34,7 +34,7 @@ def test_a_prompt_lands_on_the_map_and_is_explained(page: Page, server: ServerPr
     dots.nth(before - 1).focus()
     page.keyboard.press("Enter")
     expect(why).to_contain_text("in the domain of 'rivers'")
-    page.get_by_label("Where would this go?").fill("boats sail along the 9")
+    page.get_by_label("Where would this go?").fill("boats sail along the 4")
     page.keyboard.press("Enter")
     expect(why).to_contain_text("Where it would go")
     expect(why).to_contain_text("in the domain of 'rivers'")
@@ -43,11 +43,11 @@ def test_a_prompt_lands_on_the_map_and_is_explained(page: Page, server: ServerPr
 
 
 def test_live_figures_move(page: Page, server: ServerProcess) -> None:
-    route(server, "the river 5 is long")  # so that its expert is there
+    route(server, "boats sail along the 9")  # so that its expert is there
     at(page, server.url, "live")
     generated = page.get_by_role("img", name="Tokens per second")
     expect(generated).to_have_attribute("aria-label", "Tokens per second: generated 0, prompt 0")
-    route(server, "the river 5 is long")
+    route(server, "boats sail along the 9")
     memory = page.get_by_role("img", name="Memory")
     expect(memory.locator(".line").first).to_be_attached()
     expect(page.get_by_role("img", name="Found in a tier")).to_have_attribute(
