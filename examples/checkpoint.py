@@ -94,19 +94,24 @@ def finished(out: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def export(base: Path, out: Path, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
-    """Write the fine-tuned model as a folder that transformers loads: the base's configuration and tokenizer
-    files, `model.safetensors` (fp32, the base's tensor names, tied tensors once), and `finetune.json`."""
+    """Write the fine-tuned model as `write_model` does, in fp32, and `finetune.json`."""
+    write_model(base, out, model, torch.float32)
+    # Last, so that its presence says that the folder is whole.
+    (out / "finetune.json.tmp").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(out / "finetune.json.tmp", out / "finetune.json")
+
+
+def write_model(base: Path, out: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Write a folder that transformers loads: the base's configuration and tokenizer files, and `model.safetensors`
+    in `dtype` (the base's tensor names, tied tensors once)."""
     out.mkdir(parents=True, exist_ok=True)
     for file in base.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # the key's older name
-    config["dtype"] = "float32"
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
+    weights = {name: p.detach().to(dtype).cpu().contiguous() for name, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors.tmp", metadata={"format": "pt"})
     os.replace(out / "model.safetensors.tmp", out / "model.safetensors")
-    # Last, so that its presence says that the folder is whole.
-    (out / "finetune.json.tmp").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(out / "finetune.json.tmp", out / "finetune.json")

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from examples import checkpoint
 from examples.build import load_rows
@@ -164,21 +162,6 @@ def score(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row]) -> dict[s
     return {name: sum(metric(*pair) for pair in pairs) / len(pairs) for name, metric in metrics.items()}
 
 
-def export(base: Path, out: Path, model: Any) -> None:
-    """Write the weights in bfloat16, under the base's names, with the base's other files."""
-    out.mkdir(parents=True, exist_ok=True)
-    for file in base.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # the key's older name
-    config["dtype"] = "bfloat16"
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: p.detach().bfloat16().cpu().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, out / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(out / "model.safetensors.tmp", out / "model.safetensors")
-
-
 def _ended(answer: list[int], end: int) -> list[int]:
     """Up to the end token, which is part of the answer."""
     return answer[: answer.index(end) + 1] if end in answer else answer
@@ -220,7 +203,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = _load(args.base, torch.device(args.device))
     if not (args.out / "base" / "model.safetensors").is_file():
-        export(args.base, args.out / "base", model)
+        checkpoint.write_model(args.base, args.out / "base", model, torch.bfloat16)
     try:
         result = train(model, tokenizer, rows, task, settings, args.out, resume=args.resume)
     except checkpoint.CheckpointError as problem:
@@ -229,7 +212,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    export(args.base, args.out / "policy", model)
+    checkpoint.write_model(args.base, args.out / "policy", model, torch.bfloat16)
     after = score(model, tokenizer, task, test)
     before = score(_load(args.out / "base", torch.device(args.device))[0], tokenizer, task, test)
     about = {"rows": len(test), "before": before, "after": after, "torch": torch.__version__}

@@ -32,6 +32,8 @@ from tests.api.dummy_engine import MANIFEST, DummyEngine
 
 BASE = "dummy-base"
 CRON = [f"run the backup job every {n} minutes" for n in range(1, 13)]
+ROOT = {"authorization": "Bearer root"}
+"""Of a house that was opened with `api_keys="root"`."""
 FRENCH = [f"translate into french the sentence number {n}" for n in range(1, 13)]
 
 
@@ -128,6 +130,13 @@ async def open_house(
         yield house
     ledger.close()
     store.close()
+
+
+async def key_of(house: House, tenant: str) -> dict[str, str]:
+    """The header of a new key of a tenant's, made by ROOT."""
+    body = {"tenant": tenant, "roles": ["infer", "upload"]}
+    made = await house.http.post("/v1/admin/keys", json=body, headers=ROOT)
+    return {"authorization": f"Bearer {made.json()['key']}"}
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.api.house import CRON, FRENCH, House, error, make_expert, open_house
+from tests.api.house import CRON, FRENCH, ROOT, House, error, key_of, make_expert, open_house
 
 pytestmark = pytest.mark.anyio
-
-ROOT = {"authorization": "Bearer root"}
 
 
 @pytest.fixture
@@ -27,12 +25,6 @@ async def house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House
             files, data = {"file": (name, path.read_bytes())}, {"name": name}
             assert (await house.http.post("/v1/experts", files=files, data=data, headers=headers)).status_code == 201
         yield house
-
-
-async def key_of(house: House, tenant: str) -> dict[str, str]:
-    body = {"tenant": tenant, "roles": ["infer", "upload"]}
-    made = await house.http.post("/v1/admin/keys", json=body, headers=ROOT)
-    return {"authorization": f"Bearer {made.json()['key']}"}
 
 
 async def ask(house: House, prompt: str, headers: dict[str, str]) -> None:

@@ -9,18 +9,11 @@ from typing import Any
 import pytest
 
 from store.access import Access, Visibility
-from tests.api.house import CRON, FRENCH, House, error, make_expert, open_house
+from tests.api.house import CRON, FRENCH, ROOT, House, error, key_of, make_expert, open_house
 
 pytestmark = pytest.mark.anyio
 
-ROOT = {"authorization": "Bearer root"}
 RECIPES = [f"how long do I bake a cake of {n} eggs" for n in range(1, 13)]
-
-
-async def key_of(house: House, tenant: str) -> dict[str, str]:
-    body = {"tenant": tenant, "roles": ["infer", "upload"]}
-    made = await house.http.post("/v1/admin/keys", json=body, headers=ROOT)
-    return {"authorization": f"Bearer {made.json()['key']}"}
 
 
 async def publish(
