@@ -43,10 +43,11 @@ from server.api import (
 from server.api.accounting import AuditMiddleware, LimitMiddleware
 from server.api.auth import AuthMiddleware
 from server.api.description import describe_api
-from server.api.middleware import BodyLimitMiddleware, CrowdMiddleware, RequestMiddleware
+from server.api.middleware import BodyLimitMiddleware, ClosingMiddleware, CrowdMiddleware, RequestMiddleware
 from server.api.services import Services
 from server.audit import AuditLog
 from server.chores import Chore, do_all
+from server.closing import Closing
 from server.engine.types import Engine
 from server.generation import Generation
 from server.harvest import Harvest
@@ -154,6 +155,7 @@ def create_app(
         meter=meter,
         tracing=tracing,
         audit=audit,
+        closing=Closing(),
         started=int(time.time()),
     )
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
@@ -210,6 +212,7 @@ def create_app(
     app.add_middleware(AuthMiddleware, settings=settings, keys=services.keys)
     app.add_middleware(AuditMiddleware, audit=services.audit)
     app.add_middleware(CrowdMiddleware, most=settings.max_requests)
+    app.add_middleware(ClosingMiddleware, closing=services.closing)
     app.add_middleware(RequestMiddleware, metrics=metrics, tracing=tracing)
     return app
 

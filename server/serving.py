@@ -27,6 +27,9 @@ from store.registry import Registry
 
 log = logging.getLogger(__name__)
 
+_LAST_WORDS = 5
+"""Seconds that clients get to read why their answers end, after the time to drain."""
+
 _UNRELATED_PROMPT = "What is the tallest mountain in Africa?"
 
 
@@ -63,7 +66,7 @@ def listening(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=settings.drain_seconds + _LAST_WORDS,
     )
 
 
@@ -73,17 +76,7 @@ class _Server(uvicorn.Server):
     def __init__(
         self, app: FastAPI, settings: Settings, registry: Registry, out: Console, started: float, *, with_key: bool
     ) -> None:
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=settings.drain_seconds,
-        )
-        super().__init__(config)
+        super().__init__(listening(app, settings))
         self._app = app
         self._settings = settings
         self._registry = registry
@@ -95,6 +88,14 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
             self._announcing = asyncio.create_task(self._announce())
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        closing = self._app.state.services.closing
+        ending = asyncio.get_running_loop().call_later(self._settings.drain_seconds, closing.end)
+        try:
+            await super().shutdown(sockets)  # type: ignore[arg-type]
+        finally:
+            ending.cancel()
 
     async def _announce(self) -> None:
         """Say how to talk to the server, once the router knows its experts."""

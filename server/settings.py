@@ -135,7 +135,7 @@ class Settings(BaseSettings):
         frozenset(), description="Folders, separated by commas, below which /v1/load_lora_adapter may be told to look."
     )
     drain_seconds: int = Field(
-        30, ge=0, le=86400, description="Seconds that answers in progress get on SIGTERM; the rest is broken off."
+        30, ge=0, le=86400, description="Seconds that answers in progress get on SIGTERM; the rest ends with an error."
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="What is logged: lines for people, or JSON with one object for every request as well."

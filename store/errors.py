@@ -170,6 +170,12 @@ class StorageFullError(StoreError):
     code = "storage_full"
 
 
+class ClosingError(SwitchyardError):
+    """The server is shutting down, and will not finish this (503)."""
+
+    code = "shutting_down"
+
+
 class EngineDeadError(SwitchyardError):
     """The engine's thread has failed; the server must be restarted (503)."""
 

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from server.api.schema import GenerateBody
 from server.api.services import Services
-from server.api.streaming import EventStream, until_disconnect
+from server.api.streaming import Events, EventStream, until_disconnect
 from server.choices import Answer, Choice, Delta, Route
 from server.engine.types import Likelihood, Tokenizer
 from server.generation import GenerationRequest
@@ -117,8 +117,17 @@ class Chunks:
         self._include_usage = include_usage
         self._opened: set[int] = set()
 
-    def of(self, delta: Delta) -> Iterator[Json]:
-        """The chunks that say what a delta says."""
+    async def after(self, first: Delta) -> Events:
+        """All of them; the first delta is there already."""
+        for chunk in self._of(first):
+            yield chunk
+        async for delta in self._answer:
+            for chunk in self._of(delta):
+                yield chunk
+        if self._include_usage:
+            yield self._style.envelope(self._style.chunk, ()) | {"usage": usage(self._answer)}
+
+    def _of(self, delta: Delta) -> Iterator[Json]:
         if delta.choice not in self._opened:
             self._opened.add(delta.choice)
             if opening := self._style.opening(delta.choice):
@@ -127,11 +136,6 @@ class Chunks:
             yield from map(self._chunk, self._style.pieces(delta.choice, delta.text, delta.likelihoods))
         if delta.finish is not None:
             yield from map(self._chunk, self._style.closing(delta.choice, delta.finish))
-
-    def last(self) -> Iterator[Json]:
-        """What follows the last choice."""
-        if self._include_usage:
-            yield self._style.envelope(self._style.chunk, ()) | {"usage": usage(self._answer)}
 
     def _chunk(self, choice: Json) -> Json:
         envelope = self._style.envelope(self._style.chunk, (choice,))
@@ -148,7 +152,8 @@ async def respond(
         if body.stream:
             # What fails before the first token still gets a status of its own.
             first = await until_disconnect(request.receive, answer.__anext__())
-            return EventStream(answer, first, Chunks(answer, style, include_usage=body.include_usage), headers)
+            chunks = Chunks(answer, style, include_usage=body.include_usage)
+            return EventStream(chunks.after(first), services.closing, headers, answer.aclose)
         choices = await until_disconnect(request.receive, answer.collect())
     except BaseException:
         await answer.aclose()

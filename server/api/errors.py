@@ -75,6 +75,7 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.ExpertUnavailableError: 503,
     errors.StoreError: 503,
     errors.StorageFullError: 507,
+    errors.ClosingError: 503,
     errors.EngineDeadError: 503,
     errors.MissingPackageError: 501,
     NotReadyError: 503,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import StreamingResponse
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from server.api.errors import ErrorDetail
 from server.api.services import Asker, ReadyServices, Services
+from server.api.streaming import Events, EventStream
 from server.api.wire import Text, Wire
 from server.jobs.inputs import inputs_of
 from server.jobs.job import Job, JobRequest
@@ -139,11 +137,10 @@ async def get_job(job_id: str, services: ReadyServices, asker: Asker) -> JobAnsw
 
 
 @router.get("/{job_id}/events", response_class=Response)
-async def watch_job(job_id: str, services: ReadyServices, asker: Asker) -> StreamingResponse:
+async def watch_job(job_id: str, services: ReadyServices, asker: Asker) -> Response:
     """The job as server-sent events, whenever it has changed, until it has ended."""
     await services.jobs.get(job_id, asker)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(job_id, services, asker), media_type="text/event-stream", headers=headers)
+    return EventStream(_events(job_id, services, asker), services.closing)
 
 
 @router.delete("/{job_id}", status_code=202)
@@ -152,10 +149,9 @@ async def cancel_job(job_id: str, services: ReadyServices, asker: Asker) -> JobA
     return _answer(await services.jobs.cancel(job_id, asker))
 
 
-async def _events(job_id: str, services: Services, asker: Caller) -> AsyncIterator[str]:
+async def _events(job_id: str, services: Services, asker: Caller) -> Events:
     async for job in services.jobs.watch(job_id, asker):
-        yield f"data: {json.dumps(_answer(job), ensure_ascii=False)}\n\n"
-    yield "data: [DONE]\n\n"
+        yield dict(_answer(job))
 
 
 def _answer(job: Job) -> JobAnswer:

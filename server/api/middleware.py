@@ -16,9 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import BusyError, error_response
 from server.api.rules import PUBLIC_PATHS, path_of
+from server.closing import Closing
 from server.logs import REQUEST_ID as LOGGED_ID
 from server.metrics import Metrics
 from server.tracing import Span, Tracing
+from store.errors import ClosingError
 
 log = logging.getLogger("server.requests")
 
@@ -93,6 +95,30 @@ class RequestMiddleware:
             http__response__status_code=status,
             request_id=state["request_id"],
         )
+
+
+class ClosingMiddleware:
+    """Refuses what has no answer yet when the time of a server that stops is over; streams end with an event then."""
+
+    def __init__(self, app: ASGIApp, closing: Closing) -> None:
+        self._app = app
+        self._closing = closing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with self._closing.bound() as bound:
+
+                async def respond(message: Message) -> None:
+                    if message["type"] == "http.response.start":
+                        await bound.release()
+                    await send(message)
+
+                await self._app(scope, receive, respond)
+        except ClosingError as error:
+            await error_response(error, scope)(scope, receive, send)
 
 
 class CrowdMiddleware:

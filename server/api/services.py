@@ -12,6 +12,7 @@ from router.router import Router
 from server.api.errors import NotReadyError
 from server.audit import AuditLog
 from server.chores import Chore
+from server.closing import Closing
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
@@ -51,6 +52,7 @@ class Services:
     meter: Meter
     tracing: Tracing
     audit: AuditLog
+    closing: Closing
     started: int
     """Unix seconds."""
     ready: bool = False

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import describe
-from server.choices import Answer, Delta
+from server.closing import Closing
 
 T = TypeVar("T")
 
-
-class ChunkWriter(Protocol):
-    """Wire chunks of an answer."""
-
-    def of(self, delta: Delta) -> Iterator[Mapping[str, Any]]: ...
-
-    def last(self) -> Iterator[Mapping[str, Any]]: ...
+Events = AsyncGenerator[Mapping[str, Any], None]
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -50,20 +44,29 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """An answer as `text/event-stream`; closes the answer whatever happens.
+    """An answer as `text/event-stream`. What ends it early, a failure or the server's own end, is its last event.
 
     Starlette's StreamingResponse leaves its iterator suspended when the client goes away, until the garbage
     collector finds it; the engine would generate for nobody.
+
+    Args:
+        close: called in the end, whatever happens.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: Delta, chunks: ChunkWriter, headers: Mapping[str, str]) -> None:
-        super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self,
+        events: Events,
+        closing: Closing,
+        headers: Mapping[str, str] | None = None,
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(headers={**(headers or {}), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._answer = answer
-        self._first = first
-        self._chunks = chunks
+        self._events = events
+        self._closing = closing
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -71,28 +74,23 @@ class EventStream(Response):
         except (ClientDisconnect, OSError):  # servers differ in how they tell
             describe(ClientDisconnect(), scope)
         finally:
-            await self._answer.aclose()
+            await self._events.aclose()
+            if self._close is not None:
+                await self._close()
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            await self._send_events(send)
+            async with self._closing.bound():
+                async for event in self._events:
+                    await send(_event(event))
+                await send(_body(b"data: [DONE]\n\n"))
         except OSError:
             raise
         except Exception as error:
             # The status is out; OpenAI's clients raise on an event with an `error`.
             await send(_event(describe(error, scope)[1]))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_events(self, send: Send) -> None:
-        for chunk in self._chunks.of(self._first):
-            await send(_event(chunk))
-        async for delta in self._answer:
-            for chunk in self._chunks.of(delta):
-                await send(_event(chunk))
-        for chunk in self._chunks.last():
-            await send(_event(chunk))
-        await send(_body(b"data: [DONE]\n\n"))
 
 
 def _event(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.tiers",
     ),
     "server.chores": ("store.errors",),
+    "server.closing": ("store.errors",),
     "server.mirror": (
         "server.library",
         "server.mirror_state",
@@ -162,6 +163,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.api",
         "server.choices",
         "server.chores",
+        "server.closing",
         "server.engine.types",
         "server.generation",
         "server.inbox",
@@ -206,6 +208,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.app": (
         "server.api",
         "server.chores",
+        "server.closing",
         "server.engine.types",
         "server.generation",
         "server.harvest",
