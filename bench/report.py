@@ -13,9 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from rich.console import Console
-from rich.table import Table
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "triton")
@@ -78,18 +75,44 @@ def write(
 
 
 def show(rows: Sequence[Row], bars: Sequence[Mapping[str, Any]] = (), *, title: str = "") -> None:
-    """Print rows as a table, one column per key in order of appearance, and the bars below it."""
-    out = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
+    """Print rows as a table, one column per key in order of appearance, and the bars below it.
+
+    With rich where it is installed; a bare machine gets the same columns as plain text.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title or None)
-    for column in columns:
-        table.add_column(column, justify="right" if all(_is_number(row.get(column)) for row in rows) else "left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    out.print(table)
+    right = [all(_is_number(row.get(column)) for row in rows) for column in columns]
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    try:
+        _draw(columns, right, cells, title)
+    except ImportError:
+        _print_plainly(columns, right, cells, title)
     for b in bars:
-        mark = "[green]met   [/]" if b["met"] else "[red]MISSED[/]"
-        out.print(f"{mark} {b['what']}: {_cell(b['value'])} {b['op']} {_cell(b['goal'])}")
+        print(f"{'met   ' if b['met'] else 'MISSED'} {b['what']}: {_cell(b['value'])} {b['op']} {_cell(b['goal'])}")
+
+
+def _draw(columns: Sequence[str], right: Sequence[bool], cells: Sequence[Sequence[str]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None)
+    for column, is_right in zip(columns, right, strict=True):
+        table.add_column(column, justify="right" if is_right else "left")
+    for row in cells:
+        table.add_row(*row)
+    (Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)).print(table)
+
+
+def _print_plainly(columns: Sequence[str], right: Sequence[bool], cells: Sequence[Sequence[str]], title: str) -> None:
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if title:
+        print(title)
+    for row in (columns, *cells):
+        aligned = zip(row, widths, right, strict=True)
+        print(
+            "  ".join(
+                f"{cell:>{width}}" if to_the_right else f"{cell:<{width}}" for cell, width, to_the_right in aligned
+            )
+        )
 
 
 def machine() -> dict[str, object]:

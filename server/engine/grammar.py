@@ -1,6 +1,7 @@
 """Grammars that answers must follow: compiled once, bounded in time, one matcher per answer.
 
-llguidance knows which tokens may come next; the sampler leaves out all others.
+llguidance knows which tokens may come next; the sampler leaves out all others. It is imported with the first grammar:
+the engine runs without it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-
-from llguidance import LLMatcher, LLTokenizer
+from typing import TYPE_CHECKING
 
 from server.engine.grammar_check import SECONDS, limits, source
 from server.engine.types import Grammar
 from store.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _KEPT = 64
 _SHOWN = 300
@@ -78,6 +81,8 @@ class Grammars:
                 raise InvalidRequestError(
                     f"this base's tokenizer cannot follow grammars: {error}", param=grammar.param
                 ) from error
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, source(grammar.kind, grammar.text), log_level=0, limits=limits())
         if matcher.is_error():
             raise InvalidRequestError(

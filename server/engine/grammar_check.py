@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLParserLimits
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
 
 SECONDS = 5
 _MEMORY = 2 << 30
@@ -20,6 +22,8 @@ WHITESPACE = r"[ \t\r\n]{0,32}"
 
 def limits() -> LLParserLimits:
     """Bounds on the work of one step and on what is kept; messages must not hold the parser's state."""
+    from llguidance import LLParserLimits
+
     return LLParserLimits(max_lexer_states=50_000, max_grammar_size=100_000, verbose_errors=False)
 
 
@@ -29,6 +33,8 @@ def source(kind: str, text: str) -> str:
     Raises:
         ValueError: it is not even JSON.
     """
+    from llguidance import LLMatcher
+
     if kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
     return LLMatcher.grammar_from_regex(text) if kind == "regex" else text
@@ -36,6 +42,8 @@ def source(kind: str, text: str) -> str:
 
 def check(kind: str, text: str) -> str | None:
     """What is wrong with a grammar, if anything."""
+    from llguidance import LLMatcher
+
     try:
         failed, messages = LLMatcher.validate_grammar_with_warnings(source(kind, text), None, limits=limits())
     except ValueError as error:

@@ -52,6 +52,12 @@ class HostTier:
         with self._lock:
             return frozenset(self._entries)
 
+    def bytes_of(self, digest: str) -> int | None:
+        """How many bytes an expert has; None if it is not here. Not a look-up: nobody asks for the expert itself."""
+        with self._lock:
+            entry = self._entries.get(digest)
+        return None if entry is None else entry.parcel.nbytes
+
     @contextmanager
     def reading(self, digest: str) -> Iterator[Parcel | None]:
         """Look an expert up and hold it, in one step; None if it is not here."""

@@ -62,8 +62,9 @@ class ExpertLoader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def decoded_bytes(self, digest: str) -> int:
-        """See `ExpertSource.decoded_bytes`."""
-        return _decoded_bytes(read_header(self._read(digest)))
+        """See `ExpertSource.decoded_bytes`. What host memory holds need not be looked for in the store."""
+        kept = self.host.bytes_of(digest)
+        return kept if kept is not None else _decoded_bytes(read_header(self._read(digest)))
 
     def load(self, digest: str) -> DecodedExpert:
         """See `ExpertSource.load`.

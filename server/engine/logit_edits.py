@@ -7,14 +7,17 @@ price goes with the number of tokens that are touched, not with the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 
 from server.engine.draw import on_device
 from server.engine.sequence import Sequence
 from server.engine.token_counts import TokenCounts
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 def edited_rows(sequences: Rows[Sequence]) -> list[int]:

@@ -113,8 +113,7 @@ class BaseModel:
             CheckpointError: the folder holds no model that this engine can run.
             InvalidRequestError: `weights` cannot be had here.
         """
-        self.manifest: BaseManifest = manifest_of(folder, cache_dir)
-        self.device, self.dtype = device, dtype
+        manifest = manifest_of(folder, cache_dir)
         try:
             config = AutoConfig.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(
@@ -122,8 +121,32 @@ class BaseModel:
             )
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the base: {error}", param="base") from error
-        self._model: PreTrainedModel = model.requires_grad_(False)  # from_pretrained has set eval mode
-        nn.Module.to(self._model, device)
+        nn.Module.to(model, device)
+        self._take_over(model, manifest, _stop_tokens(folder, config.get_text_config()), feature_layer, weights)
+
+    @classmethod
+    def of_network(cls, network: PreTrainedModel, manifest: BaseManifest, *, feature_layer: int) -> BaseModel:
+        """A base that is in memory already, made with `attn_implementation=ATTENTION_NAME` on its device.
+
+        Raises:
+            CheckpointError: the engine cannot run it.
+        """
+        base = cls.__new__(cls)
+        nn.Module.eval(network)
+        base._take_over(network, manifest, frozenset(), feature_layer, BaseWeights.FULL)
+        return base
+
+    def _take_over(
+        self,
+        model: PreTrainedModel,
+        manifest: BaseManifest,
+        stop_tokens: frozenset[int],
+        feature_layer: int,
+        weights: BaseWeights,
+    ) -> None:
+        self.manifest = manifest
+        self.device, self.dtype = model.device, model.dtype
+        self._model: PreTrainedModel = model.requires_grad_(False)
         self.parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         absent = sorted(set(self.manifest.tensors) - set(self.parameters) - set(dict(self._model.named_buffers())))
         if absent:
@@ -133,8 +156,8 @@ class BaseModel:
                 param="base",
             )
         if weights is not BaseWeights.FULL:
-            quantise(self._model, weights, device)
-        text = config.get_text_config()
+            quantise(self._model, weights, self.device)
+        text = model.config.get_text_config()
         self.context_length: int = text.max_position_embeddings
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
@@ -142,9 +165,9 @@ class BaseModel:
             layers=text.num_hidden_layers,
             kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            dtype=dtype,
+            dtype=self.dtype,
         )
-        self.stop_tokens = _stop_tokens(folder, text)
+        self.stop_tokens = stop_tokens
         self.feature_layer = min(feature_layer, text.num_hidden_layers)
         self._early = self._early_layers(self.feature_layer)
         self._check_attention()

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-
-from llguidance import LLMatcher
+from typing import TYPE_CHECKING
 
 from server.engine.timing import Timing
 from server.engine.token_counts import TokenCounts
 from server.engine.types import EngineRequest, FinishReason, Likelihood, TokenEvent
 from store.mix import Mix
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 Event = TokenEvent | Exception
 

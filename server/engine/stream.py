@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-
-from llguidance import LLMatcher
+from typing import TYPE_CHECKING
 
 from server.engine.outbox import Outbox
 from server.engine.sequence import Event, Sequence
 from server.engine.types import EngineRequest, TokenEvent
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 class EngineStream:

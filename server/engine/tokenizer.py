@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from llguidance import LLTokenizer
-from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.engine.spelling import Spelling
 from server.engine.types import Message
 from store.errors import ChatTemplateError, CheckpointError
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 class ModelTokenizer:
@@ -43,6 +44,8 @@ class ModelTokenizer:
         Raises:
             ValueError: it is of a kind that llguidance does not know.
         """
+        from llguidance.hf import from_tokenizer  # the engine runs without it where nobody asks for a grammar
+
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"{type(self._tokenizer).__name__} is not one of the tokenizers library")
         with self._lock:

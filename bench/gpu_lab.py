@@ -1,0 +1,161 @@
+"""How the GPU benchmark measures: events, medians, and floors from what this very card copies and multiplies."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Work = Callable[[], object]
+
+_SLEEP_CYCLES = 60_000_000
+"""About 30 ms: the host queues what is to be timed meanwhile, so that its own time is not in the figure."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of a base, as Llama names things."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int
+
+
+EIGHT_B = Size(4096, 14336, 32, 32, 8, 128256, 8192)
+"""Llama-3.1-8B: 6.98 billion weights in the decoder's matrices, 8.03 in all."""
+TINY = Size(64, 96, 2, 4, 2, 160, 512)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of everything; a dry run has the same sections with little in each."""
+
+    size: Size
+    densities: tuple[float, ...]
+    rows: tuple[int, ...]
+    rounds: int
+    calls: int
+    """Steps of one timing."""
+    context: int
+    """Tokens before each decoded one."""
+    kv_bytes: int
+    spread_bytes: int
+    """What the input sets of one timing take together: several times what the card's cache holds."""
+    registered: int
+    """Experts on the device in the test of what their presence costs."""
+
+
+FULL = Effort(EIGHT_B, (0.012, 0.05, 0.1, 0.3), (1, 8, 32, 512), 15, 4, 256, 3 << 30, 256 << 20, 100)
+DRY = Effort(TINY, (0.012, 0.3), (1, 40), 1, 1, 20, 2 << 20, 1, 3)
+
+
+class Lab:
+    """A device, how much is done on it, and what it can do at best.
+
+    Attributes:
+        copied: bytes per second, read and written, of a device-to-device copy.
+        multiplied: floating-point operations per second of a large product in the base's type.
+    """
+
+    def __init__(self, device: torch.device, effort: Effort, seconds: float) -> None:
+        """Args:
+        seconds: after which no further section begins.
+        """
+        self.device = device
+        self.effort = effort
+        self.dtype = torch.bfloat16
+        self._ends = time.monotonic() + seconds
+        self.on_gpu = device.type == "cuda"
+        self.copied, self.multiplied = self._copied(), self._multiplied()
+
+    @property
+    def seconds_left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def floor(self, nbytes: float, operations: float = 0.0) -> float:
+        """Seconds that moving so many bytes, or computing so much, takes at least on this card."""
+        return max(nbytes / self.copied, operations / self.multiplied)
+
+    def sync(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def free(self) -> None:
+        """Give back what nothing refers to any more."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def device_seconds(self, works: Mapping[str, list[Work]], rounds: int | None = None) -> dict[str, list[float]]:
+        """Device time of each work per call, in turns, after one turn that does not count.
+
+        A work is a list of calls on different inputs; all of them are queued behind a pause before the first one runs.
+        """
+        return self._rounds(works, self._device_timed, rounds)
+
+    def wall_seconds(self, works: Mapping[str, list[Work]], rounds: int | None = None) -> dict[str, list[float]]:
+        """Time of each work per call as a caller sees it, in turns, after one turn that does not count."""
+        return self._rounds(works, self._wall_timed, rounds)
+
+    def _rounds(
+        self, works: Mapping[str, list[Work]], timed: Callable[[list[Work]], float], rounds: int | None
+    ) -> dict[str, list[float]]:
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        for turn in range(1 + (self.effort.rounds if rounds is None else rounds)):
+            for name, calls in works.items():
+                seconds = timed(calls)
+                if turn:
+                    taken[name].append(seconds)
+        return taken
+
+    def _wall_timed(self, calls: list[Work]) -> float:
+        self.sync()
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        self.sync()
+        return (time.perf_counter() - began) / len(calls)
+
+    def _device_timed(self, calls: list[Work]) -> float:
+        if not self.on_gpu:
+            return self._wall_timed(calls)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.sync()
+        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        self.sync()
+        return float(begin.elapsed_time(end)) / 1e3 / len(calls)
+
+    def _copied(self) -> float:
+        count = (1 << 30) if self.on_gpu else 1 << 20
+        source = torch.ones(count, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        taken = self.device_seconds({"": [lambda: target.copy_(source)]}, 7)
+        return 2 * count / statistics.median(taken[""])
+
+    def _multiplied(self) -> float:
+        side = 8192 if self.on_gpu else 128
+        a, b = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        taken = self.device_seconds({"": [lambda: torch.mm(a, b, out=out)] * 3}, 7)
+        return 2 * side**3 / statistics.median(taken[""])
+
+
+def median_ms(seconds: list[float]) -> float:
+    return 1e3 * statistics.median(seconds)
+
+
+def cycled(items: list[Work], count: int) -> list[Work]:
+    """So many calls, taking the items in turns."""
+    turns: Iterator[Work] = itertools.cycle(items)
+    return list(itertools.islice(turns, count))
