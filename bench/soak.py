@@ -158,16 +158,12 @@ def _options(oracle: Oracle, scratch: Path, mode: str) -> list[str | Path]:
 
 
 def _look(url: str) -> dict[str, Any]:
-    """The engine's view of itself; asked again while it is busy, which a machine that has other things to do may be."""
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        answer = httpx.get(f"{url}/debug/engine?hash=true", timeout=_PATIENCE)
-        if answer.status_code == 503 and time.monotonic() < deadline:
-            continue
-        if answer.is_error:
-            raise RuntimeError(f"the engine does not tell how it is: {answer.text}")
-        seen: dict[str, Any] = answer.json()
-        return seen
+    """The engine's view of itself."""
+    answer = httpx.get(f"{url}/debug/engine?hash=true", timeout=_PATIENCE)
+    if answer.is_error:
+        raise RuntimeError(f"the engine does not tell how it is: {answer.text}")
+    seen: dict[str, Any] = answer.json()
+    return seen
 
 
 def _idle(url: str) -> dict[str, Any]:

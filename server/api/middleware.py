@@ -145,7 +145,7 @@ class CrowdMiddleware:
             self._now -= 1
 
 
-_ALWAYS = PUBLIC_PATHS | {"/metrics"}
+_ALWAYS = PUBLIC_PATHS | {"/metrics", "/debug/engine"}
 
 _SLOWEST = 1024
 """Bytes a second: a body that comes more slowly is given up, however regularly its bytes drip."""

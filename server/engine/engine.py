@@ -18,7 +18,7 @@ import torch
 
 from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
-from server.engine.inspection import view
+from server.engine.inspection import beside
 from server.engine.loader import ExpertLoader
 from server.engine.merged import digest_of
 from server.engine.model import BaseModel, choose_device, choose_dtype
@@ -33,6 +33,9 @@ from server.engine.worker import Worker
 from store.checkpoint import open_checkpoint
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
 from store.tiers import Tier
+
+_PATIENCE = 1.0
+"""Seconds for which somebody who looks into the engine waits for the end of its step."""
 
 _NOT_RUNNING = "the engine is not running; restart the server"
 
@@ -205,27 +208,31 @@ class TransformersEngine:
         seen: asyncio.Future[Mapping[str, Any]] = loop.create_future()
 
         def look() -> None:
-            found = view(self._worker.scheduler, self._worker.residency, self._worker.executor)
+            found = self._worker.view()
             self._outbox.call(lambda: None if seen.done() else seen.set_result(found))
 
         if not self._worker.post(look):
             raise EngineDeadError(_NOT_RUNNING)
-        return await seen
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await seen
+        except TimeoutError:
+            # A step may take minutes, of a large base or of a machine that is overrun: then one wants to know most.
+            return beside(self._worker.view)
 
     async def base_sha256(self) -> str:
         # Nobody writes to them, so the engine need not stand still for it.
-        return await asyncio.to_thread(lambda: self.check_integrity()[0])
+        return await asyncio.to_thread(lambda: self._with_buffers(self._worker.executor.merged.pristine_fingerprint()))
 
     def check_integrity(self) -> tuple[str, str]:
         """sha256 of the pristine weights now, and of what the model runs with now, quantised weights and other buffers
         included. The second one for tests: call it when idle."""
         merged = self._worker.executor.merged
+        return self._with_buffers(merged.pristine_fingerprint()), self._with_buffers(merged.fingerprint())
+
+    def _with_buffers(self, weights: str) -> str:
         fixed = digest_of(dict(self._model.network.named_buffers()))
-        pristine, current = (
-            hashlib.sha256(f"{weights} {fixed}".encode()).hexdigest()
-            for weights in (merged.pristine_fingerprint(), merged.fingerprint())
-        )
-        return pristine, current
+        return hashlib.sha256(f"{weights} {fixed}".encode()).hexdigest()
 
     def _cancel(self, sequence: Sequence) -> None:
         self._worker.post(lambda: self._worker.end(sequence))

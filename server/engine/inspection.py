@@ -1,9 +1,10 @@
-"""What the engine is doing, for `/debug/engine`. Read on the engine's thread, between two steps."""
+"""What the engine is doing, for `/debug/engine`. Read on the engine's thread between two steps, or beside it in one."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from server.engine.executor import Executor
 from server.engine.residency import Residency
@@ -11,14 +12,35 @@ from server.engine.scheduler import Lane, Scheduler
 from server.engine.sequence import Sequence
 from store.mix import Mix
 
+View = TypeVar("View")
+
 _SHOWN = 100
 """Sequences of a lane, of either kind: a page is for people."""
 
 
-def view(scheduler: Scheduler, residency: Residency, executor: Executor) -> dict[str, Any]:
-    """Lanes with their sequences, experts on the device, and what the weights are. No tokens, no text."""
+def beside(look: Callable[[], View]) -> View:
+    """Look from another thread: whatever changes hands while it is being read is read again."""
+    while True:
+        try:
+            return look()
+        except RuntimeError:
+            continue
+
+
+def view(
+    scheduler: Scheduler, residency: Residency, executor: Executor, busy_since: float | None = None
+) -> dict[str, Any]:
+    """Lanes with their sequences, experts on the device, and what the weights are. No tokens, no text.
+
+    Args:
+        busy_since: when the step in progress began, by `time.monotonic`; None between two steps.
+
+    Raises:
+        RuntimeError: what is read was changed meanwhile, which cannot be on the engine's thread.
+    """
     now = time.monotonic()
     return {
+        "step_seconds": None if busy_since is None else round(now - busy_since, 3),
         "lanes": [_lane(lane, now) for lane in scheduler.lanes],
         "weights": _mix(executor.merged.built),
         "experts": [

@@ -112,12 +112,12 @@ class Residency:
 
     def pins(self) -> Mapping[str, tuple[int, int, bool]]:
         """Digest → bytes, how many requests use it, and whether it is decoded yet."""
-        return {digest: (slot.nbytes, slot.pins, slot.expert is not None) for digest, slot in self._slots.items()}
+        return {digest: (slot.nbytes, slot.pins, slot.expert is not None) for digest, slot in [*self._slots.items()]}
 
     def waiting(self) -> Mapping[Mix, float]:
         """Mixes that wait for room or a load, each with the seconds that the first of it has waited."""
         now = self._clock()
-        return {ticket.mix: now - ticket.since for ticket in reversed(self._queue)}
+        return {ticket.mix: now - ticket.since for ticket in reversed([*self._queue])}
 
     def stats(self) -> TierStats:
         """What is on the device, and what has been going on there."""

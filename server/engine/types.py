@@ -265,7 +265,8 @@ class Engine(Protocol):
         ...
 
     async def inspect(self) -> Mapping[str, Any]:
-        """What runs, waits and is resident just now, between two steps. For people: its form may change.
+        """What runs, waits and is resident just now: between two steps, or in the midst of one that takes long, whose
+        time so far is then its `step_seconds`. For people: its form may change.
 
         Raises:
             EngineDeadError: the engine's thread has failed.

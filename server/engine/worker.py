@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from server.engine.chooser import ModeChooser
 from server.engine.costs import calibrate
 from server.engine.executor import Executor
 from server.engine.feature_queue import FeatureQueue
+from server.engine.inspection import view
 from server.engine.kernels import backend
 from server.engine.kv_cache import KVCache
 from server.engine.loader import ExpertLoader
@@ -45,7 +47,8 @@ Command = Callable[[], None]
 class Worker:
     """Everything that runs on the engine's thread, and the queue that leads there.
 
-    `post`, `alive`, `holdings` and `stats` may be used from any thread; all else belongs to the thread.
+    `post`, `alive`, `holdings` and `stats` may be used from any thread, and `view` by those who can bear a RuntimeError
+    (`server.engine.inspection.beside`); all else belongs to the thread.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Worker:
         self._stopping = False
         self._door = threading.Lock()
         self._closed_down = False
+        self._busy_since: float | None = None
+        """When the present step began, routing features before it included."""
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self.stats = self._snapshot()
 
@@ -117,6 +122,10 @@ class Worker:
         """Digests of the experts that are decoded, by where. From any thread: copying a dict's keys is one step."""
         return {Tier.DEVICE: frozenset(self.residency.experts), Tier.HOST: self._host.digests()}
 
+    def view(self) -> dict[str, Any]:
+        """What is going on, for people; see `server.engine.inspection.view`."""
+        return view(self.scheduler, self.residency, self.executor, self._busy_since)
+
     def _run(self) -> None:
         if self._settings.threads is not None:
             torch.set_num_threads(self._settings.threads)
@@ -124,11 +133,13 @@ class Worker:
         try:
             while not self._stopping:
                 self._receive()
+                self._busy_since = time.monotonic()
                 tokens = self._settings.step_tokens
                 self.features.serve(tokens // _FEATURES_BESIDE if self._held else tokens)
                 self._step()
                 self.stats = self._snapshot()
                 self._outbox.flush()
+                self._busy_since = None
         except Exception:
             log.exception("the engine's thread has failed")
             failure = EngineDeadError("the engine has failed; restart the server")

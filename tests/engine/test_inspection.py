@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
-from server.engine.types import EngineRequest, SamplingParams, TokenEvent
+import pytest
+
+from server.engine.executor import Executor
+from server.engine.inspection import beside
+from server.engine.types import EngineRequest, SamplingParams, TokenEvent, TokenStream
 from store.mix import Mix
 from tests.engine.conftest import Library, running
 
@@ -51,3 +57,72 @@ def test_the_view_shows_lanes_and_experts(library: Library) -> None:
                 pass
 
     asyncio.run(body())
+
+
+def test_a_step_that_takes_long_keeps_nobody_from_looking(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = library.add(6)
+    began, go_on, run = threading.Event(), threading.Event(), Executor.run
+
+    def slow(self: Executor, *arguments: Any) -> Any:
+        began.set()
+        assert go_on.wait(120)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Executor, "run", slow)
+
+    async def body() -> None:
+        async with running(library) as engine:
+            request = EngineRequest((5, 6, 7), SamplingParams(max_tokens=2, ignore_eos=True), Mix.of({digest: 1.0}))
+            answer = asyncio.create_task(_all(engine.submit(request)))
+            await asyncio.to_thread(began.wait, 60)
+            seen = await engine.inspect()
+            assert seen["step_seconds"] > 0
+            (lane,) = seen["lanes"]
+            assert (lane["mix"], lane["running"]) == ({digest: 1.0}, 1)
+            assert [expert["used_by"] for expert in seen["experts"]] == [1]
+            assert await engine.base_sha256() == engine.check_integrity()[0]
+            go_on.set()
+            assert len(await answer) == 2
+            while (seen := await engine.inspect())["lanes"]:
+                pass
+            assert seen["step_seconds"] is None
+
+    asyncio.run(body())
+
+
+def test_whoever_looks_from_beside_sees_a_busy_engine_whole(library: Library) -> None:
+    """Lanes, sequences and experts come and go while another thread reads them all the time."""
+    digests = [library.add(seed) for seed in (6, 7, 8)]
+
+    async def body() -> None:
+        async with running(library) as engine:
+            over, views = threading.Event(), list[dict[str, Any]]()
+
+            def look() -> None:
+                while not over.wait(0.0005):
+                    views.append(beside(engine._worker.view))
+
+            looking = asyncio.create_task(asyncio.to_thread(look))
+            for round_ in range(4):
+                mixes = [Mix.of({digest: 0.5 + 0.1 * round_}) for digest in digests]
+                requests = [
+                    EngineRequest((5, 6, 7 + i), SamplingParams(max_tokens=1 + i, ignore_eos=True), mix)
+                    for mix in mixes
+                    for i in range(8)
+                ]
+                answers = await asyncio.gather(*(_all(engine.submit(request)) for request in requests))
+                assert all(len(answer) == 1 + i % 8 for i, answer in enumerate(answers))
+            over.set()
+            await looking
+            assert any(view["step_seconds"] is not None for view in views)
+            assert {expert["digest"] for view in views for expert in view["experts"]} == set(digests)
+            for view in views:
+                for lane in view["lanes"]:
+                    assert sum(lane["mix"].values()) > 0
+                    assert all(one["output_tokens"] + one["prompt_tokens"] > 0 for one in lane["sequences"])
+
+    asyncio.run(body())
+
+
+async def _all(stream: TokenStream) -> list[TokenEvent]:
+    return [event async for event in stream]

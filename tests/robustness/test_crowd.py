@@ -42,7 +42,7 @@ def test_probes_and_figures_are_let_in_while_the_server_is_full(tmp_path: Path) 
                 time.sleep(0.01)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert refused.json()["error"]["code"] == "too_many_requests"
-            for path in ("/health", "/ready", "/metrics"):
+            for path in ("/health", "/ready", "/metrics", "/debug/engine"):
                 assert http.get(path).status_code == 200
             waiting.result()
 

@@ -13,6 +13,8 @@ export function engineView(view) {
       `${view.stats.mode_is_mixed ? "Mixed" : "Merged"} mode · ${count(view.stats.steps)} steps · `,
       `${count(view.stats.patches)} patches · ${count(view.stats.preemptions)} preemptions`,
     ),
+    view.step_seconds !== null &&
+      h("p", { class: "quiet" }, `The present step has taken ${seconds(view.step_seconds)} so far.`),
     table(
       "Lanes",
       ["Mix", "Running", "Waiting", "Tokens so far", "Oldest"],
