@@ -6,8 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,13 @@ from server.api import (
 )
 from server.api.accounting import AuditMiddleware, LimitMiddleware
 from server.api.auth import AuthMiddleware
+from server.api.bodies import MAX_BYTES
+from server.api.body_limit import BodyLimitMiddleware, BodyMemory, BodyRule
 from server.api.description import describe_api
-from server.api.middleware import BodyLimitMiddleware, ClosingMiddleware, CrowdMiddleware, RequestMiddleware
+from server.api.middleware import ClosingMiddleware, CrowdMiddleware, RequestMiddleware
 from server.api.services import Services
 from server.audit import AuditLog
-from server.chores import Chore, do_all
+from server.chores import Chore
 from server.closing import Closing
 from server.engine.types import Engine
 from server.generation import Generation
@@ -55,6 +56,7 @@ from server.inbox import Inbox
 from server.jobs.book import JobBook
 from server.jobs.jobs import JobLimits, Jobs
 from server.library import Library
+from server.lifetime import lifespan
 from server.local_files import LocalFiles
 from server.metering import Meter
 from server.metrics import Metrics
@@ -66,7 +68,6 @@ from server.shadow import Shadow
 from server.tracing import tracing_to
 from server.work_metrics import WorkCollector
 from store.backends.ledger import Ledger
-from store.errors import SwitchyardError
 from store.expert_header import ExpertHeader
 from store.keys import Keys
 from store.registry import Registry
@@ -77,6 +78,9 @@ log = logging.getLogger(__name__)
 
 _USAGE_SECONDS = 5.0
 """What a server that is killed has not saved of its tenants' usage."""
+
+_HELD_OF_UPLOADS = MAX_BYTES
+"""What of an upload is in memory at most: pieces on their way to disk, or the JSON that comes instead of a file."""
 
 _SHADOW_SECONDS = 0.5
 _HARVEST_SECONDS = 60.0
@@ -165,7 +169,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=_lifespan,
+        lifespan=lifespan,
         responses=_ERROR_RESPONSES,
     )
     app.state.services = services
@@ -197,17 +201,23 @@ def create_app(
 
     describe_api(app)
 
-    def body_limit(scope: Scope) -> int:
+    bodies = BodyMemory(settings.body_bytes)
+    metrics.body_bytes.set_function(lambda: bodies.used)
+    metrics.body_limit_bytes.set(bodies.limit)
+
+    def body_rule(scope: Scope) -> BodyRule:
         prefix = experts.router.prefix
         below = scope["path"].removeprefix(f"{prefix}/")
         replacement = scope["method"] == "PUT" and below != scope["path"] and "/" not in below
         upload = replacement or (scope["method"] == "POST" and scope["path"] == prefix)
         if scope["method"] == "PATCH" and scope["path"].startswith(f"{uploads.router.prefix}/"):
-            return settings.upload_bytes
-        return settings.max_upload_bytes if upload else settings.max_body_bytes
+            return BodyRule(settings.upload_bytes, _HELD_OF_UPLOADS)
+        if upload:
+            return BodyRule(settings.max_upload_bytes, _HELD_OF_UPLOADS)
+        return BodyRule(settings.max_body_bytes, settings.max_body_bytes)
 
     # The last one added is the first one a request meets.
-    app.add_middleware(BodyLimitMiddleware, limit_of=body_limit, patience=settings.client_seconds)
+    app.add_middleware(BodyLimitMiddleware, rule_of=body_rule, patience=settings.client_seconds, memory=bodies)
     app.add_middleware(LimitMiddleware, meter=meter)
     app.add_middleware(AuthMiddleware, settings=settings, keys=services.keys)
     app.add_middleware(AuditMiddleware, audit=services.audit)
@@ -260,40 +270,6 @@ def _uploads_of(settings: Settings, book: JobBook) -> Uploads:
         seconds=3600 * settings.upload_hours,
         beside=book.input_bytes,
     )
-
-
-@asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    services: Services = app.state.services
-    await services.engine.start()
-    working = [asyncio.create_task(work) for work in (_follow(services), services.inbox.tidy(), services.jobs.run())]
-    try:
-        yield
-    finally:
-        services.ready = False
-        for task in working:
-            task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
-        await services.engine.stop()
-        await asyncio.to_thread(services.tracing.close)
-        with suppress(SwitchyardError):
-            await services.meter.settle()
-
-
-async def _follow(services: Services) -> None:
-    try:
-        await services.library.align()
-    except Exception:
-        log.exception("the router could not be restored; the server stays not ready")
-        return
-    # Without experts nothing is routed yet, and nobody has to wait for what the first one will need.
-    services.ready = not services.router.experts
-    try:
-        await services.router.prepare()
-    except SwitchyardError as error:
-        log.warning("the router is not prepared, the first routed prompt will wait: %s", error.message)
-    services.ready = True
-    await asyncio.gather(services.library.follow(), do_all(services.chores))
 
 
 def _upkeep(settings: Settings, registry: Registry) -> list[Chore]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -80,6 +80,10 @@ class Metrics:
         )
         self._labels = ExpertLabels(EXPERT_LABELS, EXPERT_IDLE_SECONDS, self._forget)
         self.routing = RoutingMetrics(self.registry, self._labels.of)
+        self.body_bytes = Gauge("switchyard_body_bytes", "Memory of requests' bodies.", registry=self.registry)
+        self.body_limit_bytes = Gauge(
+            "switchyard_body_limit_bytes", "Most memory of requests' bodies.", registry=self.registry
+        )
         self.registry.register(_Snapshot(engine, experts, stored))
 
     def count_expert(self, name: str) -> None:

@@ -55,6 +55,12 @@ class BusyError(errors.SwitchyardError):
     retry_after = 1
 
 
+class BodyMemoryError(errors.SwitchyardError):
+    """The bodies of other requests take all the memory that there is for them (503)."""
+
+    code = "body_memory_full"
+
+
 class ForbiddenError(errors.SwitchyardError):
     """The request comes from where it may not come from (403)."""
 
@@ -80,10 +86,17 @@ _STATUS: dict[type[errors.SwitchyardError], int] = {
     errors.MissingPackageError: 501,
     NotReadyError: 503,
     BusyError: 503,
+    BodyMemoryError: 503,
     errors.SwitchyardError: 500,
 }
 
-_HTTP_CODES = {408: "request_timeout", 404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "payload_too_large",
+    503: BodyMemoryError.code,
+}
 
 _VALIDATION_FAULTS = {
     "extra_forbidden": ("unknown_parameter", "there is no such parameter"),

@@ -1,17 +1,14 @@
-"""What happens around every request: an id, a count, a last answer to failures, and limits on how many there are, on
-their bodies, and on how long these take."""
+"""What happens around every request: an id, a count, a last answer to failures, and limits on how many there are and on
+how long they outlive a server that stops."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import BusyError, error_response
@@ -146,52 +143,3 @@ class CrowdMiddleware:
 
 
 _ALWAYS = PUBLIC_PATHS | {"/metrics", "/debug/engine"}
-
-_SLOWEST = 1024
-"""Bytes a second: a body that comes more slowly is given up, however regularly its bytes drip."""
-
-
-class BodyLimitMiddleware:
-    """Refuses bodies that are too large, at once where the length is announced, else as soon as it is exceeded; and
-    those that stop coming.
-
-    Args:
-        limit_of: most bytes of a request's body.
-        patience: seconds that may be spent waiting for a body, besides those that `_SLOWEST` grants to its size.
-    """
-
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], patience: float) -> None:
-        self._app = app
-        self._limit_of = limit_of
-        self._patience = patience
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        limit, received, waited, is_complete = self._limit_of(scope), 0, 0.0, False
-        # FastAPI turns other exceptions that come out of `receive` into 400.
-        too_large = HTTPException(413, f"the body exceeds the limit of {limit} bytes")
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > limit:
-            await error_response(too_large, scope)(scope, receive, send)
-            return
-
-        async def count() -> Message:
-            nonlocal received, waited, is_complete
-            if is_complete:  # what comes now is that the client goes away
-                return await receive()
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(self._patience + received / _SLOWEST - waited):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the body took too long", {"Connection": "close"}) from None
-            waited += time.monotonic() - began
-            received += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if received > limit:
-                raise too_large
-            return message
-
-        await self._app(scope, count, send)

@@ -49,7 +49,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server.tracing": ("server.engine.timing", "store.errors"),
     "server.metering": ("store.access", "store.backends.ledger", "store.errors", "store.keys", "store.tenants"),
     "server.exposure": ("server.settings", "store.errors", "store.keys"),
-    "server.settings": ("server.access_settings", "server.engine.options", "server.tools", "router", "store.tenants"),
+    "server.service_settings": ("server.access_settings", "store.tenants"),
+    "server.settings": ("server.engine.options", "server.service_settings", "server.tools", "router"),
     "server.routing_metrics": ("server.expert_labels", "router.decision"),
     "server.harvest": (
         "server.audit",
@@ -215,6 +216,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.inbox",
         "server.jobs",
         "server.library",
+        "server.lifetime",
         "server.metrics",
         "server.mirrors",
         "server.recency",
@@ -236,6 +238,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.tracing",
         "server.local_files",
     ),
+    "server.lifetime": ("server.api.services", "server.chores", "store.errors"),
     # Puts everything together.
     "server.assembly": (
         "server.app",

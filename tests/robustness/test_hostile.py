@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -21,7 +22,8 @@ DEADLINE = 60.0
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("hostile")
-    with dummy_server(folder, SWITCHYARD_CLIENT_SECONDS=PATIENCE, SWITCHYARD_MAX_BODY_BYTES="1MB") as running:
+    limits = {"SWITCHYARD_MAX_BODY_BYTES": "1MB", "SWITCHYARD_BODY_BYTES": "4MB"}
+    with dummy_server(folder, SWITCHYARD_CLIENT_SECONDS=PATIENCE, **limits) as running:
         yield running
 
 
@@ -38,10 +40,8 @@ def _undisturbed(server: Running) -> Iterator[None]:
 
 
 def until_idle(server: Running) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while httpx.get(f"{server.url}/debug/engine", timeout=DEADLINE).json()["lanes"]:
-        assert time.monotonic() < deadline, "an answer that nobody waits for runs on"
-        time.sleep(0.02)
+    """Until no answer that nobody waits for runs on."""
+    until(lambda: not httpx.get(f"{server.url}/debug/engine", timeout=DEADLINE).json()["lanes"])
 
 
 def talk(server: Running, *pieces: bytes, drip: bytes = b"") -> bytes:
@@ -106,6 +106,37 @@ def test_a_form_that_drips_is_given_up(server: Running) -> None:
     head = b"POST /v1/experts HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
     assert status(talk(server, head + b"content-length: 500000\r\n\r\n" + part, drip=b"a")) == 408
+
+
+def test_large_bodies_at_once_are_bounded_together(server: Running) -> None:
+    """Twenty clients send most of a body each and stop: memory for four is given, the others are told to come again."""
+    head, part = HEAD + b"content-length: 1000000\r\n\r\n", b" " * 900_000
+    with ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE))
+            with suppress(ConnectionResetError, BrokenPipeError):  # refused while it still sends
+                connection.sendall(head + part)
+        full = 'switchyard_failures_total{code="body_memory_full"}'
+        until(lambda: (figure(server, full), figure(server, "switchyard_body_bytes") > 3.5e6) == (16, True))
+        assert figure(server, "switchyard_body_bytes") <= figure(server, "switchyard_body_limit_bytes") == 4e6
+        large = post(server, chat(b'"%s"' % (b"x" * 900_000)))
+        assert (large.status_code, large.json()["error"]["code"]) == (503, "body_memory_full")
+        assert int(large.headers["retry-after"]) > 0
+        assert post(server, chat(b'"hello"')).status_code == 200
+    until(lambda: figure(server, "switchyard_body_bytes") == 0)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def figure(server: Running, series: str) -> float:
+    """One figure of /metrics; 0 if it is not there yet."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=DEADLINE).text.splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == series), 0.0)
 
 
 @pytest.mark.parametrize(
