@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -34,28 +35,39 @@ def serving(*arguments: str | Path) -> Iterator[str]:
 
 
 @contextmanager
-def serving_process(*arguments: str | Path) -> Iterator[tuple[str, int]]:
-    """`serving`; yields the address and the process's id."""
+def serving_process(*arguments: str | Path, log: Path | None = None) -> Iterator[tuple[str, int]]:
+    """`serving`; yields the address and the process's id.
+
+    Args:
+        log: where to keep all that the server says; else it is dropped once it is ready.
+    """
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", *map(str, arguments)]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "NO_COLOR": "1", "COLUMNS": "200"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        yield _address(process), process.pid
+        yield _address(process, log), process.pid
     finally:
         process.terminate()
         process.wait(timeout=60)
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+def _address(process: subprocess.Popen[str], log: Path | None) -> str:
     assert process.stdout is not None
     screen = ""
     for line in process.stdout:
         screen += line
         if found := re.search(r"ready after .* at (http://\S+)", line):
             # The pipe must not fill up while the server talks on.
-            ThreadPoolExecutor(1).submit(process.stdout.read)
+            threading.Thread(target=_keep, args=(process.stdout, log), daemon=True).start()
             return found.group(1)
     raise RuntimeError(f"the server did not start:\n{screen}")
+
+
+def _keep(output: IO[str], log: Path | None) -> None:
+    with Path(log or os.devnull).open("w", encoding="utf-8") as file:
+        for line in output:
+            file.write(line)
+            file.flush()
 
 
 def ask(url: str, model: str, prompts: Sequence[str], max_tokens: int) -> list[Answer]:

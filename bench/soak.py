@@ -74,11 +74,13 @@ class Gauge(threading.Thread):
         return float(np.polyfit(late[:, 0] / 60, late[:, 1] / _MIB, 1)[0])
 
 
-def soak(minutes: float, clients: int, seed: int, mode: str = "auto") -> tuple[list[dict[str, Any]], list[report.Bar]]:
+def soak(
+    minutes: float, clients: int, seed: int, mode: str = "auto", log: Path | None = None
+) -> tuple[list[dict[str, Any]], list[report.Bar]]:
     """Run it; rows and bars of the report."""
     with tempfile.TemporaryDirectory() as scratch:
         oracle = Oracle(Path(scratch) / "oracle", EXPERTS)
-        with serving_process(*_options(oracle, Path(scratch), mode)) as (url, pid):
+        with serving_process(*_options(oracle, Path(scratch), mode), log=log) as (url, pid):
             scene = Scene(url, oracle, NAMES)
             changer = Changer(scene, seed)
             changer.publish_all()
@@ -233,10 +235,11 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=6, help="how many ask at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the traffic")
     parser.add_argument("--mode", choices=("auto", "merged", "mixed"), default="auto", help="of the server")
+    parser.add_argument("--log", type=Path, help="file for what the server says")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the result")
     given = parser.parse_args()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    rows, bars = soak(given.minutes, given.clients, given.seed, given.mode)
+    rows, bars = soak(given.minutes, given.clients, given.seed, given.mode, given.log)
     command = f"python -m bench.soak {shlex.join(sys.argv[1:])}".rstrip()
     report.write("soak", command, rows, bars, folder=given.out)
     report.show(rows, bars, title="soak")

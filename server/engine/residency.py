@@ -100,6 +100,7 @@ class Residency:
         self._queue: deque[_Ticket] = deque()
         self._draining: set[str] = set()
         self._drained_for: _Ticket | None = None
+        self._pumping = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert-loader")
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
@@ -166,8 +167,14 @@ class Residency:
 
     def _pump(self) -> None:
         """Start what fits, in order of arrival."""
-        while self._queue and self._grant(self._queue[0]):
-            self._queue.popleft()
+        if self._pumping:
+            return  # whoever is granted may release at once, as those do who have gone: the loop below goes on anyway
+        self._pumping = True
+        try:
+            while self._queue and self._grant(self._queue[0]):
+                self._queue.popleft()
+        finally:
+            self._pumping = False
         first = self._queue[0] if self._queue else None
         if first is not self._drained_for:
             self._draining, self._drained_for = set(), None

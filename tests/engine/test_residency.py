@@ -63,6 +63,8 @@ class Bench:
         self.now = 0.0
         self.residency = Residency(self.source, units * UNIT, self.posted.put, clock=lambda: self.now)
         self.granted: list[Mix] = []
+        self.gone: set[Mix] = set()
+        """Whose clients have gone: they release as soon as they are granted."""
         self.refused: dict[Mix, SwitchyardError] = {}
 
     def request(self, *digests: str) -> Mix:
@@ -72,6 +74,8 @@ class Bench:
             if error is None:
                 self.granted.append(mix)
                 assert all(digest in self.residency.experts for digest in digests)
+                if mix in self.gone:
+                    self.residency.release(mix)
             else:
                 self.refused[mix] = error
 
@@ -158,6 +162,28 @@ def test_popular_experts_cannot_starve_a_rare_one(bench: Bench) -> None:
     assert bench.granted[-1] == rare
     bench.residency.release(rare)
     bench.settle(lambda: bench.granted[-1] == late)
+
+
+def test_those_who_have_gone_while_they_waited_are_granted_once(bench: Bench) -> None:
+    """A client that breaks off leaves its place in the queue; what is resident when its turn comes needs no load."""
+    first, second = bench.request("a2"), bench.request("b2")
+    bench.settle(lambda: len(bench.granted) == 2)
+    rare = bench.request("c1")
+    bench.settle(lambda: not bench.residency._measuring)
+    bench.now = STARVING + 1
+    bench.residency.request(BASE_MIX, lambda error: None)
+    for _ in range(2):
+        bench.request("b2")
+    bench.residency.release(second)  # from here on a2, of the fewest users, is drained for the rare one
+    for _ in range(3):
+        bench.request("a2")
+    assert bench.granted.count(first) == 1, "they wait behind the rare one"
+    bench.gone = {first}
+    for _ in range(2):
+        bench.residency.release(second)  # which makes room, so that a2 stays
+    bench.settle(lambda: rare in bench.granted)
+    assert bench.granted.count(first) == 4
+    assert bench.residency.pins()["a2"][1] == 1, "only the one that is still here"
 
 
 def test_a_mix_larger_than_the_budget_is_refused_by_name(bench: Bench) -> None:
