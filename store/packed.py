@@ -16,21 +16,10 @@ from store.errors import ExpertFileError
 from store.patterns import Half
 
 
-@dataclass(frozen=True)
-class PackedTernary:
-    """A tensor of {−scale, 0, +scale}, its positions and signs encoded.
+class _Sparse:
+    """What tensors have in common whose positions and values are encoded."""
 
-    Attributes:
-        shape: shape of the tensor.
-        nnz: number of nonzeros, > 0.
-        scale: a float32 value as a Python float; finite, > 0.
-        encoded: positions and signs.
-    """
-
-    kind: ClassVar[str] = "ternary"
     shape: tuple[int, ...]
-    nnz: int
-    scale: float
     encoded: Encoded
 
     @property
@@ -45,6 +34,24 @@ class PackedTernary:
     def nbytes(self) -> int:
         """Exact bytes in the data section of the expert file."""
         return len(self.encoded.payload)
+
+
+@dataclass(frozen=True)
+class PackedTernary(_Sparse):
+    """A tensor of {−scale, 0, +scale}, its positions and signs encoded.
+
+    Attributes:
+        shape: shape of the tensor.
+        nnz: number of nonzeros, > 0.
+        scale: a float32 value as a Python float; finite, > 0.
+        encoded: positions and signs.
+    """
+
+    kind: ClassVar[str] = "ternary"
+    shape: tuple[int, ...]
+    nnz: int
+    scale: float
+    encoded: Encoded
 
     def decode(self, tensor: str) -> SparseDelta:
         """Raises ExpertFileError naming `tensor` if the payload is not what the counts promise."""
@@ -126,7 +133,7 @@ def _finite(payload: bytes, shape: tuple[int, ...], tensor: str) -> npt.NDArray[
 
 
 @dataclass(frozen=True)
-class PackedOverwrite:
+class PackedOverwrite(_Sparse):
     """A tensor of which some weights get new bit patterns, and the others stay the base's.
 
     Attributes:
@@ -143,19 +150,6 @@ class PackedOverwrite:
     encoded: Encoded
     half: Half
     sha256: str
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def payload(self) -> bytes:
-        return self.encoded.payload
-
-    @property
-    def nbytes(self) -> int:
-        """Exact bytes in the data section of the expert file."""
-        return len(self.encoded.payload)
 
     def decode(self, tensor: str) -> OverwriteDelta:
         """Raises ExpertFileError naming `tensor` if the payload is not what the counts promise."""

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from store.backends.edition_file import EditionFile
-from store.backends.filesystem import sync_folder
+from store.backends.filesystem import reported, sync_folder
 from store.backends.ledger import Balance, LocalBuckets, Rate
 from store.errors import StoreError
 from store.expert_info import NAME_PATTERN
@@ -32,18 +32,19 @@ class DiskLedger:
     """`Ledger` in a folder, which is created if need be.
 
     Raises:
-        StoreError: the folder cannot be created or written.
+        StoreError: the folder cannot be created or written; StorageFullError, there and wherever something is written,
+            where the disk has no room.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._thread_lock = threading.RLock()
         self._buckets = LocalBuckets()
-        with _reported("open the ledger"):
+        with reported("open the ledger"):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = (root / "lock").open("ab")
             self._edition = EditionFile(root / "edition")
-        with self._exclusive(), _reported("open the ledger"):
+        with self._exclusive(), reported("open the ledger"):
             self._edition.settle()
 
     def close(self) -> None:
@@ -58,7 +59,7 @@ class DiskLedger:
     def documents(self, kind: str) -> Mapping[str, bytes]:
         """See `Ledger.documents`."""
         found = {}
-        with _reported("read the ledger"):
+        with reported("read the ledger"):
             for path in sorted((self._root / kind).glob("*.json")):
                 if NAME_PATTERN.fullmatch(path.stem):
                     try:
@@ -70,7 +71,7 @@ class DiskLedger:
     def put(self, kind: str, name: str, data: bytes, *, absent: bool = False) -> bool:
         """See `Ledger.put`."""
         target = self._path(kind, name)
-        with self._exclusive(), _reported("write to the ledger"):
+        with self._exclusive(), reported("write to the ledger"):
             if absent and target.exists():
                 return False
             target.parent.mkdir(exist_ok=True, mode=0o700)
@@ -81,7 +82,7 @@ class DiskLedger:
     def delete(self, kind: str, name: str) -> bool:
         """See `Ledger.delete`."""
         target = self._path(kind, name)
-        with self._exclusive(), _reported("write to the ledger"):
+        with self._exclusive(), reported("write to the ledger"):
             if not target.exists():
                 return False
             with self._edition.changing():
@@ -92,7 +93,7 @@ class DiskLedger:
     def add(self, kind: str, amounts: Mapping[str, int]) -> None:
         """See `Ledger.add`."""
         target = self._path(_SUMS, kind)
-        with self._exclusive(), _reported("write to the ledger"):
+        with self._exclusive(), reported("write to the ledger"):
             sums = dict(self.sums(kind))
             for name, amount in amounts.items():
                 sums[name] = sums.get(name, 0) + amount
@@ -101,7 +102,7 @@ class DiskLedger:
 
     def sums(self, kind: str) -> Mapping[str, int]:
         """See `Ledger.sums`."""
-        with _reported("read the ledger"):
+        with reported("read the ledger"):
             try:
                 sums: dict[str, int] = json.loads(self._path(_SUMS, kind).read_bytes())
             except FileNotFoundError:
@@ -122,7 +123,7 @@ class DiskLedger:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        with self._thread_lock, _reported("lock the ledger"):
+        with self._thread_lock, reported("lock the ledger"):
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             try:
                 yield
@@ -133,18 +134,14 @@ class DiskLedger:
 def _replace(target: Path, data: bytes) -> None:
     """Write a file atomically and durably; the lock is held."""
     temporary = target.with_suffix(".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
-    sync_folder(target.parent)
-
-
-@contextmanager
-def _reported(action: str) -> Iterator[None]:
     try:
-        yield
-    except OSError as error:
-        raise StoreError(f"cannot {action}: {error.strerror}") from error
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError:  # on a disk that is full, what was written takes what room there is
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)

@@ -7,12 +7,13 @@ import os
 import random
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from store.upkeep import verify
-from tests.api.house import House, error, make_expert, open_house
+from tests.api.house import ROOT, House, error, make_expert, open_house
 from tests.api.test_uploads import PIECE
 
 pytestmark = pytest.mark.anyio
@@ -66,6 +67,22 @@ async def test_uploads_get_507_and_nothing_is_left_of_them(small_disk: Path) -> 
         answers = await asyncio.gather(*(house.upload(make_expert(small_disk / f"{i}", value=i)) for i in range(2, 6)))
         assert [answer.status_code for answer in answers] == [201] * 4
         assert not [finding for finding in verify(house.registry._store) if finding.verdict.is_fault]
+
+
+async def test_a_key_that_has_no_room_gets_507_and_is_none(small_disk: Path) -> None:
+    data = small_disk / "data"
+    async with open_house(small_disk, api_keys="root") as house:
+        made = {"tenant": "acme", "roles": ["infer"]}
+        assert (await house.http.post("/v1/admin/keys", json=made, headers=ROOT)).status_code == 201
+        with (data / "something else").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(1 << 16)):
+                pass
+        refused = await house.http.post("/v1/admin/keys", json=made, headers=ROOT)
+        assert error(refused, 507)["code"] == "storage_full"
+        (data / "something else").unlink()
+        assert len((await house.http.get("/v1/admin/keys", headers=ROOT)).json()["data"]) == 1
+        assert not list(data.rglob("*.tmp"))
+        assert (await house.http.post("/v1/admin/keys", json=made, headers=ROOT)).status_code == 201
 
 
 async def send(house: House, at: str, offset: int, data: bytes) -> None:
