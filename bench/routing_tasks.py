@@ -54,10 +54,15 @@ def _scores(url: str, name: str, form: str, n: int) -> Row:
     return found
 
 
-def _two_skills(url: str, n: int) -> list[Row]:
+def numbers_in_both(n: int) -> list[tuple[int, tuple[str, str]]]:
+    """Held-out numbers, each in French and in Spanish words."""
     numbers = [int("".join(filter(str.isdigit, row["prompt"]))) for row in load_rows(TASKS["num_fr"], "test")[:n]]
-    wanted = [(num2words(number, lang="fr"), num2words(number, lang="es")) for number in numbers]
-    prompts = [BOTH.format(number) for number in numbers]
+    return [(number, (num2words(number, lang="fr"), num2words(number, lang="es"))) for number in numbers]
+
+
+def _two_skills(url: str, n: int) -> list[Row]:
+    numbers = numbers_in_both(n)
+    prompts = [BOTH.format(number) for number, _ in numbers]
     ways: dict[str, dict[str, Any]] = {
         "base": {"model": "base"},
         "num_fr": {"model": "num_fr"},
@@ -74,7 +79,7 @@ def _two_skills(url: str, n: int) -> list[Row]:
     with httpx.Client(base_url=url, timeout=600) as http:
         for way, fields in ways.items():
             halves = 0
-            for prompt, pair in zip(prompts, wanted, strict=True):
+            for prompt, (_, pair) in zip(prompts, numbers, strict=True):
                 body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": BOTH_TOKENS}
                 answer = http.post("/v1/chat/completions", json=body | fields).raise_for_status().json()
                 text = answer["choices"][0]["message"]["content"].lower()

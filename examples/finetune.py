@@ -44,6 +44,8 @@ class Settings:
     batch_size: int = 8
     lr: float = 1e-4
     seed: int = 0
+    freeze: str | None = None
+    """Parameters whose name has this in it stay the base's; None freezes nothing."""
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -84,7 +86,10 @@ def train(model: Any, samples: list[Sample], settings: Settings, out: Path, *, r
     Raises checkpoint.CheckpointError if `out` holds a checkpoint of other settings.
     """
     torch.manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(settings.freeze is None or settings.freeze not in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
     done, progress = 0, dict[str, Any]()
     if resume:
         done, progress = checkpoint.load(out, model, optimizer, asdict(settings))
@@ -127,10 +132,11 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--freeze", help="leave parameters alone whose name has this in it: a large embedding's memory")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    settings = Settings(args.task, args.steps, args.batch_size, args.lr, args.seed)
+    settings = Settings(args.task, args.steps, args.batch_size, args.lr, args.seed, args.freeze)
     if not (args.base / "config.json").is_file():
         parser.error(f"--base: {args.base} is not a model folder (no config.json)")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
