@@ -1,8 +1,10 @@
 """Mixed mode: rows with different mixes in one step.
 
 The base's product is computed once for all rows; then each mix's deltas are added to its own rows, read in packed
-form: y = x Wᵀ + Σ weightₖ · x Δₖᵀ. Biases, norms, embeddings and the head carry deltas too. For the length of a step
-the modules that have something to add get another `forward`; a step without deltas runs the model as it was loaded.
+form: y = x Wᵀ + Σ weightₖ · x Δₖᵀ. Where that is faster, rows of a prompt are multiplied with moved weights instead,
+y = x (W + Σ weightₖ · Δₖ)ᵀ: one product, not two. Biases, norms, embeddings and the head carry deltas too. For the
+length of a step the modules that have something to add get another `forward`; a step without deltas runs the model as
+it was loaded.
 """
 
 from __future__ import annotations
@@ -122,7 +124,13 @@ class MixedWeights:
 
     def _linear(self, site: Site, groups: Items[Group], vectors: _Vectors | None) -> Forward:
         module = site.module
-        plain, add = module.forward, self._kernels.add_linear
+        add, least = self._kernels.add_linear, self._kernels.fuse_rows
+        plain: Forward = module.forward
+        if least is not None and type(module).forward is nn.Linear.forward:
+            large = [group for group in groups if group.stop - group.start >= least]
+            if large:
+                plain = self._fused(module, large)
+                groups = [group for group in groups if group not in large]
         # The difference to the pristine bias, which `plain` has added already.
         shift = None if vectors is None else vectors.choices["bias"] - self._parameters[site.names["bias"]].data
 
@@ -136,6 +144,29 @@ class MixedWeights:
                 add(rows, x.reshape(-1, x.shape[-1]), groups)
             self.seconds += time.perf_counter() - started
             return y
+
+        return forward
+
+    def _fused(self, module: nn.Module, groups: Items[Group]) -> Forward:
+        """The base's product with the deltas of these groups in their rows, whose products are not taken twice."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            weight, bias = module.get_parameter("weight").data, module._parameters.get("bias")
+            own = None if bias is None else bias.data
+            rows = x.reshape(-1, x.shape[-1])
+            y = x.new_empty(len(rows), len(weight))
+            others = _between(groups, len(rows))
+            if others:  # in one product, which reads the weights once
+                made = nn.functional.linear(torch.cat([rows[other] for other in others]), weight, own)
+                done = 0
+                for other in others:
+                    count = other.stop - other.start
+                    y[other] = made[done : done + count]
+                    done += count
+            started = time.perf_counter()
+            self._kernels.fused_linear(y, rows, weight, own, groups)
+            self.seconds += time.perf_counter() - started
+            return y.view(*x.shape[:-1], -1)
 
         return forward
 
@@ -219,3 +250,9 @@ class MixedWeights:
 def _beside(mix: Mix, name: str, experts: Mapping[str, DecodedExpert]) -> list[Term]:
     """What kernels add for a mix whose experts `MixedWeights.carries`."""
     return [(weight, delta) for weight, delta in terms_of(mix, name, experts) if not isinstance(delta, Overwrites)]
+
+
+def _between(groups: Items[Group], rows: int) -> list[slice]:
+    """The rows that are in none of the groups, which are disjoint and ascending."""
+    edges = [0, *(edge for group in groups for edge in (group.start, group.stop)), rows]
+    return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]

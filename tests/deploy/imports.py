@@ -28,6 +28,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # Decoding only: how experts are made, named and kept is none of the engine's business.
     "server.engine": (
         "server.engine",
+        "store.bits",
         "store.checkpoint",
         "store.deltas",
         "store.errors",
@@ -36,7 +37,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.manifest",
         "store.mix",
         "store.overwriting",
+        "store.packed",
         "store.patterns",
+        "store.positions",
         "store.tiers",
     ),
     "server.tools": ("server.engine.grammar_check", "server.engine.types", "server.tools"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +29,12 @@ CPU = torch.device("cpu")
 class World:
     """A base of one architecture, three experts that move everything, and mixed mode over it."""
 
-    def __init__(self, folder: Path, architecture: str) -> None:
+    def __init__(self, folder: Path, architecture: str, kernels: str = "reference") -> None:
+        self.kernels = backend(kernels, CPU)
         self.library = Library(save_base(folder / "base", architecture), folder)
         self.model = BaseModel(self.library.base, dtype=torch.float32, device=CPU, feature_layer=1, cache_dir=None)
         self.sites, self.unserved = find_sites(self.model.network, self.model.parameters, self.model.try_out)
-        self.mixed = MixedWeights(self.sites, self.unserved, self.model.parameters, backend("reference", CPU))
+        self.mixed = MixedWeights(self.sites, self.unserved, self.model.parameters, self.kernels)
         self.digests = [self.library.add(seed, density=density) for seed, density in ((1, 0.3), (2, 0.02), (3, 0.3))]
         loader = ExpertLoader(self.model.manifest, CPU, self.library.read, HostTier(0))
         self.experts = {digest: loader.load(digest) for digest in self.digests}
@@ -50,6 +53,26 @@ class World:
         with self.mixed.carrying(tuple(spans), heads, experts):
             return self.model.forward(tokens, AttentionBatch(segments, None, CPU), rows)
 
+    def prompts(self) -> list[tuple[Mix, list[int]]]:
+        """Of five mixes, of 1, 4, 7, 10 and 13 tokens."""
+        one, two, three = self.digests
+        mixes = [
+            BASE_MIX,
+            Mix.of({one: 1.0}),
+            Mix.of({two: 1.0}),
+            Mix.of({one: 0.5, three: -0.7}),
+            Mix.of({one: 1, two: 2, three: 1}),
+        ]
+        return [(mix, [(7 * k + 31 * j) % 256 for k in range(1 + 3 * j)]) for j, mix in enumerate(mixes)]
+
+    def check(self, prompts: list[tuple[Mix, list[int]]]) -> None:
+        """Side by side they say what their merged models say."""
+        together = self.logits(prompts, self.experts)
+        for row, (mix, prompt) in zip(together, prompts, strict=True):
+            with torch.inference_mode():
+                expected = self.library.merged(mix)(torch.tensor([prompt])).logits[0, -1]
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -63,21 +86,41 @@ def test_every_parameter_is_served(world: World) -> None:
 
 
 def test_rows_of_different_mixes_equal_their_merged_models(world: World) -> None:
-    one, two, three = world.digests
-    mixes = [
-        BASE_MIX,
-        Mix.of({one: 1.0}),
-        Mix.of({two: 1.0}),
-        Mix.of({one: 0.5, three: -0.7}),
-        Mix.of({one: 1, two: 2, three: 1}),
-    ]
-    prompts = [(mix, [(7 * k + 31 * j) % 256 for k in range(1 + 3 * j)]) for j, mix in enumerate(mixes)]
+    prompts = world.prompts()
     for chosen in (prompts, prompts[:2], prompts[1:]):
-        together = world.logits(chosen, world.experts)
-        for row, (mix, prompt) in zip(together, chosen, strict=True):
-            with torch.inference_mode():
-                expected = world.library.merged(mix)(torch.tensor([prompt])).logits[0, -1]
-            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+        world.check(chosen)
+
+
+def test_long_prompts_are_multiplied_with_moved_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = products_with_moved_weights(world, monkeypatch)
+    prompts = world.prompts()
+    for chosen in (prompts, prompts[:3], prompts[2:]):
+        world.check(chosen)
+    assert set(sizes) == {7, 10, 13}, "not the rows of the two shorter prompts"
+
+
+def test_the_gpus_kernels_carry_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU, which the tests of the engine do not use")
+    world = World(tmp_path, "llama", "triton")
+    sizes = products_with_moved_weights(world, monkeypatch)
+    world.check(world.prompts()[:4])
+    assert set(sizes) == {7, 10}
+
+
+def products_with_moved_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on they are taken from 7 rows on; the rows of each group that was."""
+    multiply, sizes = world.kernels.fused_linear, []
+
+    def noted(*given: Any) -> None:
+        sizes.extend(group.stop - group.start for group in given[-1])
+        multiply(*given)
+
+    monkeypatch.setattr(world.kernels, "fuse_rows", 7)
+    monkeypatch.setattr(world.kernels, "fused_linear", noted)
+    world.mixed.forget()
+    return sizes
 
 
 def test_a_step_leaves_nothing_behind(world: World) -> None:

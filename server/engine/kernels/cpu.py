@@ -14,7 +14,7 @@ import torch
 from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.packing import pack
-from server.engine.kernels.reference import ReferenceKernels
+from server.engine.kernels.reference import ReferenceKernels, multiply_merged
 from server.engine.kernels.types import (
     BitPlanes,
     DenseValues,
@@ -26,6 +26,7 @@ from server.engine.kernels.types import (
     rows_and_columns,
 )
 from store.deltas import SparseDelta
+from store.packed import PackedTernary
 
 _TERM = struct.Struct("<qqiifi")
 """`Term` of native.cpp up to its pointers: first row, last row, form, opens a group, factor, digits."""
@@ -45,6 +46,7 @@ class CpuKernels:
     """
 
     name = "cpu"
+    fuse_rows: int | None = None
 
     def __init__(self, cache_dir: Path, *, flags: tuple[str, ...] = ()) -> None:
         library = build.load(cache_dir, flags=flags)
@@ -96,6 +98,14 @@ class CpuKernels:
             if any(isinstance(delta, DenseValues) for _, delta in group.terms):
                 dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
                 self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
+
+    def fused_linear(
+        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
+    ) -> None:
+        multiply_merged(self.merge, y, x, weight, bias, groups)
+
+    def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
+        return pack(tensor.decode(name), device)
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
         weight, delta = terms[0]

@@ -2,168 +2,266 @@
 
 from __future__ import annotations
 
-import math
-import os
-import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 import triton.language as tl
 
+from server.engine.kernels import gpu_transcode
+from server.engine.kernels.gpu_beside import add_planes, add_sparse, stage_rows
+from server.engine.kernels.gpu_fused import fold_rows, fused_product
+from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
+from server.engine.kernels.gpu_rounding import INTERPRETED
+from server.engine.kernels.gpu_tables import Launch, Plans, term_fields
+from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels
-from server.engine.kernels.types import BitPlanes, DenseValues, Group, LoadedTerm, SparseRows, rows_and_columns
+from server.engine.kernels.types import (
+    BLOCK,
+    BitPlanes,
+    DenseValues,
+    Group,
+    LoadedDelta,
+    LoadedTerm,
+    Overwrites,
+    PackedDelta,
+    SparseRows,
+    Term,
+    check_fused,
+    check_group,
+    rows_and_columns,
+)
+from store.packed import PackedTernary
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FEW = 16
-"""Batch rows of a tile for decoding: the least that a tensor core takes."""
-MANY = 64
-"""Batch rows of a tile for prompts: a tile of planes is decoded once for all of them."""
-_WIDE = 64
-"""Weight rows of a tile."""
-_CHUNK_FIELDS = 4
-_TERM_FIELDS = 8
+FUSE_ROWS = 128
+"""Rows from which a product with moved weights is faster than two products: a full tile of them shares one decoding."""
+
+_J = 4
+"""Words of a row that `add_planes` takes at a time, one for each of the threads that share it."""
+_SPLITS = (1, 2, 4, 8)
+_WORDS_PER_SPLIT = 2 * _J
+_BLOCKS_PER_PROCESSOR = 2
+"""What it takes to keep memory busy; tiles are made smaller and split for it."""
+SPARSE_SHAPES = {1: (16, 64), 4: (16, 32), 16: (8, 32)}
+"""Batch rows of a chunk → weight rows of a tile, entries at a time."""
+_SLAB_BYTES = 16 << 20
+"""Of what is put together before it is rounded, or multiplied with: it stays in the L2 cache."""
+_INTERPRETED_PROCESSORS = 4
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _add_linear(  # type: ignore[no-untyped-def]
-    y_ptr, x_ptr, chunk_ptr, term_ptr, out, width,
-    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PLANES: tl.constexpr, SPARSE: tl.constexpr,
-):  # fmt: skip
-    """One tile of y: up to M batch rows of one group × N weight rows, all terms of the group one after the other.
+@dataclass(frozen=True)
+class _Device:
+    """What is kept for a device: the same memory at every launch, as CUDA graphs want it."""
 
-    chunk: `[chunks, 4]` int64: first batch row, last batch row, first term, last term (exclusive).
-    term: `[terms, 8]` int64: form (0 planes, 1 sparse), factor (float32 bits), digits, addresses of words, order,
-        starts, entries and levels (0 where all are 1).
-    """
-    chunk = chunk_ptr + tl.program_id(0) * 4
-    rows = tl.load(chunk) + tl.arange(0, M)
-    valid = rows < tl.load(chunk + 1)
-    lanes = tl.program_id(1) * N + tl.arange(0, N)
-    inside = lanes < out
-    words = (width + 31) // 32
-    total = tl.zeros((M, N), dtype=tl.float32)
-    for t in range(tl.load(chunk + 2), tl.load(chunk + 3)):
-        term = term_ptr + t * 8
-        form = tl.load(term)
-        factor = tl.load(term + 1).to(tl.int32).to(tl.float32, bitcast=True)
-        if PLANES:  # noqa: SIM102 (decided at compile time, the other one in the loop)
-            if form == 0:
-                digits = tl.load(term + 2)
-                planes = tl.load(term + 3).to(tl.pointer_type(tl.int32))
-                bit = tl.arange(0, 32)
-                power = factor
-                for k in range(0, digits):
-                    # Padded rows are there, but whole blocks of them are not.
-                    first = ((lanes // 32).to(tl.int64) * digits + k) * words * 64 + lanes % 32
-                    for j in range(0, words):
-                        plus = tl.load(planes + first + j * 64, mask=inside, other=0)
-                        minus = tl.load(planes + first + j * 64 + 32, mask=inside, other=0)
-                        digit = ((plus[None, :] >> bit[:, None]) & 1) - ((minus[None, :] >> bit[:, None]) & 1)
-                        columns = j * 32 + bit
-                        mask = valid[:, None] & (columns < width)[None, :]
-                        x = tl.load(x_ptr + rows[:, None] * width + columns[None, :], mask=mask, other=0.0)
-                        # By way of float32: the interpreter does not compute in bfloat16.
-                        x = x.to(tl.float32).to(DOT)
-                        total += power * tl.dot(x, digit.to(tl.float32).to(DOT), input_precision="ieee")
-                    power = power * 3
-        if SPARSE:  # noqa: SIM102
-            if form == 1:
-                order = tl.load(term + 4).to(tl.pointer_type(tl.int32))
-                starts = tl.load(term + 5).to(tl.pointer_type(tl.int32))
-                entries = tl.load(term + 6).to(tl.pointer_type(tl.int16))
-                levels = tl.load(term + 7)
-                # Which list of its block is this row's?
-                block = lanes // 32 * 32
-                list_of = tl.zeros((N,), dtype=tl.int32)
-                for i in range(0, 32):
-                    candidate = tl.load(order + block + i, mask=block + i < out, other=-1)
-                    list_of = tl.where(candidate == lanes, block + i, list_of)
-                start = tl.load(starts + list_of, mask=inside, other=0)
-                count = tl.load(starts + list_of + 1, mask=inside, other=0) - start
-                for i in range(0, tl.max(count, axis=0)):
-                    present = i < count
-                    entry = tl.load(entries + start + i, mask=present, other=0).to(tl.int32) & 0xFFFF
-                    value = tl.where((entry & 1) == 1, -factor, factor)
-                    if levels != 0:
-                        level = tl.load(levels.to(tl.pointer_type(tl.uint8)) + start + i, mask=present, other=0)
-                        value = value * level.to(tl.float32)
-                    mask = valid[:, None] & present[None, :]
-                    x = tl.load(x_ptr + rows[:, None] * width + (entry >> 1)[None, :], mask=mask, other=0.0)
-                    total += tl.where(present[None, :], x.to(tl.float32) * value[None, :], 0.0)
-    target = y_ptr + rows[:, None] * out + lanes[None, :]
-    mask = valid[:, None] & inside[None, :]
-    before = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, (before + total).to(y_ptr.dtype.element_ty), mask=mask)
+    processors: int
+    partial: torch.Tensor
+    arrived: torch.Tensor
 
 
 class TritonKernels:
     """A tile's planes become numbers in registers, just before the tensor cores take them.
 
-    Groups are cut into chunks of a tile's rows, so that no block of the grid is without work. Experts are addressed
-    by pointers in a table: no slot, no copy. Dense deltas are left to torch.
+    Decode steps add beside the base (`gpu_beside`), prompts multiply with moved weights (`gpu_fused`), merged mode
+    folds deltas into copies (`gpu_merge`). Dense deltas beside the base, and what overwrites, are left to torch.
+
+    Launches read their tables from the device: groups that a caller keeps are prepared once, and a captured launch
+    stays valid for as long as they live.
     """
 
     name = "triton"
+    fuse_rows: int | None = FUSE_ROWS
 
     def __init__(self) -> None:
         self._plain = ReferenceKernels()
+        self._plans = Plans()
+        self._devices: dict[torch.device, _Device] = {}
+        self._terms: WeakKeyDictionary[LoadedDelta, dict[tuple[float, int], torch.Tensor]] = WeakKeyDictionary()
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
-        rows, out = y.shape
-        width = x.shape[1]
-        if not (y.is_contiguous() and x.is_contiguous() and x.dtype is y.dtype and x.shape[0] == rows):
-            raise ValueError("y and x must be contiguous, of one dtype, and have the same rows")
-        tile = MANY if any(group.stop - group.start > FEW for group in groups) else FEW
-        chunks, terms, forms = _tables(groups, rows, (out, width), tile)
-        if chunks and terms:
-            # One copy to the device for both tables.
-            table = torch.tensor(chunks + terms, dtype=torch.int64).to(y.device, non_blocking=True)
-            count = len(chunks) // _CHUNK_FIELDS
-            dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(x.dtype, tl.float32)
-            _add_linear[(count, triton.cdiv(out, _WIDE))](
-                y, x, table, table[len(chunks) :], out, width,
-                M=tile, N=_WIDE, DOT=tl.float32 if INTERPRETED else dot, PLANES=0 in forms, SPARSE=1 in forms,
-            )  # fmt: skip
+        _check(y, x)
+        plan = self._plans.of(groups, len(y), (y.shape[1], x.shape[1]), y.device)
+        for launch in plan.launches:
+            self._add(launch, y, x)
+        for wide in plan.wide:
+            rows = slice(wide.start, wide.stop)
+            total, own = y[rows].float(), x[rows]
+            for launch in wide.launches:
+                self._add(launch, total, own)
+            if wide.dense:
+                self._plain.add_linear(total, own, [Group(0, len(total), wide.dense)])
+            y[rows] = total.to(y.dtype)
+
+    def fused_linear(
+        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
+    ) -> None:
+        _check(y, x)
+        check_fused(y, x, weight, bias)
         for group in groups:
-            dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
-            if dense:
-                self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
+            check_group(group, len(y), (y.shape[1], x.shape[1]))
+            rows, (_, delta) = slice(group.start, group.stop), group.terms[0]
+            if group.start == group.stop:
+                continue
+            if len(group.terms) == 1 and isinstance(delta, BitPlanes) and delta.digits == 1:
+                self._fuse(y[rows], x[rows], weight, bias, group.terms)
+            else:
+                self._multiply(y[rows], x[rows], weight, bias, group.terms)
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
-        self._plain.merge(out, pristine, terms)
+        packed = [(weight, delta) for weight, delta in terms if not isinstance(delta, Overwrites)]
+        if len(packed) < len(terms):
+            self._plain.merge(out, pristine, terms)
+            return
+        same = all(delta.shape == out.shape for _, delta in terms)
+        if not (out.is_contiguous() and pristine.is_contiguous() and out.shape == pristine.shape and same):
+            raise ValueError("out, pristine and the deltas must be contiguous and of one shape")
+        shape = rows_and_columns(tuple(out.shape))
+        self._merge(out.view(shape), pristine.view(shape), packed, 0)
+
+    def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
+        if gpu_transcode.can_transcode(tensor):
+            return gpu_transcode.transcode(tensor, device)
+        return pack(tensor.decode(name), device)
+
+    def _add(self, launch: Launch, y: torch.Tensor, x: torch.Tensor) -> None:
+        out, width = y.shape[1], x.shape[1]
+        chunks, terms, tile = launch.table, launch.terms, launch.tile
+        if launch.sparse:
+            lists, entries = SPARSE_SHAPES[tile]
+            staged = tile == max(SPARSE_SHAPES)
+            if staged:
+                packed = x.new_empty(launch.chunks, width, tile)
+                stage_rows[(triton.cdiv(width, 128), launch.chunks)](packed, x, chunks, width, M=tile, COLUMNS=128)
+                x = packed
+            add_sparse[(triton.cdiv(out, lists), launch.chunks)](
+                y, x, chunks, terms, out, width, M=tile, N=lists, E=entries, STAGED=staged, ONE=launch.one
+            )  # fmt: skip
+            return
+        device = self._device(y.device)
+        wide, splits = _cut(out, width, launch, device.processors * _BLOCKS_PER_PROCESSOR)
+        grid = (triton.cdiv(out, wide), launch.chunks, splits)
+        add_planes[grid](
+            y, x, chunks, terms, device.partial, device.arrived, out, width,
+            M=tile, N=wide, J=_J, SPLITS=splits, DOT=_dot(x.dtype), STAGES=3, num_warps=4,
+        )  # fmt: skip
+
+    def _fuse(
+        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]
+    ) -> None:
+        rows, out, width = len(y), y.shape[1], x.shape[1]
+        words = 2
+        pieces = triton.cdiv(width, BLOCK * words)
+        folded = x.new_empty(rows, pieces * BLOCK * words)
+        fold_rows[(pieces, triton.cdiv(rows, 16))](folded, x, rows, width, M=16, J=words)
+        # 32-bit numbers are multiplied without tensor cores, by more registers than a large tile leaves.
+        tile, wide = (64, 64) if x.dtype is torch.float32 else (256 if rows > 128 else 128, 128)
+        grid = (triton.cdiv(rows, tile) * triton.cdiv(out, wide),)
+        fused_product[grid](
+            y, folded, weight, bias, self._table(terms, 0), rows, out, width,
+            M=tile, N=wide, J=words, BAND=8, BIAS=bias is not None, DOT=_dot(x.dtype),
+            STAGES=2 if x.dtype is torch.float32 else 3, num_warps=8,
+        )  # fmt: skip
+
+    def _multiply(
+        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]
+    ) -> None:
+        """Weights are moved a slab at a time, which torch then multiplies with out of the cache."""
+        for first, slab in _slabs(weight):
+            moved = torch.empty_like(slab)
+            self._merge(moved, slab, terms, first)
+            rows = slice(first, first + len(slab))
+            if bias is None:
+                torch.mm(x, moved.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, moved.T, out=y[:, rows])
+
+    def _merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
+        """Of some rows of the deltas, a multiple of 32 from the first."""
+        lists = [isinstance(delta, SparseRows) for _, delta in terms]
+        if not any(lists):
+            self._move_tiles(out, pristine, terms, first_row)
+        elif len(terms) == 1:
+            self._move_lists(out, pristine, terms, first_row)
+        else:
+            for first, slab in _slabs(pristine, itemsize=4):
+                total = torch.zeros(slab.shape, dtype=torch.float32, device=slab.device)
+                for term, is_lists in zip(terms, lists, strict=True):
+                    move = self._move_lists if is_lists else self._move_tiles
+                    move(total, total, [term], first_row + first)
+                out[first : first + len(slab)] = total.add_(slab)
+
+    def _move_tiles(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
+        rows, width = out.shape
+        digits = [delta.digits for _, delta in terms if isinstance(delta, BitPlanes)]
+        dense = any(isinstance(delta, DenseValues) for _, delta in terms)
+        merge_tiles[(triton.cdiv(width, 4 * BLOCK), triton.cdiv(rows, BLOCK))](
+            out, pristine, self._table(terms, first_row), len(terms), rows, width,
+            R=BLOCK, C=4, PLANES=bool(digits), DENSE=dense, MANY=max(digits, default=1) > 1, **UNFUSED,
+        )  # fmt: skip
+
+    def _move_lists(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
+        rows, width = out.shape
+        merge_lists[(triton.cdiv(rows, 8),)](
+            out, pristine, self._table(terms, first_row), first_row, rows, width,
+            L=8, COLUMNS=512, E=32, COPY=out.data_ptr() != pristine.data_ptr(), **UNFUSED,
+        )  # fmt: skip
+
+    def _table(self, terms: Sequence[Term], first_row: int) -> torch.Tensor:
+        """Of one term it is kept for as long as its delta lives."""
+        device = terms[0][1].device
+        if len(terms) > 1:
+            fields = [field for weight, delta in terms for field in term_fields(weight, delta, first_row)]
+            return torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
+        weight, delta = terms[0]
+        known = self._terms.setdefault(delta, {})
+        table = known.get((weight, first_row))
+        if table is None:
+            table = torch.tensor(term_fields(weight, delta, first_row), dtype=torch.int64).to(device, non_blocking=True)
+            known[weight, first_row] = table
+        return table
+
+    def _device(self, device: torch.device) -> _Device:
+        known = self._devices.get(device)
+        if known is None:
+            processors = _INTERPRETED_PROCESSORS
+            if device.type == "cuda":
+                processors = torch.cuda.get_device_properties(device).multi_processor_count
+            blocks = processors * _BLOCKS_PER_PROCESSOR
+            partial = torch.empty(2 * blocks * 64 * 64, device=device)
+            arrived = torch.zeros(blocks, dtype=torch.int32, device=device)
+            known = self._devices[device] = _Device(processors, partial, arrived)
+        return known
 
 
-def _tables(
-    groups: Sequence[Group], rows: int, shape: tuple[int, int], tile: int
-) -> tuple[list[int], list[int], set[int]]:
-    """The chunks and the terms as the kernel reads them, and the forms that occur."""
-    chunks: list[int] = []
-    terms: list[int] = []
-    forms: set[int] = set()
-    for group in groups:
-        if not 0 <= group.start <= group.stop <= rows:
-            raise ValueError(f"the group [{group.start}, {group.stop}) is not within {rows} rows")
-        first = len(terms) // _TERM_FIELDS
-        for weight, delta in group.terms:
-            if rows_and_columns(delta.shape) != shape:
-                raise ValueError(f"a delta of shape {delta.shape} cannot be applied to {shape[1]} → {shape[0]}")
-            if isinstance(delta, BitPlanes):
-                terms += (0, _bits(weight * delta.scale), delta.digits, delta.words.data_ptr(), 0, 0, 0, 0)
-                forms.add(0)
-            elif isinstance(delta, SparseRows):
-                levels = 0 if delta.levels is None else delta.levels.data_ptr()
-                lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr())
-                terms += (1, _bits(weight * delta.scale), 0, 0, *lists, levels)
-                forms.add(1)
-        last = len(terms) // _TERM_FIELDS
-        if last > first:
-            for number in range(math.ceil((group.stop - group.start) / tile)):
-                start = group.start + number * tile
-                chunks += (start, min(start + tile, group.stop), first, last)
-    return chunks, terms, forms
+UNFUSED: dict[str, Any] = {} if INTERPRETED.value else {"enable_fp_fusion": False}
+"""Fused multiply-adds round once where the reference rounds twice."""
 
 
-def _bits(value: float) -> int:
-    """A float32's bits as a signed integer."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+def _check(y: torch.Tensor, x: torch.Tensor) -> None:
+    if not (y.is_contiguous() and x.is_contiguous() and x.dtype is y.dtype and x.shape[0] == y.shape[0]):
+        raise ValueError("y and x must be contiguous, of one dtype, and have the same rows")
+
+
+def _dot(dtype: torch.dtype) -> Any:
+    """What the tensor cores are given; the interpreter does not compute in bfloat16."""
+    if INTERPRETED.value:
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
+
+
+def _cut(out: int, width: int, launch: Launch, blocks: int) -> tuple[int, int]:
+    """Weight rows of a tile of `add_planes`, and into how many parts its columns are cut, for so many blocks."""
+    if launch.tile < 64 and triton.cdiv(out, 128) * launch.chunks >= blocks:
+        return 128, 1
+    tiles = triton.cdiv(out, 64) * launch.chunks
+    most = triton.cdiv(width, BLOCK) // _WORDS_PER_SPLIT
+    return 64, max(splits for splits in _SPLITS if splits == 1 or (splits <= most and tiles * splits < 2 * blocks))
+
+
+def _slabs(matrix: torch.Tensor, itemsize: int | None = None) -> list[tuple[int, torch.Tensor]]:
+    """First rows and the rows from there, multiples of 32 rows of about `_SLAB_BYTES`."""
+    row = matrix.shape[1] * (itemsize or matrix.itemsize)
+    size = max(_SLAB_BYTES // row // BLOCK, 1) * BLOCK
+    return [(first, matrix[first : first + size]) for first in range(0, len(matrix), size)]

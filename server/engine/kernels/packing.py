@@ -24,7 +24,7 @@ def pack(delta: SparseDelta | DenseDelta, device: torch.device) -> PackedDelta:
     if not isinstance(delta, SparseDelta):
         return DenseValues(torch.from_numpy(delta.values).to(device))
     top = int(np.abs(delta.levels.astype(np.int16)).max(initial=1))
-    form = _form(delta.shape, len(delta.indices), top)
+    form = form_of(delta.shape, len(delta.indices), top)
     if form is DenseValues:
         values = np.zeros(delta.shape, np.float32)
         values.reshape(-1)[delta.indices] = delta.levels * np.float32(delta.scale)
@@ -48,7 +48,7 @@ def packed_fields(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) -
         top_level: the largest magnitude among the levels; 1 for ternary deltas.
     """
     rows, columns = rows_and_columns(shape)
-    form = DenseValues if nnz is None else _form(shape, nnz, top_level)
+    form = DenseValues if nnz is None else form_of(shape, nnz, top_level)
     if nnz is None or form is DenseValues:
         return (4 * rows * columns,)
     if form is SparseRows:
@@ -94,7 +94,8 @@ def dense(delta: PackedDelta) -> torch.Tensor:
     return gather_rows(delta, torch.arange(rows, device=delta.device)).view(delta.shape)
 
 
-def _form(shape: tuple[int, ...], nnz: int, top_level: int) -> type[PackedDelta]:
+def form_of(shape: tuple[int, ...], nnz: int, top_level: int) -> type[PackedDelta]:
+    """What `pack` makes of a delta with so many nonzeros, the largest of that magnitude."""
     rows, columns = rows_and_columns(shape)
     if len(shape) < 2:
         return DenseValues

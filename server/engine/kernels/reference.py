@@ -3,19 +3,28 @@ none of them can."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from server.engine.kernels.merging import merge_tensor
-from server.engine.kernels.packing import dense
-from server.engine.kernels.types import Group, LoadedTerm, rows_and_columns
+from server.engine.kernels.packing import dense, pack
+from server.engine.kernels.types import (
+    Group,
+    LoadedTerm,
+    PackedDelta,
+    check_fused,
+    check_group,
+    rows_and_columns,
+)
+from store.packed import PackedTernary
 
 
 class ReferenceKernels:
     """Decodes every delta to a dense matrix, whatever the number of rows. Runs on any device."""
 
     name = "reference"
+    fuse_rows: int | None = None
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         for group in groups:
@@ -26,5 +35,32 @@ class ReferenceKernels:
                 total.addmm_(x[rows].float(), matrix.T, alpha=weight)
             y[rows] = total.to(y.dtype)
 
+    def fused_linear(
+        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
+    ) -> None:
+        multiply_merged(self.merge, y, x, weight, bias, groups)
+
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
         merge_tensor(out, pristine, terms)
+
+    def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
+        return pack(tensor.decode(name), device)
+
+
+def multiply_merged(
+    merge: Callable[[torch.Tensor, torch.Tensor, Sequence[LoadedTerm]], None],
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    groups: Sequence[Group],
+) -> None:
+    """`Kernels.fused_linear` by `merge` into a copy of the weights, which torch multiplies with."""
+    check_fused(y, x, weight, bias)
+    for group in groups:
+        check_group(group, len(y), (y.shape[1], x.shape[1]))
+        shape = group.terms[0][1].shape
+        moved = torch.empty_like(weight)
+        merge(moved.view(shape), weight.view(shape), group.terms)
+        rows = slice(group.start, group.stop)
+        y[rows] = torch.nn.functional.linear(x[rows], moved, bias)

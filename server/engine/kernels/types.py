@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from store.packed import PackedTernary
+
 BLOCK = 32
 """Rows of a tensor that lie side by side in `BitPlanes`, and columns in one of its words."""
 
@@ -155,6 +157,11 @@ class Kernels(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def fuse_rows(self) -> int | None:
+        """Rows of a group from which `fused_linear` is faster than the base's product and `add_linear`; None: never."""
+        ...
+
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         """In place: `y[i] += Σ_k weight_k · (x[i] @ Δ_kᵀ)` for the rows i of each group.
 
@@ -164,6 +171,22 @@ class Kernels(Protocol):
             y: `[rows, out]`, float32, bfloat16 or float16, contiguous.
             x: `[rows, in]`, of `y`'s dtype and on its device, contiguous.
             groups: disjoint, within the rows; every delta has the shape `(out, in)` and lies on the same device.
+        """
+        ...
+
+    def fused_linear(
+        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
+    ) -> None:
+        """`y[i] ← x[i] @ (W + Σ_k weight_k · Δ_k)ᵀ + bias` for the rows i of each group, in place of two products.
+
+        The moved weights are what `merge` makes of them: summed in float32, rounded to their dtype once. Rows in no
+        group are not touched.
+
+        Args:
+            y, x: as for `add_linear`; what y held does not matter.
+            weight: `[out, in]`, of y's dtype and on its device, contiguous.
+            bias: `[out]`, of y's dtype; None is zero.
+            groups: as for `add_linear`, each with at least one term.
         """
         ...
 
@@ -179,7 +202,34 @@ class Kernels(Protocol):
         """
         ...
 
+    def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
+        """`pack(tensor.decode(name), device)`, bit for bit; on the device, where an implementation can.
+
+        Args:
+            tensor: as it is stored. Its bytes must be valid; others harm nothing, but may pass.
+
+        Raises:
+            ExpertFileError or ValueError: they are not, and it was noticed.
+        """
+        ...
+
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     """A tensor as a matrix: leading dimensions count as rows; a vector is one row."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def check_group(group: Group, rows: int, shape: tuple[int, int]) -> None:
+    """Raises ValueError for a group that is not within so many rows, or a delta that is not of the shape (out, in)."""
+    if not 0 <= group.start <= group.stop <= rows:
+        raise ValueError(f"the group [{group.start}, {group.stop}) is not within {rows} rows")
+    for _, delta in group.terms:
+        if rows_and_columns(delta.shape) != shape:
+            raise ValueError(f"a delta of shape {delta.shape} cannot be applied to {shape[1]} → {shape[0]}")
+
+
+def check_fused(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raises ValueError unless weight and bias are contiguous, of the right shapes and of y's dtype."""
+    fits = weight.shape == (y.shape[1], x.shape[1]) and weight.is_contiguous() and weight.dtype is y.dtype
+    if not fits or (bias is not None and (bias.shape != y.shape[1:] or bias.dtype is not y.dtype)):
+        raise ValueError("weight and bias must be contiguous, of y's dtype, and of the product's shape")

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
-from server.engine.kernels.merging import merge_tensor_reference
-from store.deltas import Delta, DenseDelta, SparseDelta
-from tests.engine.kernels.builders import as_matrix, sparse_delta
-
-CPU = torch.device("cpu")
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Of the largest sum of magnitudes: rounding in any order of summation, and once to the dtype."""
-
-Terms = list[tuple[float, Delta]]
+from tests.engine.kernels.builders import sparse_delta
+from tests.engine.kernels.comparing import (
+    CPU,
+    Terms,
+    check,
+    check_fused,
+    check_merge,
+    check_transcode,
+    device_of,
+    odd_weights,
+    stored,
+    terms_of,
+)
 
 
 def triton(folder: Path) -> Kernels:
-    """On a GPU where there is one, else in Triton's interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed: a gigabyte that only GPUs need")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("there is no GPU, and TRITON_INTERPRET=1 was not set before triton was imported")
-    return backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """On a GPU. Triton's interpreter is too slow for all of this: `test_triton` has what it needs."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return backend("triton", torch.device("cuda"))
 
 
 MAKERS: dict[str, Callable[[Path], Kernels]] = {
@@ -43,27 +44,11 @@ MAKERS: dict[str, Callable[[Path], Kernels]] = {
     "cpu, no permutation": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=0", "-DPORTABLE")),
 }
 
-weights = st.one_of(st.just(1.0), st.floats(-2, 3, width=32))
-densities = st.one_of(st.just(0.0), st.floats(0, 0.06), st.floats(0, 1), st.just(1.0))
-tops = st.sampled_from([1, 1, 1, 1, 3, 7, 40, 127])
-
-
-@st.composite
-def terms_of(draw: st.DrawFn, shape: tuple[int, int]) -> Terms:
-    terms: Terms = []
-    for _ in range(draw(st.integers(0, 3))):
-        seed = draw(st.integers(0, 2**32 - 1))
-        delta: Delta
-        if draw(st.integers(0, 5)) == 0:
-            delta = DenseDelta(np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.01))
-        else:
-            delta = sparse_delta(seed, shape, draw(densities), top=draw(tops))
-        terms.append((draw(weights), delta))
-    return terms
-
-
-def matrix_of(delta: Delta) -> np.ndarray:
-    return as_matrix(delta) if isinstance(delta, SparseDelta) else delta.values
+shapes = st.one_of(
+    st.tuples(st.integers(1, 300)),
+    st.tuples(st.integers(1, 70), st.integers(1, 100)),
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,37 +73,6 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def device_of(kernels: Kernels) -> torch.device:
-    return torch.device("cuda") if kernels.name == "triton" and torch.cuda.is_available() else CPU
-
-
-def check(
-    kernels: Kernels, shape: tuple[int, int], parts: Sequence[tuple[int, int, Terms]], dtype: torch.dtype
-) -> None:
-    """Compare with dense matrices in float64. `parts`: rows left out before a group, its rows, its terms."""
-    out, width = shape
-    rows = sum(gap + size for gap, size, _ in parts) + 1
-    rng = np.random.default_rng(rows)
-    device = device_of(kernels)
-    y = torch.from_numpy(rng.standard_normal((rows, out))).to(device, dtype)
-    x = torch.from_numpy(rng.standard_normal((rows, width))).to(device, dtype)
-    expected, magnitude = y.double(), y.double().abs()
-    before, x_before = y.clone(), x.clone()
-    groups, touched, stop = [], torch.zeros(rows, dtype=torch.bool, device=device), 0
-    for gap, size, terms in parts:
-        start, stop = stop + gap, stop + gap + size
-        for weight, delta in terms:
-            matrix = torch.from_numpy(matrix_of(delta)).to(device).double()
-            expected[start:stop] += weight * (x[start:stop].double() @ matrix.T)
-            magnitude[start:stop] += abs(weight) * (x[start:stop].double().abs() @ matrix.abs().T)
-        touched[start:stop] = bool(terms)
-        groups.append(Group(start, stop, tuple((weight, pack(delta, device)) for weight, delta in terms)))
-    kernels.add_linear(y, x, groups)
-    assert bool(((y.double() - expected).abs() <= TOLERANCE[dtype] * magnitude).all())
-    assert torch.equal(y[~touched], before[~touched])
-    assert torch.equal(x, x_before)
-
-
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_batch_equals_dense_matrices(kernels: Kernels, data: st.DataObject, dtype: torch.dtype) -> None:
@@ -140,16 +94,25 @@ def test_shapes_of_a_model(kernels: Kernels, rows: int, density: float, dtype: t
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_merging_equals_the_reference_bit_for_bit(kernels: Kernels, data: st.DataObject, dtype: torch.dtype) -> None:
     shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 140)))
-    device = device_of(kernels)
-    terms = data.draw(terms_of(shape).filter(bool))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
-    pristine = torch.randn(shape, generator=generator).to(device, dtype)
-    pristine[0, 0] = data.draw(st.sampled_from([0.0, -0.0, float("nan"), float("inf"), 1e-40, 3e38]))
-    before, out = pristine.clone(), torch.full_like(pristine, 7)
-    kernels.merge(out, pristine, [(weight, pack(delta, device)) for weight, delta in terms])
-    expected = merge_tensor_reference(pristine.cpu(), [(weight, pack(delta, CPU)) for weight, delta in terms])
-    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(pristine, before, rtol=0, atol=0, equal_nan=True)
+    check_merge(kernels, shape, data.draw(terms_of(shape).filter(bool)), dtype, data.draw(odd_weights))
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_products_with_moved_weights(kernels: Kernels, data: st.DataObject, dtype: torch.dtype) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 140)))
+    part = st.tuples(st.integers(0, 2), st.integers(0, 40), terms_of(shape).filter(bool))
+    check_fused(kernels, shape, data.draw(st.lists(part, max_size=3)), dtype, bias=data.draw(st.booleans()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=shapes, density=st.floats(0, 1), top=st.sampled_from([1, 1, 1, 9]), seed=st.integers(0, 99))
+def test_what_is_stored_becomes_what_is_packed(
+    kernels: Kernels, shape: tuple[int, ...], density: float, top: int, seed: int
+) -> None:
+    delta = sparse_delta(seed, shape, density, top=top)
+    assume(len(delta.indices))
+    check_transcode(kernels, stored(delta))
 
 
 @pytest.mark.parametrize("density", [0.012, 0.3])
