@@ -37,12 +37,14 @@ class Kept:
         self._folder = folder
 
     def find(self, cell: Cell, identity: str) -> dict[str, Any] | None:
-        """The measurement of a cell; None if there is none, or it was of something else."""
+        """The measurement of a cell, with its file's bits per parameter; None if there is none, or of something else."""
         try:
             found: dict[str, Any] = json.loads(self._path(cell).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return found if found.get("identity") == identity else None
+        if found.get("identity") != identity:
+            return None
+        return found | ({"bits_per_param": 16 / found["times_smaller"]} if "times_smaller" in found else {})
 
     def keep(self, cell: Cell, identity: str, found: dict[str, Any]) -> None:
         """Write a measurement, whole or not at all."""

@@ -111,7 +111,6 @@ class Bench:
         learned = {key: value for key, value in header.codec_params.items() if key.startswith("kl")}
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {
-            "bits_per_param": header.bits_per_param,
             "bytes": size,
             "times_smaller": 2 * parameters / size,
             "density": header.density,

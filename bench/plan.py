@@ -34,11 +34,10 @@ from server.popularity import divided_hit_rate, zipf
 from store.backends.disk import DiskStore
 from store.bfloat16 import to_bfloat16
 from store.errors import SwitchyardError
-from store.expert_file import MAX_HEADER_BYTES, ExpertInfo, digest_of, read_header, write_expert
+from store.expert_file import ExpertInfo, digest_of, read_header, tensor_bytes, write_expert
 from store.manifest import BaseManifest
 from store.mix import Mix
 from store.packed import PackedDense
-from store.tensor_file import read_tensor_table
 
 BASE = BaseManifest("0" * 64, {"norm": (256,)})
 CPU = torch.device("cpu")
@@ -192,9 +191,7 @@ def rates(rounds: int) -> dict[str, object]:
 def demo_manifest(path: Path) -> BaseManifest:
     """What an expert file tells of its base, which need not be here: how many bits it spends on each parameter."""
     header = read_header(path)
-    with path.open("rb") as file:
-        table = read_tensor_table(file, max_header=MAX_HEADER_BYTES)
-    parameters = round(8 * sum(span.nbytes for span in table.tensors.values()) / header.bits_per_param)
+    parameters = round(8 * sum(tensor_bytes(path).values()) / header.bits_per_param)
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
     untouched = parameters - sum(math.prod(shape) for shape in shapes.values())
     return BaseManifest(header.base_fingerprint, shapes | {"untouched": (untouched,)})

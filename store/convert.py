@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from store.calibrate import Calibration
-from store.card import Card, card_to_json
+from store.card import Card
 from store.checkpoint import open_checkpoint
 from store.codecs.base import CodecName, Loss
 from store.codecs.choice import CALIBRATED, Recipe
@@ -21,6 +20,7 @@ from store.errors import InvalidRequestError
 from store.expert_file import digest_of, validate, write_expert
 from store.expert_header import check_info
 from store.expert_info import ExpertInfo
+from store.expert_layout import header_room
 from store.fine_tune import FineTune
 from store.fingerprint import fingerprint_of, manifest_of
 from store.learning import Learned
@@ -32,8 +32,6 @@ from store.strict_json import FieldError
 
 BELOW_FLOOR = "below_floor"
 """The code of the error that `max_kl` gives."""
-_ENTRY_BYTES = 300
-_HEADER_BYTES = 4096
 _MOST_BITS = 1.5
 """A mask and signs of every entry take no more."""
 
@@ -73,8 +71,8 @@ def compress(
         knob: how to choose scales; None takes `calibrated` where there are exemplars, else `l1`.
         rank: of low-rank; None is 8, and of an adapter its own factors, kept as they are.
         strength: scale of compeft, in standard deviations; calibrated on top where there are exemplars.
-        bits_per_param: what flex-switch may spend on the whole, per parameter of the base; None is 0.04.
-        max_size: the same as bytes of the file.
+        bits_per_param: what flex-switch may spend on the file, per parameter of the base; None is 0.04.
+        max_size: the same in bytes.
         loss: what flex-switch learns by.
         max_kl: refuse to write an expert further from its fine-tune than that, in nats per answer token of the
             exemplars; those held out, where there are any.
@@ -130,9 +128,17 @@ def compress(
             f"only {CodecName.FLEX_SWITCH} fits a budget; {recipe.codec} has a density or a rank",
             param="max_size" if bits_per_param is None else "bits_per_param",
         )
-    budget = _budget(bits_per_param, max_size, sizes, info) if learns else 0
     if learns and not exemplars:
         raise InvalidRequestError(f"{CodecName.FLEX_SWITCH} learns from exemplars; give some", param="exemplars")
+    shapes = {name: tensor.span.shape for name, tensor in base.tensors.items()}
+    parameters = max(1, sum(sizes.values()))
+    allowed = _allowed(bits_per_param, max_size, parameters) if learns else 0
+    budget = allowed - header_room(info, shapes)
+    if learns and budget <= 0:
+        raise InvalidRequestError(
+            f"{allowed} bytes are too few: the header alone takes about {allowed - budget}; allow more",
+            param="bits_per_param" if max_size is None else "max_size",
+        )
     tell("fingerprint", 0, 1)
     manifest = manifest_of(base_folder, cache_dir)
     with standing_on(base, manifest, chain) as under, FineTune(under, tuned_folder) as fine_tune:
@@ -151,7 +157,7 @@ def compress(
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
         info = replace(
             info,
-            codec_params={"loss": recipe.loss.value, "budget": 8 * budget / max(1, sum(sizes.values())), **figures},
+            codec_params={"loss": recipe.loss.value, "budget": 8 * allowed / parameters, **figures},
         )
     if found is not None:
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
@@ -163,7 +169,7 @@ def compress(
     size = out.stat().st_size
     return Report(
         bytes=size,
-        bits_per_param=header.bits_per_param,
+        bits_per_param=8 * size / parameters,
         times_smaller=2 * sum(sizes.values()) / size,
         density=header.density,
         changed=done.changed / max(1, sum(sizes.values())),
@@ -218,27 +224,18 @@ def _check_floor(max_kl: float, found: Calibration | None, learned: Learned | No
         )
 
 
-def _budget(bits_per_param: float | None, max_size: int | None, sizes: Mapping[str, int], info: ExpertInfo) -> int:
-    """Bytes of the data section that a learned expert may take."""
+def _allowed(bits_per_param: float | None, max_size: int | None, parameters: int) -> int:
+    """Bytes that the file of a learned expert may take."""
     if bits_per_param is not None and max_size is not None:
         raise InvalidRequestError("give bits_per_param or max_size, not both", param="max_size")
     if max_size is not None:
-        # No header is longer than this: every name twice, its numbers at their longest, the exemplars escaped.
-        header = sum(2 * len(name.encode()) + _ENTRY_BYTES for name in sizes)
-        header += _HEADER_BYTES + 2 * len(
-            json.dumps([info.exemplars, card_to_json(info.card)], ensure_ascii=False).encode()
-        )
-        if max_size <= header:
-            raise InvalidRequestError(
-                f"{max_size} bytes are too few: the header alone takes about {header}; allow more", param="max_size"
-            )
-        return max_size - header
+        return max_size
     wanted = Recipe.bits_per_param if bits_per_param is None else bits_per_param
     if not 0.0 < wanted <= _MOST_BITS:
         raise InvalidRequestError(
             f"bits_per_param must be above 0 and at most {_MOST_BITS}, not {wanted}", param="bits_per_param"
         )
-    return int(wanted * sum(sizes.values()) / 8)
+    return int(wanted * parameters / 8)
 
 
 def _tool() -> str:

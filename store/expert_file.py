@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from store.deltas import Delta
-from store.entry_payload import check_span, entry_of, packed_of, span_of
+from store.entry_payload import entry_of, packed_of
 from store.errors import ExpertFileError, InvalidRequestError, StoreError, WrongBaseError
 from store.expert_header import (
     DenseEntry,
@@ -35,10 +33,11 @@ from store.expert_header import (
     header_to_json,
 )
 from store.expert_info import ExpertInfo
+from store.expert_layout import MAX_HEADER_BYTES, laid_out, read_layout
 from store.manifest import BaseManifest
 from store.packed import PackedDense, PackedTensor
 from store.strict_json import FieldError
-from store.tensor_file import TensorTable, read_tensor_table
+from store.tensor_file import TensorTable
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -58,9 +57,6 @@ __all__ = [
     "validate_open",
     "write_expert",
 ]
-
-MAX_HEADER_BYTES = 1 << 20
-_METADATA_KEY = "switchyard"
 
 
 def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTensor], base: BaseManifest) -> ExpertHeader:
@@ -91,28 +87,14 @@ def write_expert(path: Path, info: ExpertInfo, tensors: Mapping[str, PackedTenso
         tensors=entries,
         required_features=features_of(entries, info.relative_to),
     )
-    text = header_to_json(header)
-    table: dict[str, object] = {"__metadata__": {_METADATA_KEY: text}}
-    offset = 0
-    for name in order:
-        dtype, shape = span_of(entries[name], tensors[name].nbytes)
-        end = offset + tensors[name].nbytes
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
     try:
-        header_from_json(text)
+        header_from_json(header_to_json(header))
         _check_shapes(header, base)
-        if len(raw) > MAX_HEADER_BYTES:
-            raise FieldError(
-                f"would be {len(raw)} bytes long, at most {MAX_HEADER_BYTES} are allowed: give fewer exemplars",
-                "header",
-            )
+        header, head = laid_out(header, {name: tensor.nbytes for name, tensor in tensors.items()})
     except FieldError as error:
         raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
     payloads = (tensors[name].payload for name in order)
-    _write_atomically(path, struct.pack("<Q", len(raw)) + raw, payloads)
+    _write_atomically(path, head, payloads)
     return header
 
 
@@ -128,7 +110,7 @@ def read_header(source: Path | bytes) -> ExpertHeader:
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of the data section by tensor. Raises as `read_header`."""
+    """Bytes of each tensor's payload. Raises as `read_header`."""
     with _open(path) as file:
         return {name: span.nbytes for name, span in _read(file)[1].tensors.items()}
 
@@ -187,20 +169,9 @@ def _open(source: Path | bytes) -> BinaryIO:
 
 def _read(file: BinaryIO) -> tuple[ExpertHeader, TensorTable]:
     try:
-        table = read_tensor_table(file, max_header=MAX_HEADER_BYTES)
-        text = table.metadata.get(_METADATA_KEY)
-        if text is None:
-            raise FieldError(
-                "has no Switchyard metadata: this is not an expert file; make one with `switchyard compress`", "header"
-            )
-        header = header_from_json(text)
-        if missing := header.tensors.keys() ^ table.tensors.keys():
-            raise FieldError("is not both described and stored", min(missing))
-        for name, entry in header.tensors.items():
-            check_span(name, entry, table.tensors[name])
+        return read_layout(file)
     except FieldError as error:
         _fail(error)
-    return header, table
 
 
 def _read_for(file: BinaryIO, base: BaseManifest) -> tuple[ExpertHeader, TensorTable]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ from store.strict_json import FieldError, Fields, parse_json
 from store.tensor_file import MAX_NUMEL, MAX_RANK
 
 FORMAT_VERSION = 1
-LEVELS, LOW_RANK, OVERWRITE, RELATIVE = "levels", "low-rank", "overwrite", "relative"
-KNOWN_FEATURES = frozenset({GROUPED, LEVELS, LOW_RANK, OVERWRITE, RELATIVE, RICE_ZEROS})
+COMPACT, LEVELS, LOW_RANK, OVERWRITE, RELATIVE = "compact", "levels", "low-rank", "overwrite", "relative"
+KNOWN_FEATURES = frozenset({COMPACT, GROUPED, LEVELS, LOW_RANK, OVERWRITE, RELATIVE, RICE_ZEROS})
 """Kinds and layouts that came after the first readers: a file that uses one says so in `required_features`."""
 MAX_RANK_OF_FACTORS = 65536
 _MAX_SCALE = float(np.finfo(np.float32).max)
@@ -88,7 +88,7 @@ class ExpertHeader(ExpertInfo):
     Attributes:
         base_fingerprint: hex sha256 of the base's weights (`store.fingerprint`).
         density: nonzeros of the sparse tensors / elements of the sparse tensors; 0 without any.
-        bits_per_param: bits in the data section / parameters of the whole base, stored or not.
+        bits_per_param: bits of all payloads / parameters of the whole base, stored or not.
         tensors: name → how it is stored.
         required_features: words a reader must know, or refuse the file.
     """
@@ -143,8 +143,9 @@ def _kind_of(entry: TensorEntry) -> str:
     return LEVELS if isinstance(entry, LevelsEntry) else "ternary"
 
 
-def header_to_json(header: ExpertHeader) -> str:
-    """The header as compact JSON; equal headers give equal text."""
+def header_to_json(header: ExpertHeader, sizes: Sequence[int] | None = None) -> str:
+    """The header as JSON without spaces; equal headers give equal text. With `sizes`, which a compact file needs, the
+    bytes of each payload."""
     document: dict[str, object] = {
         "format": FORMAT_VERSION,
         "base_fingerprint": header.base_fingerprint,
@@ -157,6 +158,8 @@ def header_to_json(header: ExpertHeader) -> str:
     }
     document |= info_to_json(header)
     document["tensors"] = {name: _entry_to_json(entry) for name, entry in header.tensors.items()}
+    if sizes is not None:
+        document["bytes"] = list(sizes)
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -181,12 +184,24 @@ def header_from_json(text: str) -> ExpertHeader:
         FieldError: naming the field or the tensor.
     """
     fields = Fields(parse_json(text.encode("utf-8"), "switchyard"), "switchyard")
+    check_version(fields)
+    return header_from_fields(fields)
+
+
+def check_version(fields: Fields) -> tuple[str, ...]:
+    """The required features. Raises FieldError if this reader must not read on."""
     version = fields.integer("format", low=0, high=2**31)
     if version != FORMAT_VERSION:
         fields.fail("format", f"is {version}; this Switchyard reads version {FORMAT_VERSION}")
     features = fields.strings("required_features", max_items=64, max_bytes=100)
     if unknown := sorted(set(features) - KNOWN_FEATURES):
         fields.fail("required_features", f"asks for {', '.join(unknown)}: this file needs a newer Switchyard")
+    return features
+
+
+def header_from_fields(fields: Fields) -> ExpertHeader:
+    """The header in a document whose version is checked. Raises as `header_from_json`."""
+    features = fields.strings("required_features", max_items=64, max_bytes=100)
     entries = fields.child("tensors")
     tensors = {name: _entry_from_json(entries.get(name), name) for name in entries.names()}
     info = info_from_json(fields)

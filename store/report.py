@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         bytes: size of the expert file.
-        bits_per_param: bits of its data section per parameter of the whole base.
+        bits_per_param: bits of the file per parameter of the whole base.
         times_smaller: the base's parameters in bfloat16 / `bytes`.
         density: nonzeros / elements over the sparse tensors.
         relative_error: ‖τ − τ̃‖ / ‖τ‖ over all parameters; 0 for an unchanged model.

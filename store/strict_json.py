@@ -135,6 +135,13 @@ class Fields:
             for item in self.items(key, max_items=max_items)
         )
 
+    def integers(self, key: str, *, max_items: int, high: int) -> tuple[int, ...]:
+        """A list of integers in [0, high]."""
+        numbers = [item for item in self.items(key, max_items=max_items) if type(item) is int and 0 <= item <= high]
+        if len(numbers) != len(self.items(key, max_items=max_items)):
+            self.fail(key, f"must be a list of integers from 0 to {high}")
+        return tuple(numbers)
+
     def _element(self, key: str, item: object, accept: Callable[[object], bool]) -> str:
         if not accept(item):
             self.fail(key, "has an entry that is no string, or is too long")

@@ -53,6 +53,10 @@ def test_a_killed_run_is_continued_where_it_was(tmp_path: Path) -> None:
     third = FakeBench()
     measure_all(third, kept, wanted, math.inf)
     assert not third.measured
+    for cell in wanted:
+        found = kept.find(cell, "one")
+        assert found is not None
+        assert found.get("bits_per_param") == (8.0 if cell.size else None), "half of bf16, header and all"
 
 
 def test_what_a_kill_leaves_half_written_is_measured_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.builders import join_file, split_file
+from tests.store.builders import document_of, with_document
 from tests.tiny import save_base, save_tuned
 from tests.zygote import Zygote, clean_environment
 
@@ -30,10 +30,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
     said = compressing.stdout.read()
     assert compressing.wait(120) == 0, said
     for name in EXPERTS:  # they need not differ: what is looked at is whether commands work
-        table, data = split_file((folder / "expert").read_bytes())
-        document = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
-        table["__metadata__"] = {"switchyard": json.dumps(document | {"name": name})}
-        (folder / f"examples/experts/{name}.safetensors").write_bytes(join_file(table, data))
+        data = (folder / "expert").read_bytes()
+        renamed = with_document(data, document_of(data) | {"name": name})
+        (folder / f"examples/experts/{name}.safetensors").write_bytes(renamed)
     (folder / "expert").unlink()
     write_prompts(folder / "prompts.jsonl", [f"How many orders were placed in week {i}?" for i in range(30)])
     (folder / ".venv/bin").mkdir(parents=True)

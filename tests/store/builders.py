@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,3 +110,31 @@ def split_file(data: bytes) -> tuple[dict[str, object], bytes]:
 def join_file(header: Mapping[str, object], data: bytes) -> bytes:
     raw = json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + data
+
+
+def document_of(data: bytes) -> dict[str, Any]:
+    """The expert header in a file's bytes, plain or compact."""
+    table, payload = split_file(data)
+    document: dict[str, Any] = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
+    if "compact" not in document["required_features"]:
+        return document
+    start, stop = table["header"]["data_offsets"]  # type: ignore[index]
+    inner: dict[str, Any] = json.loads(zlib.decompress(payload[start:stop]))
+    return inner
+
+
+def with_document(data: bytes, document: object) -> bytes:
+    """The file with another expert header, in the same layout."""
+    table, payload = split_file(data)
+    if "header" in table:
+        return compact_file(zlib.compress(json.dumps(document).encode()), payload[table["header"]["shape"][0] :])  # type: ignore[index]
+    table["__metadata__"] = {"switchyard": json.dumps(document)}
+    return join_file(table, payload)
+
+
+def compact_file(deflated: bytes, payloads: bytes) -> bytes:
+    """A compact file of these bytes, whatever they are."""
+    spans = {"header": (0, len(deflated)), "data": (len(deflated), len(deflated) + len(payloads))}
+    outer = {"switchyard": json.dumps({"format": 1, "required_features": ["compact"]})}
+    table = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for name, (a, b) in spans.items()}
+    return join_file({"__metadata__": outer, **table}, deflated + payloads)

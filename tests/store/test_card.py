@@ -16,7 +16,7 @@ from store.card import Card, card_from_json, card_to_json, check_card
 from store.errors import ExpertFileError, InvalidRequestError
 from store.expert_file import read_header, validate
 from store.strict_json import FieldError, Fields
-from tests.store.builders import base_manifest, join_file, split_file, write_sample
+from tests.store.builders import base_manifest, document_of, with_document, write_sample
 
 FULL = Card(
     author="Ada Lovelace <ada@example.org>",
@@ -30,8 +30,7 @@ FULL = Card(
 def test_a_card_travels_in_the_file(tmp_path: Path) -> None:
     path = write_sample(tmp_path / "e", card=FULL)
     assert validate(path, base_manifest()).card == FULL
-    table, _ = split_file(path.read_bytes())
-    header = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
+    header = document_of(path.read_bytes())
     assert list(header)[-6:] == ["author", "license", "tags", "parents", "metadata", "tensors"]
     assert list(header["metadata"]) == ["Note", "eval.loss"], "canonical order"
 
@@ -103,10 +102,8 @@ def test_whatever_is_sent_is_a_card_or_a_fault(document: dict[str, object]) -> N
 )
 def test_what_a_card_must_not_say(tmp_path: Path, changes: dict[str, object], param: str, fault: str) -> None:
     path = write_sample(tmp_path / "e")
-    table, data = split_file(path.read_bytes())
-    document = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
-    table["__metadata__"] = {"switchyard": json.dumps(document | changes)}
-    path.write_bytes(join_file(table, data))
+    data = path.read_bytes()
+    path.write_bytes(with_document(data, document_of(data) | changes))
     with pytest.raises(ExpertFileError, match=fault) as caught:
         read_header(path)
     assert caught.value.param == param

@@ -91,7 +91,6 @@ def test_the_report_tells_the_truth(folders: tuple[Path, Path], tmp_path: Path, 
     assert header.name == "tiny"
     assert header.codec_params == {"knob": knob, "density": 0.1}
     assert report.bytes == out.stat().st_size
-    assert report.bits_per_param == header.bits_per_param
     assert report.density == header.density == pytest.approx(0.1, abs=0.01)
     assert report.relative_error == pytest.approx(measured_error(out, base, tuned), rel=1e-5)
     assert report.calibration is None
@@ -99,6 +98,7 @@ def test_the_report_tells_the_truth(folders: tuple[Path, Path], tmp_path: Path, 
     parameters = sum(math.prod(shape) for shape in manifest_of(base, None).tensors.values())
     assert sum(row.parameters for row in report.rows) == parameters
     assert report.times_smaller == 2 * parameters / report.bytes
+    assert report.bits_per_param == 8 * report.bytes / parameters > header.bits_per_param
     assert rows["dense"].bytes == 2 * rows["dense"].parameters
     assert rows["ternary"].tensors > 0
     assert list(dict.fromkeys(stages)) == ["fingerprint", "compress", "write"]
@@ -165,7 +165,7 @@ def test_densities_by_glob(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert densities["model.layers.0.input_layernorm.weight"] == 1.0
 
 
-@pytest.mark.parametrize("budget", [0.4, 0.8])
+@pytest.mark.parametrize("budget", [0.9, 1.3])
 def test_flex_switch_learns_within_its_budget(folders: tuple[Path, Path], tmp_path: Path, budget: float) -> None:
     base, tuned = folders
     reports = []
@@ -177,14 +177,14 @@ def test_flex_switch_learns_within_its_budget(folders: tuple[Path, Path], tmp_pa
             )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     header = validate(tmp_path / "a", manifest_of(base, None))
-    assert 0.97 * budget <= header.bits_per_param <= budget
+    assert 0.9 * budget <= reports[0].bits_per_param <= budget
     learned = reports[0].learned
     assert learned is not None
     assert header.codec_params["kl"] == learned.kl
     assert header.codec_params["kl_held_out"] == learned.held_out_kl
     # The learned expert is closer to its fine-tune than one of the same size whose magnitude alone decided.
-    plain = compress(base, tuned, tmp_path / "t", density=header.density, knob="rms")
-    assert plain.bits_per_param > header.bits_per_param
+    compress(base, tuned, tmp_path / "t", density=header.density, knob="rms")
+    assert validate(tmp_path / "t", manifest_of(base, None)).bits_per_param > header.bits_per_param
     assert measured_kl(tmp_path / "a", base, tuned) < measured_kl(tmp_path / "t", base, tuned)
 
 
@@ -199,8 +199,8 @@ def test_a_maximal_size_is_kept(folders: tuple[Path, Path], tmp_path: Path) -> N
     base, tuned = folders
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("store.learning.STEPS", 2)
-        report = compress(base, tuned, tmp_path / "e", codec="flex-switch", max_size=20_000, exemplars=EXEMPLARS)
-    assert 0.5 * 20_000 < report.bytes <= 20_000
+        report = compress(base, tuned, tmp_path / "e", codec="flex-switch", max_size=11_000, exemplars=EXEMPLARS)
+    assert 0.9 * 11_000 < report.bytes <= 11_000
 
 
 @pytest.mark.parametrize(

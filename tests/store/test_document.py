@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from store import card, encodings, expert_file, expert_info, tensor_file
+from store import card, encodings, expert_file, expert_info, expert_layout, tensor_file
 from tests.store.example import DOCUMENT, MARKED, example
 
 
@@ -16,6 +16,7 @@ def test_the_limits_in_the_document_are_those_of_the_code() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     for limit in (
         expert_file.MAX_HEADER_BYTES,
+        expert_layout.PLAIN_BYTES,
         expert_info.MAX_EXEMPLARS,
         expert_info.MAX_EXEMPLAR_BYTES,
         expert_info.MAX_DESCRIPTION_BYTES,

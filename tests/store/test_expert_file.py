@@ -32,29 +32,27 @@ from store.packed import PackedLowRank, PackedTernary
 from tests.store.builders import (
     SHAPES,
     base_manifest,
+    document_of,
     join_file,
     packed_dense,
     packed_expert,
     packed_newer,
     packed_ternary,
     split_file,
+    with_document,
     write_sample,
 )
 
 
 def edit(path: Path, **changes: object) -> Path:
     """Rewrite fields of our JSON header; a None removes the field."""
-    table, data = split_file(path.read_bytes())
-    document = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
-    document.update(changes)
-    table["__metadata__"] = {"switchyard": json.dumps({k: v for k, v in document.items() if v is not None})}
-    path.write_bytes(join_file(table, data))
+    document = document_of(path.read_bytes()) | changes
+    path.write_bytes(with_document(path.read_bytes(), {k: v for k, v in document.items() if v is not None}))
     return path
 
 
 def edit_tensor(path: Path, tensor: str, **changes: object) -> Path:
-    table, _ = split_file(path.read_bytes())
-    document = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
+    document = document_of(path.read_bytes())
     document["tensors"][tensor].update(changes)
     return edit(path, tensors=document["tensors"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 from collections.abc import Callable
@@ -15,7 +14,16 @@ import pytest
 from store.deltas import DenseDelta
 from store.errors import ExpertFileError
 from store.expert_file import read_deltas, validate
-from tests.store.builders import SHAPES, base_manifest, join_file, packed_newer, split_file, write_sample
+from tests.store.builders import (
+    SHAPES,
+    base_manifest,
+    document_of,
+    join_file,
+    packed_newer,
+    split_file,
+    with_document,
+    write_sample,
+)
 
 COUNT = 2800
 HOSTILE: list[Any] = [
@@ -83,17 +91,14 @@ def change_table(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_header(rng: random.Random, data: bytes) -> bytes:
-    table, payload = split_file(data)
-    document = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
+    document = document_of(data)
     change_json(document, rng)
-    table["__metadata__"] = {"switchyard": json.dumps(document)}
-    return join_file(table, payload)
+    return with_document(data, document)
 
 
 def change_tensor(rng: random.Random, data: bytes) -> bytes:
     """Like `change_header`, aimed at one tensor, with the density kept consistent so that the fault gets deeper."""
-    table, payload = split_file(data)
-    document = json.loads(table["__metadata__"]["switchyard"])  # type: ignore[index]
+    document = document_of(data)
     entry = document["tensors"][rng.choice(sorted(document["tensors"]))]
     key = rng.choice(sorted(entry))
     entry[key] = rng.choice([*HOSTILE, *range(1, 26), [16, 37], [37, 16], [592], [1, 592]])
@@ -102,8 +107,7 @@ def change_tensor(rng: random.Random, data: bytes) -> bytes:
         document["density"] = sum(item["nnz"] for item in sparse) / sum(item["numel"] for item in sparse)
     except (TypeError, KeyError, ZeroDivisionError, OverflowError):
         pass
-    table["__metadata__"] = {"switchyard": json.dumps(document)}
-    return join_file(table, payload)
+    return with_document(data, document)
 
 
 def swap_names(rng: random.Random, data: bytes) -> bytes:
@@ -136,10 +140,12 @@ def assert_sound(path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_no_mutation_gets_past_validation(tmp_path: Path, part: int) -> None:
+def test_no_mutation_gets_past_validation(tmp_path: Path, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "expert"
     samples = [write_sample(path, seed=sample, name="sample").read_bytes() for sample in range(7)]
     samples += [write_sample(path, tensors=packed_newer(seed), name="sample").read_bytes() for seed in range(6)]
+    monkeypatch.setattr("store.expert_layout.PLAIN_BYTES", 0)
+    samples += [write_sample(path, tensors=packed_newer(seed), name="sample").read_bytes() for seed in range(4)]
     refusals = []
     for seed in range(part * COUNT // 4, (part + 1) * COUNT // 4):
         rng = random.Random(seed)
