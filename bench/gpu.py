@@ -70,7 +70,9 @@ def checks(lab: Lab, implementations: list[Kernels]) -> tuple[list[Row], list[Ba
     found: list[Row] = []
     for kernels in implementations:
         found.append(gpu_checks.check_linear(kernels, lab, rng))
+        found.append(gpu_checks.check_fused(kernels, lab, rng))
         found.append(gpu_checks.check_merge(kernels, lab, rng))
+        found.append(gpu_checks.check_transcode(kernels, lab, rng))
     return found, []
 
 
@@ -105,6 +107,8 @@ def measure(run: Run, kernels: Kernels, implementations: list[Kernels], real: tu
         bench.clear()
     run.section("kernel by kernel: merged", lambda: (gpu_kernels.merge_rows(lab, implementations[-1]), []))
     run.section("kernel by kernel: mixed", lambda: (gpu_kernels.linear_rows(lab, implementations[-1]), []))
+    run.section("kernel by kernel: prompts", lambda: (gpu_kernels.fused_rows(lab, implementations[-1]), []))
+    run.section("kernel by kernel: loads", lambda: (gpu_kernels.transcode_rows(lab, implementations[-1]), []))
     if real is not None:
         run.section("a real base with real experts", lambda: (gpu_real.real(lab, *real, kernels.name), []))
     else:
@@ -134,7 +138,8 @@ def main() -> int:
     implementations = [backend(name, device) for name in names if name != "reference"] or [backend("reference", device)]
     kernels = implementations[0]
     card = torch.cuda.get_device_name(device) if lab.on_gpu else "CPU, a dry run"
-    print(f"{card}: copies {lab.copied / 1e9:.0f} GB/s, multiplies {lab.multiplied / 1e12:.2f} TFLOP/s in {lab.dtype}")
+    print(f"{card}: copies {lab.copied / 1e9:.0f} GB/s, multiplies {lab.multiplied / 1e12:.2f} TFLOP/s in {lab.dtype}, "
+          f"takes {lab.carried / 1e9:.0f} GB/s from the host")  # fmt: skip
     run = Run(lab)
     measure(run, kernels, implementations, (arguments.base, arguments.experts) if arguments.base else None)
     for failure in run.failures:
@@ -143,7 +148,8 @@ def main() -> int:
     folder = arguments.out or (None if arguments.dry_run else RESULTS)
     if folder is not None:
         card_row: Row = {"section": "card", "copied GB/s": lab.copied / 1e9, "kernels": kernels.name,
-                         "multiplied TFLOP/s": lab.multiplied / 1e12, "failures": run.failures}  # fmt: skip
+                         "multiplied TFLOP/s": lab.multiplied / 1e12, "carried GB/s": lab.carried / 1e9,
+                         "failures": run.failures}  # fmt: skip
         command = f"python -m bench.gpu {' '.join(sys.argv[1:])}".strip()
         write("gpu", command, [card_row, *run.rows], run.bars, device=slug(card), folder=folder)
     return 1 if run.failures else 0

@@ -5,6 +5,7 @@ Inputs are drawn anew for every case; what must not be touched holds NaN, and so
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from bench.gpu_lab import Lab
-from bench.gpu_world import mapped
+from bench.gpu_world import mapped, stored
 from bench.report import Row
 from server.engine.kernels import Group, Kernels, LoadedDelta, PackedDelta, backend, pack
 from server.engine.kernels.merging import merge_tensor_reference
@@ -26,6 +27,8 @@ _CPU = torch.device("cpu")
 _SHAPES = ((160, 96), (33, 70), (256, 224))
 _DENSITIES = ((0.012, 1), (0.05, 1), (0.3, 1), (0.2, 7), (1.0, 1))
 """(density, largest level): two of them lists of nonzeros, the others planes."""
+_STORED = (0.012, 0.3, 0.5, 0.9)
+"""Densities of what is stored: each encoding, and each form that comes out."""
 _SPANS = (((0, 1),), ((0, 1), (1, 2), (3, 4)), ((2, 21), (21, 22)), ((0, 70),))
 """Rows of each group: some rows are in none."""
 
@@ -77,6 +80,52 @@ def check_linear(kernels: Kernels, lab: Lab, rng: np.random.Generator) -> Row:
         worst = max(worst, _relative(back[~outside], expected[~outside]))
         count += 1
     return _row("mixed: y += Σ weight · x Δᵀ", kernels, count, worst)
+
+
+def check_fused(kernels: Kernels, lab: Lab, rng: np.random.Generator) -> Row:
+    """`fused_linear` into poisoned memory against products in float32 with merged weights on the CPU."""
+    worst, count = 0.0, 0
+    for case in _few(cases(rng), lab):
+        (out, width), rows = case.shape, case.spans[-1][1] + 3
+        x = torch.from_numpy(rng.standard_normal((rows, width), np.float32)).to(lab.dtype)
+        weight = torch.from_numpy(rng.standard_normal((out, width), np.float32)).to(lab.dtype)
+        bias = torch.from_numpy(rng.standard_normal(out, np.float32)).to(lab.dtype) if count % 2 else None
+        y = torch.full((rows, out), torch.nan, dtype=lab.dtype, device=lab.device)
+        moved = [on_device(delta, lab.device) for delta in case.deltas]
+        above = None if bias is None else bias.to(lab.device)
+        kernels.fused_linear(y, x.to(lab.device), weight.to(lab.device), above, _groups(case, moved))
+        back, outside = y.float().cpu(), torch.ones(rows, dtype=torch.bool)
+        for group in _groups(case, case.deltas):
+            merged = merge_tensor_reference(weight, group.terms).float()
+            own = slice(group.start, group.stop)
+            expected = x[own].float() @ merged.T + (0 if bias is None else bias.float())
+            worst = max(worst, _relative(back[own], expected))
+            outside[own] = False
+        if not back[outside].isnan().all():
+            raise AssertionError(f"{kernels.name}: rows that belong to no group were written to ({case.shape})")
+        count += 1
+    return _row("mixed: y = x (W + Σ weight · Δ)ᵀ", kernels, count, worst)
+
+
+def check_transcode(kernels: Kernels, lab: Lab, rng: np.random.Generator) -> Row:
+    """`transcode` against decoding and packing on the CPU, bit by bit."""
+    count = 0
+    for shape, density in itertools.product(_SHAPES, _STORED):
+        tensor = stored(shape, density, int(rng.integers(1 << 30)))
+        made, expected = kernels.transcode("t", tensor, lab.device), pack(tensor.decode("t"), _CPU)
+        fields = [field.name for field in dataclasses.fields(expected)]
+        if type(made) is not type(expected) or not all(
+            _same(getattr(made, name), getattr(expected, name)) for name in fields
+        ):
+            raise AssertionError(f"{kernels.name}: what is stored became something else ({shape}, density {density})")
+        count += 1
+    return _row("stored → packed", kernels, count, 0.0)
+
+
+def _same(made: object, expected: object) -> bool:
+    if isinstance(made, torch.Tensor) and isinstance(expected, torch.Tensor):
+        return made.dtype is expected.dtype and torch.equal(made.cpu(), expected)
+    return made == expected
 
 
 def check_merge(kernels: Kernels, lab: Lab, rng: np.random.Generator) -> Row:

@@ -41,6 +41,8 @@ class Effort:
     size: Size
     densities: tuple[float, ...]
     rows: tuple[int, ...]
+    prompts: tuple[int, ...]
+    """Rows of a prompt."""
     rounds: int
     calls: int
     """Steps of one timing."""
@@ -53,8 +55,10 @@ class Effort:
     """Experts on the device in the test of what their presence costs."""
 
 
-FULL = Effort(EIGHT_B, (0.012, 0.05, 0.1, 0.3), (1, 8, 32, 512), 15, 4, 256, 3 << 30, 256 << 20, 100)
-DRY = Effort(TINY, (0.012, 0.3), (1, 40), 1, 1, 20, 2 << 20, 1, 3)
+FULL = Effort(
+    EIGHT_B, (0.012, 0.05, 0.1, 0.3), (1, 8, 32, 512), (64, 128, 512, 2048), 15, 4, 256, 3 << 30, 256 << 20, 100
+)
+DRY = Effort(TINY, (0.012, 0.3), (1, 40), (20,), 1, 1, 20, 2 << 20, 1, 3)
 
 
 class Lab:
@@ -63,6 +67,7 @@ class Lab:
     Attributes:
         copied: bytes per second, read and written, of a device-to-device copy.
         multiplied: floating-point operations per second of a large product in the base's type.
+        carried: bytes per second of a copy from page-locked host memory to the device.
     """
 
     def __init__(self, device: torch.device, effort: Effort, seconds: float) -> None:
@@ -74,7 +79,7 @@ class Lab:
         self.dtype = torch.bfloat16
         self._ends = time.monotonic() + seconds
         self.on_gpu = device.type == "cuda"
-        self.copied, self.multiplied = self._copied(), self._multiplied()
+        self.copied, self.multiplied, self.carried = self._copied(), self._multiplied(), self._carried()
 
     @property
     def seconds_left(self) -> float:
@@ -142,6 +147,13 @@ class Lab:
         target = torch.empty_like(source)
         taken = self.device_seconds({"": [lambda: target.copy_(source)]}, 7)
         return 2 * count / statistics.median(taken[""])
+
+    def _carried(self) -> float:
+        count = (1 << 28) if self.on_gpu else 1 << 20
+        source = torch.ones(count, dtype=torch.uint8, pin_memory=self.on_gpu)
+        target = torch.empty(count, dtype=torch.uint8, device=self.device)
+        taken = self.device_seconds({"": [lambda: target.copy_(source, non_blocking=True)]}, 7)
+        return count / statistics.median(taken[""])
 
     def _multiplied(self) -> float:
         side = 8192 if self.on_gpu else 128

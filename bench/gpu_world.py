@@ -19,11 +19,14 @@ from server.engine.kernels.types import BLOCK, BitPlanes, SparseRows
 from server.engine.model import BaseModel
 from server.engine.parcel import Parcel, parcel_bytes, wrap
 from store.deltas import SparseDelta
+from store.encodings import encode_smallest
 from store.manifest import BaseManifest
+from store.packed import PackedTernary
 
 Shape = tuple[int, int]
 
 _CPU = torch.device("cpu")
+_SCALE = float(np.float32(0.001))
 _TILE_ELEMENTS = 1 << 22
 """Of a tensor that large the nonzeros are drawn; larger ones repeat it, row block by row block."""
 
@@ -82,13 +85,24 @@ def random_delta(shape: Shape, density: float, seed: int = 0) -> PackedDelta:
     return _stacked(_drawn((tile, columns), density, seed), rows // tile)
 
 
+def stored(shape: Shape, density: float, seed: int = 0) -> PackedTernary:
+    """A ternary tensor of that density as an expert file holds it."""
+    delta = _sparse(shape, density, seed)
+    encoded = encode_smallest(delta.indices, delta.levels, math.prod(shape))
+    return PackedTernary(shape, len(delta.indices), delta.scale, encoded)
+
+
 def _drawn(shape: Shape, density: float, seed: int) -> PackedDelta:
+    return pack(_sparse(shape, density, seed), _CPU)
+
+
+def _sparse(shape: Shape, density: float, seed: int) -> SparseDelta:
     rng = np.random.default_rng(seed)
     numel = math.prod(shape)
     # Exactly that many: at the density where the form changes, every tensor must be of one form.
     kept = np.sort(rng.choice(numel, math.ceil(density * numel), replace=False, shuffle=False)).astype(np.int32)
     levels = np.where(rng.random(len(kept), np.float32) < 0.5, np.int8(-1), np.int8(1))
-    return pack(SparseDelta(shape, kept, levels, 0.001), _CPU)
+    return SparseDelta(shape, kept, levels, _SCALE)
 
 
 def _stacked(delta: PackedDelta, times: int) -> PackedDelta:
