@@ -37,7 +37,7 @@ class Kept:
         self._folder = folder
 
     def find(self, cell: Cell, identity: str) -> dict[str, Any] | None:
-        """The measurement of a cell, with its file's bits per parameter; None if there is none, or of something else."""
+        """The measurement of a cell, and its file's bits per parameter; None if there is none, or of something else."""
         try:
             found: dict[str, Any] = json.loads(self._path(cell).read_text(encoding="utf-8"))
         except FileNotFoundError:
