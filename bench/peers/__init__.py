@@ -1,0 +1,1 @@
+"""Our server against what a user would pick instead: `python -m bench.peers`."""
