@@ -52,6 +52,7 @@ __all__ = [
     "digest_of",
     "read_deltas",
     "read_header",
+    "read_packed",
     "tensor_bytes",
     "validate",
     "validate_open",
@@ -129,8 +130,8 @@ def validate(path: Path, base: BaseManifest) -> ExpertHeader:
 def validate_open(file: BinaryIO, base: BaseManifest) -> ExpertHeader:
     """`validate` of a file that is open already."""
     header, table = _read_for(file, base)
-    for _ in _decode(file, header, table):
-        pass
+    for name, tensor in _packed(file, header, table):
+        tensor.decode(name)
     return header
 
 
@@ -140,9 +141,19 @@ def read_deltas(source: Path | bytes, base: BaseManifest) -> Iterator[tuple[str,
     Raises:
         WrongBaseError, ExpertFileError: as `validate`, at the first `next` or at the tensor at fault.
     """
+    for name, tensor in read_packed(source, base):
+        yield name, tensor.decode(name)
+
+
+def read_packed(source: Path | bytes, base: BaseManifest) -> Iterator[tuple[str, PackedTensor]]:
+    """The tensors of an expert file, or of its bytes, one by one as they are stored: their payloads are not checked.
+
+    Raises:
+        WrongBaseError, ExpertFileError: of what `validate` checks, all but the payloads.
+    """
     with _open(source) as file:
         header, table = _read_for(file, base)
-        yield from _decode(file, header, table)
+        yield from _packed(file, header, table)
 
 
 def digest_of(path: Path) -> str:
@@ -201,14 +212,14 @@ def _check_shapes(header: ExpertHeader, base: BaseManifest) -> None:
             raise FieldError(f"has the shape {list(entry.shape)}, the base's has {list(shape)}", name)
 
 
-def _decode(file: BinaryIO, header: ExpertHeader, table: TensorTable) -> Iterator[tuple[str, Delta]]:
+def _packed(file: BinaryIO, header: ExpertHeader, table: TensorTable) -> Iterator[tuple[str, PackedTensor]]:
     for name, span in table.tensors.items():
         entry = header.tensors[name]
         file.seek(span.start)
         payload = file.read(span.nbytes)
         if len(payload) != span.nbytes:
             raise ExpertFileError(f"tensor {name} ends beyond the end of the file: it is cut short", param=name)
-        yield name, packed_of(entry, payload).decode(name)
+        yield name, packed_of(entry, payload)
 
 
 def _bits_per_param(data_bytes: int, base: BaseManifest) -> float:

@@ -19,6 +19,7 @@ import torch
 from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
 from server.engine.inspection import beside
+from server.engine.kernels import backend
 from server.engine.loader import ExpertLoader
 from server.engine.merged import digest_of
 from server.engine.model import BaseModel, choose_device, choose_dtype
@@ -63,7 +64,7 @@ class TransformersEngine:
             name: what clients call the base.
             read_expert: digest → exactly the bytes of that digest, of a validated expert file; may block, may raise
                 ExpertUnavailableError.
-            cache_dir: where the base's fingerprint is remembered.
+            cache_dir: where the base's fingerprint and compiled kernels are kept.
 
         Raises:
             CheckpointError: no usable model or tokenizer in the folder.
@@ -92,8 +93,10 @@ class TransformersEngine:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._outbox = Outbox()
         host = HostTier(_host_bytes(settings, device), page_locked=device.type == "cuda")
-        loader = ExpertLoader(self._model.manifest, device, read_expert, host, open_checkpoint(folder))
-        self._worker = Worker(self._model, loader, self._outbox, settings, cache_dir)
+        kernels = backend(settings.kernels, device, cache_dir)
+        transcode = kernels.transcode if device.type == "cuda" else None
+        loader = ExpertLoader(self._model.manifest, device, read_expert, host, open_checkpoint(folder), transcode)
+        self._worker = Worker(self._model, kernels, loader, self._outbox, settings)
         self._base = BaseInfo(
             name=name,
             manifest=self._model.manifest,

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
-from server.engine.kernels import LoadedDelta, Overwrites, pack, packed_fields
+from server.engine.kernels import LoadedDelta, Overwrites, PackedDelta, pack, packed_fields
 from server.engine.parcel import Parcel, parcel_bytes, wrap
 from store.checkpoint import Checkpoint
 from store.deltas import OverwriteDelta
 from store.errors import ExpertUnavailableError
-from store.expert_file import DenseEntry, ExpertHeader, OverwriteEntry, read_deltas, read_header
+from store.expert_file import DenseEntry, ExpertHeader, OverwriteEntry, read_header, read_packed
 from store.manifest import BaseManifest
 from store.overwriting import check_sixteen_bits, new_patterns
+from store.packed import PackedTernary
 from store.patterns import Half
 from store.tiers import Tier
+
+_log = logging.getLogger(__name__)
+
+Transcode = Callable[[str, PackedTernary, torch.device], PackedDelta]
 
 _CPU = torch.device("cpu")
 _HALVES = {Half.BF16: torch.bfloat16, Half.F16: torch.float16}
@@ -30,7 +36,8 @@ class ExpertLoader:
     """`ExpertSource` over expert files and a tier in host memory.
 
     The files were validated when they came in and are checked again here: bytes can rot between upload and load. What
-    comes from host memory is checked after the copy, on the device, by the checksum made when it was decoded.
+    comes from host memory is checked after the copy, on the device, by the checksum made when it was decoded. Where the
+    device decodes, only what is stored crosses the bus.
 
     For a GPU the host tier holds what was loaded last, that on the device included: dropping an expert from the device
     costs nothing, and loading it again is one copy over the bus. For a CPU, whose device memory is host memory, a
@@ -39,6 +46,8 @@ class ExpertLoader:
     Args:
         read: digest → exactly the bytes of that digest; may block, may raise ExpertUnavailableError.
         base: the base's weights as they are on disk; experts that overwrite weights need them.
+        transcode: `Kernels.transcode`, where the device decodes; None decodes on the host. Its temporary tensors take
+            memory besides the expert's: where there is none, the host decodes.
     """
 
     def __init__(
@@ -48,12 +57,14 @@ class ExpertLoader:
         read: Callable[[str], bytes],
         host: HostTier,
         base: Checkpoint | None = None,
+        transcode: Transcode | None = None,
     ) -> None:
         self._manifest = manifest
         self._base = base
         self._sixteen_bits: set[Half] = set()
         """Types that all of the base's weights are known to be numbers of."""
         self._device = device
+        self._transcode = transcode
         self._read = read
         self.host = host
         self._in_place = device.type == "cpu"
@@ -83,8 +94,10 @@ class ExpertLoader:
                 self.host.drop(digest)
         began = time.perf_counter()
         decoded = self._decode(digest)
-        if not self._in_place:
-            self.host.put(decoded, time.perf_counter() - began)
+        if not self._in_place and decoded.nbytes <= self.host.limit_bytes:
+            with self._own_stream():
+                copy = decoded.to(_CPU)
+            self.host.put(copy, time.perf_counter() - began)
         parcel = self._moved(decoded)
         if parcel is None:
             raise ExpertUnavailableError(f"expert {digest[:12]} was damaged on its way to the device; try again")
@@ -120,13 +133,28 @@ class ExpertLoader:
             yield self.host.take(digest)
 
     def _decode(self, digest: str) -> Parcel:
+        """On the device, if it decodes and has the memory; else on the host."""
         data = self._read(digest)
+        if self._transcode is not None:
+            try:
+                with self._own_stream():
+                    return self._packed(digest, data, self._transcode)
+            except torch.OutOfMemoryError:
+                _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
+        return self._packed(digest, data, None)
+
+    def _packed(self, digest: str, data: bytes, transcode: Transcode | None) -> Parcel:
+        device = _CPU if transcode is None else self._device
 
         def packed() -> Iterator[tuple[str, LoadedDelta]]:
-            for name, delta in read_deltas(data, self._manifest):
+            for name, tensor in read_packed(data, self._manifest):
+                if transcode is not None and isinstance(tensor, PackedTernary):
+                    yield name, transcode(name, tensor, device)
+                    continue
+                delta = tensor.decode(name)
                 yield name, self._overwrites(name, delta) if isinstance(delta, OverwriteDelta) else pack(delta, _CPU)
 
-        return wrap(digest, _decoded_bytes(read_header(data)), packed())
+        return wrap(digest, _decoded_bytes(read_header(data)), packed(), device)
 
     def _overwrites(self, name: str, delta: OverwriteDelta) -> Overwrites:
         if self._base is None:
@@ -142,13 +170,16 @@ class ExpertLoader:
 
         Copied and summed up on a stream of its own, so that the engine computes meanwhile, and waited for.
         """
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with self._own_stream():
             moved = self._copy(parcel)
             is_intact = moved.is_intact
         if self._stream is not None:
             # The allocator must not give the memory to the next copy while the engine's stream still reads it.
             moved.buffer.record_stream(torch.cuda.default_stream(self._device))
         return moved if is_intact else None
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _copy(self, parcel: Parcel) -> Parcel:
         return parcel.to(self._device)

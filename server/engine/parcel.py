@@ -16,6 +16,8 @@ ALIGNMENT = 64
 _CHUNK = 1 << 18
 """Words that are summed up at once: bounds the memory that checking takes."""
 
+_CPU = torch.device("cpu")
+
 Checksum = tuple[int, int]
 
 
@@ -84,17 +86,17 @@ def parcel_bytes(fields: Iterable[int]) -> int:
     return sum(map(_aligned, fields))
 
 
-def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]]) -> Parcel:
-    """Put packed deltas, one after the other, into one buffer on the CPU.
+def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]], device: torch.device = _CPU) -> Parcel:
+    """Put packed deltas, one after the other, into one buffer on the device.
 
     Args:
         nbytes: of the buffer, by `parcel_bytes`.
-        deltas: names and deltas on the CPU; each may be forgotten when the next one is asked for.
+        deltas: names and deltas, wherever they are; each may be forgotten when the next one is asked for.
 
     Raises:
         ValueError: they do not take exactly `nbytes`.
     """
-    buffer = torch.zeros(nbytes, dtype=torch.uint8)
+    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     pieces: dict[str, _Piece] = {}
     end = 0
     for name, delta in deltas:
@@ -108,7 +110,7 @@ def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]]) ->
             flat = value.contiguous().view(-1).view(torch.uint8)
             if end + _aligned(len(flat)) > nbytes:
                 raise ValueError(f"the tensors of {digest[:12]} take more than the {nbytes} bytes that were announced")
-            buffer[end : end + len(flat)] = flat
+            buffer[end : end + len(flat)].copy_(flat)
             fields.append(_Field(field.name, end, len(flat), value.dtype, tuple(value.shape)))
             end += _aligned(len(flat))
         pieces[name] = _Piece(type(delta), fixed, tuple(fields))

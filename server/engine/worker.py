@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from server.engine.costs import calibrate
 from server.engine.executor import Executor
 from server.engine.feature_queue import FeatureQueue
 from server.engine.inspection import view
-from server.engine.kernels import backend
+from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
@@ -52,18 +51,12 @@ class Worker:
     """
 
     def __init__(
-        self, model: BaseModel, loader: ExpertLoader, outbox: Outbox, settings: EngineSettings, cache_dir: Path | None
+        self, model: BaseModel, kernels: Kernels, loader: ExpertLoader, outbox: Outbox, settings: EngineSettings
     ) -> None:
-        """Args:
-            cache_dir: where compiled kernels are kept.
-
-        Raises:
-            InvalidRequestError: a setting makes no sense for this model; `param` names it.
-        """
+        """Raises InvalidRequestError if a setting makes no sense for this model; `param` names it."""
         self._settings = settings
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
-        kernels = backend(settings.kernels, model.device, cache_dir)
         self.executor = Executor(model, self.cache, kernels)
         self._host = loader.host
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)

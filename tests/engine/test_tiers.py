@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from server.engine.host_tier import HostTier
-from server.engine.kernels import dense
-from server.engine.loader import ExpertLoader
+from server.engine.kernels import PackedDelta, backend, dense, pack
+from server.engine.loader import ExpertLoader, Transcode
 from server.engine.parcel import Parcel
 from server.engine.residency import Residency
 from store.backends.disk import DiskStore
 from store.errors import ExpertUnavailableError, SwitchyardError
-from store.expert_file import digest_of
+from store.expert_file import digest_of, read_packed
 from store.mix import Mix
+from store.packed import PackedTernary
 from tests.store.builders import base_manifest, write_sample
 
 CPU = torch.device("cpu")
@@ -27,8 +28,8 @@ CPU = torch.device("cpu")
 class ApartLoader(ExpertLoader):
     """As on a GPU: the device's memory is another one than the host's, and what is loaded stays in both."""
 
-    def __init__(self, read: Callable[[str], bytes], host: HostTier) -> None:
-        super().__init__(base_manifest(), CPU, read, host)
+    def __init__(self, read: Callable[[str], bytes], host: HostTier, transcode: Transcode | None = None) -> None:
+        super().__init__(base_manifest(), CPU, read, host, transcode=transcode)
         self._in_place = False
 
     def _copy(self, parcel: Parcel) -> Parcel:
@@ -208,6 +209,53 @@ def test_random_traffic_keeps_every_budget_and_every_byte(shelf: Shelf, seed: in
     assert device.evictions > 0
     assert host.hits > 0
     assert host.faults == host.healed > 0
+
+
+def test_a_device_that_decodes_is_given_what_is_stored(shelf: Shelf) -> None:
+    """What it makes is kept in host memory, and is what the host would have made."""
+    decoded: list[str] = []
+
+    def transcode(name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
+        decoded.append(name)
+        return pack(tensor.decode(name), device)
+
+    loader = ApartLoader(shelf.store.read, HostTier(10 * shelf.size), transcode)
+    digest = shelf.digests[1]
+    expert, plain = loader.load(digest), shelf.loader(0).load(digest)
+    stored = dict(read_packed(shelf.store.read(digest), base_manifest()))
+    assert decoded == [name for name, tensor in stored.items() if isinstance(tensor, PackedTernary)]
+    assert decoded
+    assert expert.parcel is not None
+    assert plain.parcel is not None
+    assert torch.equal(expert.parcel.buffer, plain.parcel.buffer)
+    assert torch.equal(kept(loader, digest).buffer, plain.parcel.buffer)
+    decoded.clear()
+    loader.load(digest)
+    assert not decoded, "it came from host memory"
+
+
+def test_without_memory_to_decode_in_the_host_decodes(shelf: Shelf) -> None:
+    def transcode(name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
+        raise torch.OutOfMemoryError("no room")
+
+    loader = ApartLoader(shelf.store.read, HostTier(0), transcode)
+    expert, plain = loader.load(shelf.digests[1]), shelf.loader(0).load(shelf.digests[1])
+    assert expert.parcel is not None
+    assert plain.parcel is not None
+    assert torch.equal(expert.parcel.buffer, plain.parcel.buffer)
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_what_is_stored(shelf: Shelf) -> None:
+    device = torch.device("cuda")
+    transcode = backend("triton", device).transcode
+    loader = ExpertLoader(base_manifest(), device, shelf.store.read, HostTier(10 * shelf.size), transcode=transcode)
+    for digest in shelf.digests:
+        made, plain = loader.load(digest).parcel, shelf.loader(0).load(digest).parcel
+        assert made is not None
+        assert plain is not None
+        assert made.buffer.is_cuda
+        assert torch.equal(made.buffer.cpu(), plain.buffer)
 
 
 @pytest.mark.gpu

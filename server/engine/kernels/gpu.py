@@ -122,7 +122,7 @@ class TritonKernels:
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
         if gpu_transcode.can_transcode(tensor):
-            return gpu_transcode.transcode(tensor, device)
+            return gpu_transcode.transcode(name, tensor, device)
         return pack(tensor.decode(name), device)
 
     def _add(self, launch: Launch, y: torch.Tensor, x: torch.Tensor) -> None:

@@ -16,16 +16,16 @@ import triton.language as tl
 
 from server.engine.kernels.packing import form_of
 from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, PackedDelta, SparseRows, rows_and_columns
-from store.bits import bytes_for
+from store.bits import bytes_for, fail
 from store.packed import PackedLevels, PackedTernary
-from store.positions import BITMAP, RICE, RICE_ZEROS
+from store.positions import BITMAP, MAX_K, MIN_K, RICE, RICE_ZEROS
 
 _TILE = 1024
 """Elements of a block where each is one of a list."""
 _WORDS = 32
 """Words of a block where each is taken apart bit by bit."""
-_MOST = 2**31
-"""Elements of a tensor, exclusive: positions are int32."""
+_MOST = 2**30
+"""Elements of a tensor, exclusive: positions are int32, and so is what a wrong stream makes of them."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -131,43 +131,62 @@ def can_transcode(tensor: PackedTernary) -> bool:
     return known and not isinstance(tensor, PackedLevels) and tensor.numel < _MOST
 
 
-def transcode(tensor: PackedTernary, device: torch.device) -> PackedDelta:
+def transcode(name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
     """`pack` of what a tensor decodes to, made on the device.
 
     Args:
-        tensor: of those that `can_transcode`; its bytes are known to be valid. Others do not harm memory, and are
-            found out where they hold another number of nonzeros.
+        name: the tensor's, for errors.
+        tensor: of those that `can_transcode`. Of its bytes all is checked that memory or the order of indices depends
+            on, and not that padding is zero.
 
     Raises:
-        ValueError: they do.
+        ExpertFileError: they are not what the counts promise.
     """
     nnz, numel, shape = tensor.nnz, tensor.numel, tensor.shape
     rows, columns = rows_and_columns(shape)
     form = form_of(shape, nnz, 1)
-    payload = np.frombuffer(tensor.payload, np.uint8)
-    marks, signs = payload[: len(payload) - bytes_for(nnz)], payload[len(payload) - bytes_for(nnz) :]
+    marks, signs = _divided(name, tensor)
+    indices: torch.Tensor | None = None
     if tensor.encoded.name == BITMAP:
         mask, ones = _on_device([marks, signs], device)
-        if form is BitPlanes:
-            return BitPlanes(shape, tensor.scale, _planes(mask, ones, nnz, rows, columns))
-        return _from_indices(tensor, _find(mask, nnz), ones)
-    k = tensor.encoded.params["k"]
-    count = nnz if tensor.encoded.name == RICE else numel - nnz
-    unary = len(marks) - bytes_for(count * k)
-    quotients, remainders, ones = _on_device([marks[:unary], marks[unary:], signs], device)
-    indices = _rice(quotients, remainders, count, k)
-    if tensor.encoded.name == RICE and form is not BitPlanes:
-        return _from_indices(tensor, indices, ones)
-    mask = torch.zeros(bytes_for(numel) // 4 + 2, dtype=torch.int32, device=device)
-    if count:
-        set_ones[(triton.cdiv(count, _TILE),)](mask, indices, count, numel, TILE=_TILE)
-    if tensor.encoded.name == RICE_ZEROS:
-        mask.bitwise_not_()
-        mask[numel // 32] &= (1 << numel % 32) - 1
-        mask[numel // 32 + 1 :] = 0
+    else:
+        k = tensor.encoded.params["k"]
+        count = nnz if tensor.encoded.name == RICE else numel - nnz
+        unary = len(marks) - bytes_for(count * k)
+        quotients, remainders, ones = _on_device([marks[:unary], marks[unary:], signs], device)
+        indices = _rice(name, quotients, remainders, count, k, numel)
+        if tensor.encoded.name == RICE and form is not BitPlanes:
+            return _from_indices(tensor, indices, ones)
+        mask = torch.zeros(bytes_for(numel) // 4 + 2, dtype=torch.int32, device=device)
+        if count:
+            set_ones[(triton.cdiv(count, _TILE),)](mask, indices, count, numel, TILE=_TILE)
+        if tensor.encoded.name == RICE_ZEROS:
+            mask.bitwise_not_()
+            mask[numel // 32] &= (1 << numel % 32) - 1
+            mask[numel // 32 + 1 :] = 0
     if form is BitPlanes:
-        return BitPlanes(shape, tensor.scale, _planes(mask, ones, nnz, rows, columns))
-    return _from_indices(tensor, _find(mask, nnz), ones)
+        return BitPlanes(shape, tensor.scale, _planes(name, mask, ones, nnz, rows, columns))
+    indices = _find(name, mask, nnz)
+    _check_ascending(name, indices, numel)
+    return _from_indices(tensor, indices, ones)
+
+
+def _divided(name: str, tensor: PackedTernary) -> tuple[np.ndarray, np.ndarray]:
+    """The streams of the positions, and that of the signs, of lengths that the counts permit."""
+    nnz, numel = tensor.nnz, tensor.numel
+    payload = np.frombuffer(tensor.payload, np.uint8)
+    place = len(payload) - bytes_for(nnz)
+    fits = 0 < nnz <= numel and place >= 0
+    if fits and tensor.encoded.name == BITMAP:
+        fits = not tensor.encoded.params and place == bytes_for(numel)
+    elif fits:
+        k = tensor.encoded.params.get("k", 0)
+        count = nnz if tensor.encoded.name == RICE else numel - nnz
+        most = bytes_for(count + (numel >> k)) if count else 0
+        fits = MIN_K <= k <= MAX_K and bytes_for(count) <= place - bytes_for(count * k) <= most
+    if not fits:
+        fail(name, f"has {len(payload)} payload bytes, which cannot hold {nnz} of {numel} elements")
+    return payload[:place], payload[place:]
 
 
 def _on_device(streams: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -181,35 +200,43 @@ def _on_device(streams: Sequence[np.ndarray], device: torch.device) -> list[torc
     return [words[start // 4 : (start + size) // 4] for start, size in zip(starts, sizes, strict=True)]
 
 
-def _ones_upto(words: torch.Tensor, count: int) -> torch.Tensor:
+def _ones_upto(name: str, words: torch.Tensor, count: int) -> torch.Tensor:
     """Ones up to the end of each word."""
     counts = torch.empty_like(words)
     count_ones[(triton.cdiv(len(words), _TILE),)](words, counts, len(words), TILE=_TILE)
     upto = counts.cumsum(0, dtype=torch.int32)
     if int(upto[-1]) != count:
-        raise ValueError(f"a stream has {int(upto[-1])} ones instead of {count}: it has not been checked")
+        fail(name, f"has a stream with {int(upto[-1])} ones instead of {count}")
     return upto
 
 
-def _find(words: torch.Tensor, count: int) -> torch.Tensor:
+def _find(name: str, words: torch.Tensor, count: int) -> torch.Tensor:
     found = torch.zeros(count, dtype=torch.int32, device=words.device)
-    upto = _ones_upto(words, count)
+    upto = _ones_upto(name, words, count)
     find_ones[(triton.cdiv(len(words), _WORDS),)](words, upto, found, len(words), count, WORDS=_WORDS)
     return found
 
 
-def _rice(quotients: torch.Tensor, remainders: torch.Tensor, count: int, k: int) -> torch.Tensor:
-    found = _find(quotients, count)
+def _rice(name: str, quotients: torch.Tensor, remainders: torch.Tensor, count: int, k: int, numel: int) -> torch.Tensor:
+    found = _find(name, quotients, count)
     if count:
         values = torch.empty_like(found)
         grid = (triton.cdiv(count, _TILE),)
         unpack_bits[grid](remainders, values, count, k, TILE=_TILE)
         rice_indices[grid](found, values.cumsum(0, dtype=torch.int32), count, k, TILE=_TILE)
+        _check_ascending(name, found, numel)
     return found
 
 
-def _planes(mask: torch.Tensor, signs: torch.Tensor, nnz: int, rows: int, columns: int) -> torch.Tensor:
-    upto = _ones_upto(mask, nnz)
+def _check_ascending(name: str, indices: torch.Tensor, numel: int) -> None:
+    """No step reaches 2³¹, so that sums which ran over are found out as well."""
+    ascending = (indices[1:] > indices[:-1]).all() & (indices[0] >= 0) & (indices[-1] < numel)
+    if not bool(ascending):
+        fail(name, f"has indices that do not ascend below its {numel} elements")
+
+
+def _planes(name: str, mask: torch.Tensor, signs: torch.Tensor, nnz: int, rows: int, columns: int) -> torch.Tensor:
+    upto = _ones_upto(name, mask, nnz)
     blocks, words = -(-rows // BLOCK), -(-columns // BLOCK)
     planes = torch.empty(blocks, 1, words, 2, BLOCK, dtype=torch.int32, device=mask.device)
     make_planes[(triton.cdiv(words, 4), blocks)](planes, mask, upto, signs, rows, columns, len(mask), C=4)

@@ -205,11 +205,13 @@ class Kernels(Protocol):
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
         """`pack(tensor.decode(name), device)`, bit for bit; on the device, where an implementation can.
 
+        May be called while another thread uses the other methods, but in Triton's interpreter.
+
         Args:
-            tensor: as it is stored. Its bytes must be valid; others harm nothing, but may pass.
+            tensor: as it is stored. Where a device decodes, bits that say nothing need not be zeros.
 
         Raises:
-            ExpertFileError or ValueError: they are not, and it was noticed.
+            ExpertFileError: its bytes are not what its counts promise.
         """
         ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.types import BitPlanes, SparseRows
+from store.bits import bytes_for
 from store.deltas import DenseDelta, SparseDelta
-from store.encodings import Encoded
+from store.errors import ExpertFileError
 from store.packed import PackedTernary
 from tests.engine.kernels.builders import sparse_delta
 from tests.engine.kernels.comparing import (
@@ -166,14 +168,45 @@ def test_what_a_device_does_not_decode_is_decoded_before(kernels: Kernels) -> No
 @pytest.mark.parametrize("density", [0.2, 0.5])
 def test_a_stream_that_holds_too_much_is_refused(kernels: Kernels, density: float) -> None:
     good = stored(sparse_delta(1, (40, 40), density))
-    bad = PackedTernary(
-        good.shape,
-        good.nnz,
-        good.scale,
-        Encoded(good.encoded.name, good.encoded.params, b"\xff" * 4 + good.payload[4:]),
-    )
-    with pytest.raises(ValueError, match="ones instead of"):
-        kernels.transcode("t", bad, CPU)
+    with pytest.raises(ExpertFileError, match="ones instead of"):
+        kernels.transcode("t", with_payload(good, b"\xff" * 4 + good.payload[4:]), CPU)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), density=st.sampled_from([0.02, 0.2, 0.5, 0.9]))
+def test_wrong_bytes_are_refused_or_harmless(kernels: Kernels, data: st.DataObject, density: float) -> None:
+    """What a decoder on the host accepts becomes the same; what it refuses is refused, or differs in what says nothing
+    (padding, bytes after the end)."""
+    good = stored(sparse_delta(1, (40, 70), density))
+    payload = bytearray(good.payload)
+    if data.draw(st.booleans()):
+        for place in data.draw(st.lists(st.integers(0, 8 * len(payload) - 1), max_size=3)):
+            payload[place // 8] ^= 1 << place % 8
+    else:
+        payload = payload[: data.draw(st.integers(0, len(payload)))] + data.draw(st.binary(max_size=9))
+    bad = with_payload(good, bytes(payload))
+    try:
+        bad.decode("t")
+    except ExpertFileError:
+        with suppress(ExpertFileError):
+            made = kernels.transcode("t", bad, CPU)
+            assert made.nbytes == kernels.transcode("t", good, CPU).nbytes
+    else:
+        check_transcode(kernels, bad)
+
+
+def test_gaps_that_lead_beyond_the_tensor_are_refused(kernels: Kernels) -> None:
+    good = stored(sparse_delta(1, (40, 70), 0.02))
+    k = good.encoded.params["k"]
+    signs, remainders = bytes_for(good.nnz), bytes_for(good.nnz * k)
+    unary = len(good.payload) - signs - remainders
+    payload = good.payload[:unary] + b"\xff" * remainders + good.payload[-signs:]
+    with pytest.raises(ExpertFileError, match="do not ascend below"):
+        kernels.transcode("t", with_payload(good, payload), CPU)
+
+
+def with_payload(tensor: PackedTernary, payload: bytes) -> PackedTernary:
+    return replace(tensor, encoded=replace(tensor.encoded, payload=payload))
 
 
 def test_plans_are_kept_for_groups_but_do_not_keep_them() -> None:
