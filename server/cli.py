@@ -69,6 +69,11 @@ def push(
     density: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
     bits_per_param: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    labelled: Annotated[Path | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    min_retention: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    widen: Annotated[bool, typer.Option("--widen", help="Of a folder, as with compress.")] = False,
     server: Server = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
@@ -82,8 +87,11 @@ def push(
     if replace and not name:
         raise SwitchyardError("--replace needs --name: which expert is to be replaced")
     if file.is_dir():
-        options = {"density": density, "bits_per_param": bits_per_param, "rank": rank, "name": name, "replace": replace}
-        job = push_folder(Client(server, api_key), err, file, exemplars=exemplars, codec=codec.value, **options)
+        job = push_folder(
+            Client(server, api_key), err, file, exemplars=exemplars, labelled=labelled, codec=codec.value,
+            density=density, bits_per_param=bits_per_param, rank=rank, max_kl=max_kl, min_agreement=min_agreement,
+            min_retention=min_retention, widen=widen, name=name, replace=replace,
+        )  # fmt: skip
         made, cost = job["expert"], job["report"]
         out.print(
             f"[bold]{escape(made['id'])}[/] is live ({cost['bytes']:,} bytes, {cost['bits_per_param']:.3f} bits per "

@@ -51,8 +51,16 @@ def compress(
         float | None,
         typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
     ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Refuse one that gives a smaller share of the fine-tune's greedy answers."),
+    ] = None,
+    min_retention: Annotated[
+        float | None,
+        typer.Option(help="Refuse one that keeps a smaller share of the fine-tune's gain; needs --labelled."),
+    ] = None,
     widen: Annotated[
-        bool, typer.Option("--widen", help="Where --max-kl is not met, try again with twice the size, five times.")
+        bool, typer.Option("--widen", help="Where a floor is not met, try again with twice the size, five times.")
     ] = False,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of low-rank; default: 8, of an adapter its own factors as they are.")
@@ -66,6 +74,10 @@ def compress(
     ] = None,
     exemplars: Annotated[
         Path | None, typer.Option(help="JSONL of prompts the expert is for; calibrates the knob, and routes.")
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of prompts with their answers: the report tells how much of the gain is kept."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What the expert would like to be called.")] = None,
     description: Annotated[str, typer.Option(help="One line for people.")] = "",
@@ -88,10 +100,10 @@ def compress(
 
     densities = _tensor_densities(tensor_density or [])
     compress_with_progress(
-        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, codec=codec, density=density, knob=knob,
-        max_kl=max_kl, widen=widen, bits_per_param=bits_per_param, rank=rank,
-        max_size=bytes_of(max_size) if max_size else None, loss=loss, strength=strength,
-        tensor_density=densities, name=name, description=description,
+        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, labelled=labelled, codec=codec,
+        density=density, knob=knob, max_kl=max_kl, min_agreement=min_agreement, min_retention=min_retention,
+        widen=widen, bits_per_param=bits_per_param, rank=rank, max_size=bytes_of(max_size) if max_size else None,
+        loss=loss, strength=strength, tensor_density=densities, name=name, description=description,
         card=card_of(author, license, tag, parent, meta), relative_to=relative_to or (),
     )  # fmt: skip
 

@@ -12,11 +12,13 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from server.engine.model import resolve_base
+from server.inspecting import measured_facts
 from server.settings import Settings
 from store.codecs.base import CodecName
 from store.convert import compress
 from store.errors import InvalidRequestError
 from store.exemplars import parse_exemplars
+from store.labelled import parse_labelled
 from store.report import Report
 from store.widening import compress_widening
 
@@ -25,6 +27,7 @@ _STAGES = {
     "learn": "learning from exemplars",
     "compress": "compressing tensors",
     "calibrate": "calibrating the scales",
+    "measure": "comparing with the fine-tune",
     "write": "writing and checking the file",
 }
 
@@ -37,25 +40,23 @@ def compress_with_progress(
     *,
     cache_dir: Path | None,
     exemplars: Path | None,
+    labelled: Path | None = None,
     widen: bool = False,
     **options: Any,
 ) -> Report:
     """Compress on a terminal; `options` go to `store.convert.compress`.
 
     Args:
-        widen: where `max_kl` is not met, try again with more room.
+        labelled: JSON lines of prompts with their answers.
+        widen: where a floor is not met, try again with more room.
 
     Raises:
         SwitchyardError: as `compress`, or a file cannot be read.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
-    prompts = None
-    if exemplars is not None:
-        try:
-            prompts = parse_exemplars(exemplars.read_bytes())
-        except OSError as error:
-            raise InvalidRequestError(f"cannot read {exemplars}: {error.strerror}", param="exemplars") from None
+    prompts = None if exemplars is None else parse_exemplars(_bytes_of(exemplars, "exemplars"))
+    rows = None if labelled is None else parse_labelled(_bytes_of(labelled, "labelled"))
     with out.status("preparing the base"):
         folder = resolve_base(base, cache)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -69,12 +70,19 @@ def compress_with_progress(
             bars.update(tasks[stage], completed=done, total=total, visible=True)
 
         run = compress_widening if widen else compress
-        report = run(folder, tuned, output, exemplars=prompts, cache_dir=cache, progress=tell, **options)
+        report = run(folder, tuned, output, exemplars=prompts, labelled=rows, cache_dir=cache, progress=tell, **options)
         for task in tasks.values():
             if bars.tasks[task].visible:
                 bars.update(task, total=1, completed=1)
     _show(report, output, out)
     return report
+
+
+def _bytes_of(file: Path, param: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"cannot read {file}: {error.strerror}", param=param) from None
 
 
 def _show(report: Report, output: Path, out: Console) -> None:
@@ -99,6 +107,10 @@ def _show(report: Report, output: Path, out: Console) -> None:
         f"{how}; {report.changed:.1%} of the parameters changed, relative error {report.relative_error:.3f}; "
         f"took {report.seconds:.0f} s"
     )
+    for label, value in measured_facts(report.measured)[1:]:
+        out.print(f"{label}: {value}", highlight=False)
+    if report.unmeasured is not None:
+        out.print(f"not compared with the fine-tune: {escape(report.unmeasured)}")
     for tried in report.widened:
         out.print(f"widened: {escape(tried)}")
     if (bits := report.probe) is not None and bits.is_worth_it and report.codec is not CodecName.OVERWRITE:

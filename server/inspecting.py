@@ -13,6 +13,8 @@ from rich.table import Table
 from store.card import Card
 from store.expert_file import SparseEntry, digest_of, read_header
 from store.expert_header import ExpertHeader, LevelsEntry, LowRankEntry, TensorEntry
+from store.layers import spent_by_layer
+from store.measured import Measured
 from store.signature import fingerprint, parse_signature, read_beside
 from store.trust import trusted_keys
 
@@ -34,6 +36,7 @@ def show_expert(file: Path, out: Console, keys: str = "") -> None:
         facts.add_row(f"[bold]{label}[/]", escape(value))
     out.print(facts)
     out.print(_modules(header))
+    out.print(_layers(file))
     for exemplar in header.exemplars[:_SHOWN_EXEMPLARS]:
         out.print(f"  [dim]e.g.[/] {escape(exemplar[:160])}", highlight=False)
     if len(header.exemplars) > _SHOWN_EXEMPLARS:
@@ -52,11 +55,29 @@ def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
         ("stands on", header.relative_to or "(the base)"),
         ("codec", f"{header.codec} ({params})" if params else header.codec),
         ("density", f"{header.density:.4f}"),
+        *([] if header.measured is None else measured_facts(header.measured)),
         ("exemplars", str(len(header.exemplars))),
         ("made by", header.tool),
     ]
     if header.created is not None:
         facts.append(("created", datetime.fromtimestamp(header.created, UTC).isoformat()))
+    return facts
+
+
+def measured_facts(measured: Measured) -> list[tuple[str, str]]:
+    """What a report says of how close an expert comes to its fine-tune, line by line; the relative error first."""
+    facts = [("relative error", f"{measured.relative_error:.4f}")]
+    if measured.kl is not None and measured.agreement is not None:
+        where = "held out" if measured.held_out else "that it was made from"
+        facts.append(("KL to the fine-tune", f"{measured.kl:.4f} nats/token on {measured.prompts} exemplars {where}"))
+        facts.append(("same answers", f"{measured.agreement:.1%} of the fine-tune's greedy ones"))
+    if measured.score is not None:
+        scores = (
+            f"exact match {measured.score:.3f}, fine-tune {measured.fine_tune_score:.3f}, base "
+            f"{measured.base_score:.3f}, on {measured.labelled} labelled exemplars"
+        )
+        kept = measured.retention
+        facts.append(("retention", f"{kept:.1%} ({scores})" if kept is not None else f"no gain to keep ({scores})"))
     return facts
 
 
@@ -96,6 +117,19 @@ def _modules(header: ExpertHeader) -> Table:
         column.justify = "right"
     for (module, stored), (count, numel, nonzeros) in groups.items():
         table.add_row(escape(module), stored, str(count), f"{numel:,}", f"{nonzeros / max(numel, 1):.4f}")
+    return table
+
+
+def _layers(file: Path) -> Table:
+    """One row per layer."""
+    table = Table("layer", "parameters", "density", "bits/param", "bit-width", "bytes")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, spent in spent_by_layer(file).items():
+        table.add_row(
+            name, f"{spent.parameters:,}", f"{spent.density:.4f}", f"{spent.bits_per_param:.4f}",
+            f"{spent.bit_width:.2f}", f"{spent.bytes:,}",
+        )  # fmt: skip
     return table
 
 

@@ -18,6 +18,7 @@ from store.errors import EngineDeadError, SwitchyardError
 from store.exemplar_changes import Choice
 from store.expert_file import ExpertHeader, read_header
 from store.intake import Received
+from store.layers import Spent, spent_by_layer
 from store.ownership import NO_QUOTA, Quota, check_owned
 from store.record import ExpertRecord
 from store.registry import Registry
@@ -282,6 +283,10 @@ class Library:
             ExpertUnavailableError: its bytes are gone or damaged.
         """
         return await asyncio.to_thread(lambda: read_header(self._registry.expert_path(record.digest)))
+
+    async def layers(self, record: ExpertRecord) -> Mapping[str, Spent]:
+        """Where the expert's file spends its bits, by layer; raises as `header`."""
+        return await asyncio.to_thread(lambda: spent_by_layer(self._registry.expert_path(record.digest)))
 
     async def _forget(self, record: ExpertRecord) -> None:
         self._teaching.forget(record)

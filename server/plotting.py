@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from store.errors import MissingPackageError, StoreError
-from store.expert_file import SparseEntry, read_header, tensor_bytes
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-_OUTSIDE = "outside"
-"""The row of what belongs to no layer: embedding, last norm, head."""
+from store.layers import spent_by_module
 
 
 def by_layer(file: Path) -> tuple[list[str], list[str], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -23,23 +17,13 @@ def by_layer(file: Path) -> tuple[list[str], list[str], npt.NDArray[np.float64],
     Raises:
         ExpertFileError: the file breaks a rule of the format.
     """
-    header, sizes = read_header(file), tensor_bytes(file)
-    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for name, entry in header.tensors.items():
-        found = _LAYER.search(name)
-        layer = found.group(1) if found else _OUTSIDE
-        module = (name[found.end() :] if found else name).removesuffix(".weight")
-        cell = sums[layer, module]
-        cell[0] += entry.numel
-        cell[1] += entry.nnz if isinstance(entry, SparseEntry) else entry.numel
-        cell[2] += 8 * sizes[name]
-    numbers = sorted({int(layer) for layer, _ in sums if layer != _OUTSIDE})
-    layers = [*map(str, numbers), *([_OUTSIDE] if any(layer == _OUTSIDE for layer, _ in sums) else [])]
-    modules = list(dict.fromkeys(module for layer in layers for (own, module) in sums if own == layer))
+    found = spent_by_module(file)
+    layers = list(dict.fromkeys(layer for layer, _ in found))
+    modules = list(dict.fromkeys(module for _, module in found))
     density, bits = np.full((2, len(layers), len(modules)), np.nan)
-    for (layer, module), (numel, nonzeros, spent) in sums.items():
+    for (layer, module), spent in found.items():
         place = layers.index(layer), modules.index(module)
-        density[place], bits[place] = nonzeros / max(1, numel), spent / max(1, numel)
+        density[place], bits[place] = spent.density, spent.bits_per_param
     return layers, modules, density, bits
 
 

@@ -12,15 +12,25 @@ from server.client import Client, Json, ServerError
 from server.pushing import upload_file
 from store.errors import SwitchyardError
 from store.exemplars import parse_exemplars
+from store.labelled import parse_labelled
 
 _BESIDE = ("model.safetensors.index.json", "adapter_config.json")
 
 
-def push_folder(client: Client, out: Console, folder: Path, *, exemplars: Path | None, **options: Any) -> Json:
+def push_folder(
+    client: Client,
+    out: Console,
+    folder: Path,
+    *,
+    exemplars: Path | None,
+    labelled: Path | None = None,
+    **options: Any,
+) -> Json:
     """Upload a fine-tune and have the server compress and publish it. Returns the job; Ctrl-C cancels it.
 
     Args:
         exemplars: JSON lines of prompts.
+        labelled: JSON lines of prompts with their answers.
         options: further fields of the job: name, replace, codec, density, ...
 
     Raises:
@@ -29,10 +39,11 @@ def push_folder(client: Client, out: Console, folder: Path, *, exemplars: Path |
     """
     try:
         prompts = None if exemplars is None else parse_exemplars(exemplars.read_bytes())
+        rows = None if labelled is None else [vars(row) for row in parse_labelled(labelled.read_bytes())]
         uploads = [upload_file(client, out, file) for file in files_of(folder)]
     except OSError as error:
         raise SwitchyardError(f"cannot read {error.filename or folder}: {error.strerror}") from None
-    job = client.create_job({"uploads": uploads, "exemplars": prompts} | options)
+    job = client.create_job({"uploads": uploads, "exemplars": prompts, "labelled": rows} | options)
     return _follow(client, out, job)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from store.checkpoint import open_checkpoint
-from store.deltas import OverwriteDelta, SparseDelta
+from store.checkpoint import Checkpoint, open_checkpoint
+from store.deltas import Delta, OverwriteDelta, SparseDelta
 from store.expert_file import read_deltas
 from store.fingerprint import manifest_of
 from store.overwriting import as_float_delta, check_sixteen_bits, new_patterns
@@ -51,17 +51,10 @@ def apply_expert(
     state = {name: load_float32(tensor) for name, tensor in base.tensors.items()}
     checked: set[Half] = set()
     for name, delta in read_deltas(path, manifest_of(base_folder, cache_dir)):
-        if isinstance(delta, OverwriteDelta) and weight == 1.0:
-            if delta.half not in checked:
-                check_sixteen_bits(base, delta.half)
-                checked.add(delta.half)
-            new = widen(new_patterns(delta, base.tensors[name], name), delta.half)
-            state[name].view(-1)[torch.from_numpy(delta.indices).long()] = torch.from_numpy(new)
-        elif isinstance(delta, SparseDelta):
-            levels = torch.from_numpy(delta.levels).float()
-            state[name].view(-1)[torch.from_numpy(delta.indices).long()] += levels * (weight * delta.scale)
-        else:
-            state[name] += weight * torch.from_numpy(as_float_delta(delta, base, name)).view(state[name].shape)
+        if isinstance(delta, OverwriteDelta) and weight == 1.0 and delta.half not in checked:
+            check_sixteen_bits(base, delta.half)
+            checked.add(delta.half)
+        add(state[name], name, delta, base, weight)
     merged = {name: value.to(_TORCH_DTYPES[base.tensors[name].dtype]) for name, value in state.items()}
     if out_folder is not None:
         out_folder.mkdir(parents=True, exist_ok=True)
@@ -71,3 +64,15 @@ def apply_expert(
                     shutil.copy2(companion, out_folder / companion.name)
         save_file(merged, out_folder / "model.safetensors", metadata={"format": "pt"})
     return merged
+
+
+def add(value: torch.Tensor, name: str, delta: Delta, base: Checkpoint, weight: float = 1.0) -> None:
+    """Add weight · delta to a parameter's base values, float32, in place; new bits are set as they are at weight 1."""
+    if isinstance(delta, OverwriteDelta) and weight == 1.0:
+        new = widen(new_patterns(delta, base.tensors[name], name), delta.half)
+        value.view(-1)[torch.from_numpy(delta.indices).long()] = torch.from_numpy(new)
+    elif isinstance(delta, SparseDelta):
+        levels = torch.from_numpy(delta.levels).float()
+        value.view(-1)[torch.from_numpy(delta.indices).long()] += levels * (weight * delta.scale)
+    else:
+        value += weight * torch.from_numpy(as_float_delta(delta, base, name)).view(value.shape)

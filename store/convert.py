@@ -10,28 +10,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from store.calibrate import Calibration
 from store.card import Card
-from store.checkpoint import open_checkpoint
+from store.checkpoint import Checkpoint, open_checkpoint
 from store.codecs.base import CodecName, Loss
 from store.codecs.choice import CALIBRATED, Recipe
 from store.codecs.t_switch import Knob
-from store.errors import InvalidRequestError
+from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import digest_of, validate, write_expert
 from store.expert_header import check_info
 from store.expert_info import ExpertInfo
 from store.expert_layout import header_room
 from store.fine_tune import FineTune
 from store.fingerprint import fingerprint_of, manifest_of
-from store.learning import Learned
+from store.floors import Floors
+from store.held_out import Apart, apart_for, unseen_rows
+from store.labelled import Labelled, checked
+from store.measure import measure
+from store.measured import LONGEST, Measured, rounded
+from store.packed import PackedTensor
 from store.packing import Progress, pack
 from store.probe import probe
 from store.report import Report, kind_rows, relative_error
 from store.standing import chain_of, standing_on
 from store.strict_json import FieldError
 
-BELOW_FLOOR = "below_floor"
-"""The code of the error that `max_kl` gives."""
 _MOST_BITS = 1.5
 """A mask and signs of every entry take no more."""
 
@@ -50,8 +52,11 @@ def compress(
     max_size: int | None = None,
     loss: Loss = Loss.KL,
     max_kl: float | None = None,
+    min_agreement: float | None = None,
+    min_retention: float | None = None,
     tensor_density: Mapping[str, float] | None = None,
     exemplars: Sequence[str] | None = None,
+    labelled: Sequence[Labelled] | None = None,
     name: str | None = None,
     description: str | None = None,
     created: int | None = None,
@@ -74,10 +79,12 @@ def compress(
         bits_per_param: what flex-switch may spend on the file, per parameter of the base; None is 0.04.
         max_size: the same in bytes.
         loss: what flex-switch learns by.
-        max_kl: refuse to write an expert further from its fine-tune than that, in nats per answer token of the
-            exemplars; those held out, where there are any.
+        max_kl, min_agreement, min_retention: refuse to write an expert further from its fine-tune; see `store.floors`.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
-        exemplars: example prompts, kept in the file; calibration and learning run on them.
+        exemplars: example prompts, kept in the file. Calibration and learning run on them, and the expert is compared
+            with its fine-tune on those that were held out, where there are any to spare.
+        labelled: prompts with their answers, not kept in the file: they tell the share of the fine-tune's gain that the
+            expert keeps. Those that it is made from are left out.
         name, description, created, card: for the file's header; `created` in seconds since 1970.
         relative_to: the expert file that the fine-tune started from, and then those that one stands on: the delta is
             taken against all of them on the base, and the expert stands on them too.
@@ -90,6 +97,9 @@ def compress(
         StoreError: the file cannot be written.
     """
     started = time.monotonic()
+    floors = Floors(max_kl, min_agreement, min_retention)
+    rows = checked(labelled) if labelled is not None else []
+    floors.check_measurable(bool(exemplars), bool(rows))
     tell = progress or (lambda _stage, _done, _total: None)
     recipe = Recipe(
         codec=_codec_name(codec),
@@ -133,7 +143,7 @@ def compress(
     shapes = {name: tensor.span.shape for name, tensor in base.tensors.items()}
     parameters = max(1, sum(sizes.values()))
     allowed = _allowed(bits_per_param, max_size, parameters) if learns else 0
-    budget = allowed - header_room(info, shapes)
+    budget = allowed - header_room(replace(info, measured=LONGEST), shapes)
     if learns and budget <= 0:
         raise InvalidRequestError(
             f"{allowed} bytes are too few: the header alone takes about {allowed - budget}; allow more",
@@ -151,8 +161,14 @@ def compress(
         found_bits = None if fine_tune.adapter is not None else probe(under, fine_tune.own())
         if recipe.codec is CodecName.OVERWRITE:
             info = replace(info, codec_params={"fine_tune": fingerprint_of(fine_tune.own())})
-        done = pack(recipe, under, fine_tune, list(exemplars or ()), budget, kept, tell)
-    packed, found, learned = done.tensors, done.calibration, done.learned
+        apart = apart_for(recipe, exemplars or ())
+        scored = unseen_rows(rows, apart.seen)
+        done = pack(recipe, under, fine_tune, list(exemplars or ()) if learns else apart.seen, budget, kept, tell)
+        packed, found, learned = done.tensors, done.calibration, done.learned
+        distance = relative_error(done.overlaps, packed)
+        measured, unmeasured = _measured(base, under, fine_tune, packed, apart, distance, scored, floors, tell)
+    floors.check(measured)
+    info = replace(info, measured=measured)
     if learned is not None:
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
         info = replace(
@@ -161,8 +177,6 @@ def compress(
         )
     if found is not None:
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
-    if max_kl is not None:
-        _check_floor(max_kl, found, learned)
     tell("write", 0, 1)
     header = write_expert(out, info, packed, manifest)
     validate(out, manifest)
@@ -174,7 +188,9 @@ def compress(
         density=header.density,
         changed=done.changed / max(1, sum(sizes.values())),
         probe=found_bits,
-        relative_error=relative_error(done.overlaps, packed),
+        relative_error=distance,
+        measured=measured,
+        unmeasured=unmeasured,
         codec=recipe.codec,
         knob=recipe.knob if recipe.codec in CALIBRATED else None,
         calibration=found,
@@ -206,22 +222,28 @@ def _knob(knob: str | None, exemplars: Sequence[str] | None) -> Knob:
     return Knob(knob)
 
 
-def _check_floor(max_kl: float, found: Calibration | None, learned: Learned | None) -> None:
-    if learned is not None:
-        kl = learned.kl if math.isnan(learned.held_out_kl) else learned.held_out_kl
-    elif found is not None:
-        kl = found.kl
-    else:
-        raise InvalidRequestError(
-            "max_kl is measured on exemplars by a codec that calibrates or learns", param="max_kl"
-        )
-    if not kl <= max_kl:
-        raise InvalidRequestError(
-            f"the expert would answer {kl:.4f} nats per token away from its fine-tune, and max_kl allows {max_kl}: "
-            "give it a higher density or budget, or take a codec that keeps more",
-            param="max_kl",
-            code=BELOW_FLOOR,
-        )
+def _measured(
+    base: Checkpoint,
+    under: Checkpoint,
+    fine_tune: FineTune,
+    packed: Mapping[str, PackedTensor],
+    apart: Apart,
+    distance: float,
+    scored: Sequence[Labelled],
+    floors: Floors,
+    tell: Progress,
+) -> tuple[Measured, str | None]:
+    """What `measure` finds, or why it could not, where nobody has asked for it."""
+    if not apart.measured and not scored:
+        return rounded(Measured(distance)), None
+    try:
+        tuned = fine_tune.checkpoint().folder
+        options = {"held_out": apart.held_out, "relative_error": distance, "labelled": scored, "progress": tell}
+        return measure(base, under, tuned, packed, apart.measured, **options), None  # type: ignore[arg-type]
+    except CheckpointError as failure:
+        if floors.any or scored:
+            raise
+        return rounded(Measured(distance)), failure.message
 
 
 def _allowed(bits_per_param: float | None, max_size: int | None, parameters: int) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from store.errors import InvalidRequestError, TooLargeError
 from store.strict_json import FieldError, parse_json
 
 MAX_LINES = 4096
 MAX_BYTES = 1 << 20
+_PARAM = "exemplars"
 
 
 def parse_exemplars(data: bytes) -> list[str]:
@@ -25,26 +26,18 @@ def parse_exemplars(data: bytes) -> list[str]:
         TooLargeError: there is more.
         InvalidRequestError: a line is none of these; the message gives its number.
     """
-    if len(data) > MAX_BYTES:
-        raise TooLargeError(f"exemplars have {len(data)} bytes, at most {MAX_BYTES} are allowed", param="exemplars")
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    if len(lines) > MAX_LINES:
-        raise InvalidRequestError(f"exemplars have {len(lines)} lines, at most {MAX_LINES} fit", param="exemplars")
     found: dict[str, None] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = _prompt_of(parse_json(line, "the line"))
-        except FieldError as error:
-            raise _fault(number, f"{error.field} {error.message}") from None
+    for number, value in lines_of(data, _PARAM):
+        text = prompt_of(value)
         if text is None:
-            raise _fault(number, 'give {"prompt": TEXT}, {"text": TEXT}, {"messages": [...]} or a JSON string')
+            raise fault(
+                "exemplars", number, 'give {"prompt": TEXT}, {"text": TEXT}, {"messages": [...]} or a JSON string'
+            )
         if not text.strip():
-            raise _fault(number, "the prompt is empty")
+            raise fault("exemplars", number, "the prompt is empty")
         found[text] = None
     if not found:
-        raise InvalidRequestError("the exemplars hold no prompt", param="exemplars")
+        raise InvalidRequestError("the exemplars hold no prompt", param=_PARAM)
     return list(found)
 
 
@@ -55,11 +48,33 @@ def exemplar_bytes(exemplars: Sequence[str]) -> bytes:
     return data
 
 
-def _fault(number: int, what: str) -> InvalidRequestError:
-    return InvalidRequestError(f"exemplars, line {number}: {what}", param="exemplars")
+def lines_of(data: bytes, param: str) -> Iterator[tuple[int, object]]:
+    """The number and the value of each JSON line that is not empty.
+
+    Raises:
+        TooLargeError: there is more than `MAX_BYTES` or `MAX_LINES`.
+        InvalidRequestError: a line is no JSON.
+    """
+    if len(data) > MAX_BYTES:
+        raise TooLargeError(f"{param} have {len(data)} bytes, at most {MAX_BYTES} are allowed", param=param)
+    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+    if len(lines) > MAX_LINES:
+        raise InvalidRequestError(f"{param} have {len(lines)} lines, at most {MAX_LINES} fit", param=param)
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line, "the line")
+            except FieldError as error:
+                raise fault(param, number, f"{error.field} {error.message}") from None
 
 
-def _prompt_of(value: object) -> str | None:
+def fault(param: str, number: int, what: str) -> InvalidRequestError:
+    """What is wrong with a line."""
+    return InvalidRequestError(f"{param}, line {number}: {what}", param=param)
+
+
+def prompt_of(value: object) -> str | None:
+    """The prompt of a line; None where it has none."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from store.card import Card, card_from_json, card_to_json
+from store.measured import Measured, measured_from_json, measured_to_json
 from store.strict_json import Fields
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -35,6 +36,7 @@ class ExpertInfo:
         exemplars: example prompts that tell what the expert is for.
         card: author, licence, lineage, tags and the like.
         relative_to: hex sha256 of the expert file that the deltas are added on top of; None for the base itself.
+        measured: how close it comes to its fine-tune, or None.
     """
 
     codec: str
@@ -46,6 +48,7 @@ class ExpertInfo:
     exemplars: tuple[str, ...] = ()
     card: Card = field(default_factory=Card)
     relative_to: str | None = None
+    measured: Measured | None = None
 
 
 def info_to_json(info: ExpertInfo) -> dict[str, object]:
@@ -62,6 +65,8 @@ def info_to_json(info: ExpertInfo) -> dict[str, object]:
     document |= card_to_json(info.card)
     if info.relative_to is not None:
         document["relative_to"] = info.relative_to
+    if info.measured is not None:
+        document["report"] = measured_to_json(info.measured)
     return document
 
 
@@ -85,6 +90,7 @@ def info_from_json(fields: Fields) -> dict[str, Any]:
         "relative_to": fields.text("relative_to", max_bytes=64, pattern=DIGEST_PATTERN)
         if fields.has("relative_to")
         else None,
+        "measured": measured_from_json(fields.child("report")) if fields.has("report") else None,
     }
 
 

@@ -13,6 +13,7 @@ from store.card import Card, card_from_json, card_to_json
 from store.errors import ConflictError, InvalidRequestError
 from store.expert_header import ExpertHeader
 from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN
+from store.measured import Measured, measured_from_json, measured_to_json
 from store.strict_json import FieldError, Fields, parse_json
 
 KEPT_VERSIONS = 8
@@ -37,6 +38,7 @@ class ExpertRecord:
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
         relative_to: digest of the expert that it is added on top of; None for the base.
         exact: whether it is its fine-tune bit by bit, alone and at weight 1.
+        measured: from its header: how close it comes to its fine-tune; None where that says nothing.
         access: whose it is: of the name, whatever version it points to.
         earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
     """
@@ -56,6 +58,7 @@ class ExpertRecord:
     signature: str | None = None
     relative_to: str | None = None
     exact: bool = False
+    measured: Measured | None = None
     access: Access = field(default_factory=Access)
     earlier: tuple[ExpertRecord, ...] = ()
 
@@ -140,6 +143,7 @@ def record_of(
         signature=signature,
         relative_to=header.relative_to,
         exact=header.is_exact,
+        measured=header.measured,
         access=access,
     )
 
@@ -184,10 +188,16 @@ def record_to_json(record: ExpertRecord) -> bytes:
 
 
 def _version_to_json(version: ExpertRecord) -> dict[str, object]:
-    apart = ("access", "card", "signature", "relative_to", "exact", "earlier")
+    apart = ("access", "card", "signature", "relative_to", "exact", "measured", "earlier")
     plain = (item.name for item in dataclasses.fields(version) if item.name not in apart)
     # Left out where they say nothing: records from before they were known stay as they are, byte for byte.
-    extra = {"signature": version.signature, "relative_to": version.relative_to, "exact": version.exact or None}
+    report = None if version.measured is None else measured_to_json(version.measured)
+    extra = {
+        "signature": version.signature,
+        "relative_to": version.relative_to,
+        "exact": version.exact or None,
+        "report": report,
+    }
     said = {name: value for name, value in extra.items() if value is not None}
     return {name: getattr(version, name) for name in plain} | card_to_json(version.card) | said
 
@@ -246,4 +256,5 @@ def _version(name: str, fields: Fields) -> ExpertRecord:
         signature=fields.text("signature", max_bytes=200) if fields.has("signature") else None,
         relative_to=fields.text("relative_to", max_bytes=64, pattern=digest) if fields.has("relative_to") else None,
         exact=fields.has("exact") and fields.get("exact") is True,
+        measured=measured_from_json(fields.child("report")) if fields.has("report") else None,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from store.codecs.base import CodecName
 from store.codecs.t_switch import Knob
 from store.deltas import DenseDelta, OverwriteDelta
+from store.measured import Measured
 from store.packed import PackedOverwrite, PackedTensor, PackedTernary
 from store.probe import Probe
 
@@ -48,6 +49,8 @@ class Report:
             16-bit ones, or an adapter's.
         codec: the method.
         knob: how scales were chosen, where the codec has them.
+        measured: how close the expert comes to its fine-tune, as its file has it.
+        unmeasured: why it was not compared with its fine-tune although exemplars were given; else None.
         calibration: the multipliers and what they brought; None unless calibrated.
         learned: what learning reached; None unless learned.
         rows: per kind of storage.
@@ -64,6 +67,8 @@ class Report:
     probe: Probe | None
     codec: CodecName
     knob: Knob | None
+    measured: Measured
+    unmeasured: str | None
     calibration: Calibration | None
     learned: Learned | None
     rows: tuple[KindRow, ...]

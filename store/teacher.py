@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from store.errors import CheckpointError
 from store.samples import Sample, additive, pack
+
+Item = TypeVar("Item")
 
 MAX_NEW_TOKENS = 32
 _MAX_PROMPT_TOKENS = 512
@@ -34,6 +36,7 @@ class Lesson:
         tokens, positions: `[rows, T]` int64.
         attention: `[rows, T]` int64, 0 on padding; of a packed row `[1, 1, T, T]` bool, what may be seen.
         rows, columns: `[N]` int64, where the answers' tokens are predicted, the end of the turn included.
+        owners: `[N]` int64, which of the lesson's samples each of them belongs to, counted from 0.
         teacher: `[N, vocabulary]` float32, the fine-tune's log-probabilities there.
     """
 
@@ -42,6 +45,7 @@ class Lesson:
     attention: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
+    owners: torch.Tensor
     teacher: torch.Tensor
 
     def log_probs(self, model: Any) -> torch.Tensor:
@@ -79,37 +83,57 @@ def load_model(folder: Path) -> tuple[Any, Any]:
 def listen(model: Any, tokenizer: Any, exemplars: Sequence[str]) -> list[Lesson]:
     """Let the fine-tune answer greedily, and keep its distribution over every token of its answers."""
     stops = _stop_tokens(model, tokenizer)
-    # The model's own defaults may sample or penalise repetition.
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
     prompts = [_prompt_tokens(tokenizer, exemplar) for exemplar in exemplars]
     prompts.sort(key=len)  # little padding
-    samples: list[Sample] = []
-    for start in range(0, len(prompts), _BATCH):
-        batch = prompts[start : start + _BATCH]
-        width = max(len(row) for row in batch)
-        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in batch], device=model.device)
-        tokens = model.generate(input_ids=padded, attention_mask=attention)
-        answers = tokens[:, width:]
-        stopped = torch.isin(answers, torch.tensor(stops, device=model.device, dtype=answers.dtype))
-        lengths = ((stopped.cumsum(1) - stopped.long()) == 0).sum(1).tolist()
-        for row, answer, length in zip(batch, answers.tolist(), lengths, strict=True):
-            samples.append(Sample(row, tuple(answer[:length])))
+    samples = [Sample(row, answer) for row, answer in answered(model, prompts, stops, MAX_NEW_TOKENS)]
     random.Random(0).shuffle(samples)
     longest = sorted(samples, key=lambda sample: len(sample.prompt) + len(sample.answer))[-2:]
     layout = _packed if not samples or _can_pack(model, longest) else _padded
     lessons = []
     for start in range(0, len(samples), _LESSON):
-        place = layout(samples[start : start + _LESSON])
-        tokens, positions, attention, rows, columns = (part.to(model.device) for part in place)
+        chosen = samples[start : start + _LESSON]
+        owners = torch.tensor([owner for owner, sample in enumerate(chosen) for _ in sample.answer])
+        tokens, positions, attention, rows, columns, owners = (
+            part.to(model.device) for part in (*layout(chosen), owners)
+        )
         teacher = _log_probs(model, tokens, positions, attention, rows, columns)
-        lessons.append(Lesson(tokens, positions, attention, rows, columns, teacher))
+        lessons.append(Lesson(tokens, positions, attention, rows, columns, owners, teacher))
     return lessons
+
+
+@torch.no_grad()
+def answered(
+    model: Any, prompts: Sequence[tuple[int, ...]], stops: Sequence[int], most: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each prompt with the model's greedy answer of at most `most` tokens, the end of the turn included."""
+    # The model's own defaults may sample or penalise repetition.
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=most,
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        width = max(len(row) for row in batch)
+        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in batch], device=model.device)
+        made = model.generate(input_ids=padded, attention_mask=attention)[:, width:]
+        stopped = torch.isin(made, torch.tensor(list(stops), device=model.device, dtype=made.dtype))
+        lengths = ((stopped.cumsum(1) - stopped.long()) == 0).sum(1).tolist()
+        for row, answer, length in zip(batch, made.tolist(), lengths, strict=True):
+            yield row, tuple(answer[:length])
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], most: int) -> list[str]:
+    """Greedy answers of at most `most` tokens, as text without special tokens, in the order of the prompts."""
+    encoded = [_prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    found = answered(model, [encoded[row] for row in order], _stop_tokens(model, tokenizer), most)
+    texts = [""] * len(encoded)
+    for row, (_, answer) in zip(order, found, strict=True):
+        texts[row] = tokenizer.decode(answer, skip_special_tokens=True)
+    return texts
 
 
 @torch.no_grad()
@@ -118,10 +142,10 @@ def mean_kl(model: Any, lessons: Sequence[Lesson]) -> float:
     return sum(float(lesson.kl(model)) for lesson in lessons) / sum(len(lesson.teacher) for lesson in lessons)
 
 
-def spread(exemplars: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the exemplars, evenly spaced."""
-    count = min(len(exemplars), most)
-    return [exemplars[row * len(exemplars) // count] for row in range(count)]
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` of them, evenly spaced."""
+    count = min(len(items), most)
+    return [items[row * len(items) // count] for row in range(count)]
 
 
 def _prompt_tokens(tokenizer: Any, exemplar: str) -> tuple[int, ...]:

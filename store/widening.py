@@ -8,8 +8,9 @@ from typing import Any
 
 from store.codecs.base import CodecName
 from store.codecs.choice import Recipe
-from store.convert import BELOW_FLOOR, compress
+from store.convert import compress
 from store.errors import InvalidRequestError
+from store.floors import BELOW_FLOOR
 from store.report import Report
 
 TRIES = 5
@@ -17,7 +18,7 @@ TRIES = 5
 
 
 def compress_widening(base_folder: Path, tuned_folder: Path, out: Path, **options: Any) -> Report:
-    """`store.convert.compress`, and again with twice the density or budget for as long as `max_kl` is not met.
+    """`store.convert.compress`, and again with twice the density or budget for as long as a floor is not met.
 
     Returns:
         The report of the last try; `widened` says what each one before had asked for and how it ended.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 from typing_extensions import TypedDict
 
@@ -10,6 +11,8 @@ from server.api.services import Services
 from server.teaching import Routing
 from store.access import Caller
 from store.expert_header import ExpertHeader, SparseEntry
+from store.layers import Spent
+from store.measured import figures
 from store.record import ExpertRecord
 from store.tiers import Tier
 
@@ -19,6 +22,38 @@ class SignedBy(TypedDict):
 
     name: str | None
     fingerprint: str
+
+
+class Measured(TypedDict, total=False):
+    """How close an expert comes to its fine-tune, as its file has it; what was not measured is not there."""
+
+    relative_error: float
+    kl: float
+    """Nats per token of the fine-tune's greedy answers."""
+    agreement: float
+    """Share of these answers that are the expert's too."""
+    prompts: int
+    held_out: bool
+    """Whether the expert was made without these prompts."""
+    score: float
+    base_score: float
+    fine_tune_score: float
+    labelled: int
+    retention: float
+    """Share of the fine-tune's gain over the base that is kept, on labelled exemplars."""
+
+
+class LayerSpent(TypedDict):
+    """What a layer takes in an expert's file; `outside` is what belongs to none."""
+
+    layer: str
+    parameters: int
+    nonzeros: int
+    bytes: int
+    density: float
+    bits_per_param: float
+    bit_width: float
+    """Mean bits of a stored value, without its position: 1 is a sign."""
 
 
 class Expert(TypedDict):
@@ -45,6 +80,8 @@ class Expert(TypedDict):
     exact: bool
     """Whether, alone and at weight 1, it is its fine-tune bit by bit."""
     metadata: dict[str, str]
+    report: Measured | None
+    """Null where its maker measured nothing."""
     signed_by: SignedBy | None
     aliases: list[str]
     """Other names that point to this one."""
@@ -80,6 +117,7 @@ class ExpertDetails(Expert):
     codec_params: dict[str, Any]
     tool: str
     tensors: Tensors
+    layers: list[LayerSpent]
 
 
 class ExpertList(TypedDict):
@@ -141,6 +179,7 @@ def expert_answer(record: ExpertRecord, services: Services, by: Caller) -> Exper
         "relative_to": record.relative_to,
         "exact": record.exact,
         "metadata": dict(record.card.metadata),
+        "report": None if record.measured is None else cast(Measured, figures(record.measured)),
         "signed_by": _signer(record, services),
         "aliases": list(services.library.aliases_of(record.name)),
         "exemplar_count": record.exemplar_count,
@@ -168,7 +207,9 @@ def version_answer(version: ExpertRecord, current: bool) -> Version:
     }
 
 
-def details_answer(record: ExpertRecord, header: ExpertHeader, services: Services, by: Caller) -> ExpertDetails:
+def details_answer(
+    record: ExpertRecord, header: ExpertHeader, layers: Mapping[str, Spent], services: Services, by: Caller
+) -> ExpertDetails:
     """One expert, and how its file was made."""
     return {
         **expert_answer(record, services, by),
@@ -177,6 +218,7 @@ def details_answer(record: ExpertRecord, header: ExpertHeader, services: Service
         "codec_params": dict(header.codec_params),
         "tool": header.tool,
         "tensors": _tensors(header),
+        "layers": [_layer(name, spent) for name, spent in layers.items()],
     }
 
 
@@ -198,6 +240,18 @@ def _tier(digest: str, services: Services) -> Literal["device", "host", "store"]
 def _signer(record: ExpertRecord, services: Services) -> SignedBy | None:
     signer = services.library.signer(record)
     return None if signer is None else {"name": signer.name, "fingerprint": signer.fingerprint}
+
+
+def _layer(name: str, spent: Spent) -> LayerSpent:
+    return {
+        "layer": name,
+        "parameters": spent.parameters,
+        "nonzeros": spent.nonzeros,
+        "bytes": spent.bytes,
+        "density": spent.density,
+        "bits_per_param": spent.bits_per_param,
+        "bit_width": spent.bit_width,
+    }
 
 
 def _tensors(header: ExpertHeader) -> Tensors:

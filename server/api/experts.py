@@ -76,7 +76,8 @@ async def list_experts(
 async def get_expert(name: str, services: AnyServices, asker: Asker) -> ExpertDetails:
     """One expert, and how its file was made."""
     record = await services.library.get(name, asker)
-    return details_answer(record, await services.library.header(record), services, asker)
+    header, layers = await services.library.header(record), await services.library.layers(record)
+    return details_answer(record, header, layers, services, asker)
 
 
 @router.put(

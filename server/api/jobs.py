@@ -18,11 +18,19 @@ from server.jobs.job import Job, JobRequest
 from store.access import Caller
 from store.card import Card, card_to_json, check_card
 from store.errors import InvalidRequestError
+from store.labelled import MAX_LABELLED
 from store.strict_json import FieldError
 
 router = APIRouter(prefix="/v1/jobs")
 
 _MAX_FILES = 256
+
+
+class LabelledPrompt(Wire):
+    """A prompt with the answer that counts as right."""
+
+    prompt: Text = Field(min_length=1)
+    answer: Text = Field(min_length=1)
 
 
 class JobBody(Wire):
@@ -45,6 +53,12 @@ class JobBody(Wire):
     exemplars: list[Text] | None = Field(
         None, min_length=1, max_length=1024, description="Prompts the expert is for; they calibrate it, and route."
     )
+    labelled: list[LabelledPrompt] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LABELLED,
+        description="Prompts with their answers, not stored: they tell how much of the fine-tune's gain is kept.",
+    )
     codec: Text = Field("t-switch", description="The method, as `switchyard compress --codec`.")
     density: float | None = Field(None, gt=0, le=1, description="Of t-switch and compeft; default: 0.05.")
     rank: Annotated[int, Field(ge=1, le=65536)] | None = Field(
@@ -55,7 +69,13 @@ class JobBody(Wire):
     bits_per_param: float | None = Field(None, gt=0, le=16, description="What flex-switch may spend; default: 0.04.")
     max_size: Annotated[int, Field(ge=1)] | None = Field(None, description="The same as bytes of the file.")
     max_kl: float | None = Field(None, gt=0, description="Fail where the expert ends further from its fine-tune.")
-    widen: bool = Field(False, description="Where max_kl is not met, try again with twice the size, five times.")
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="Fail where it gives a smaller share of the fine-tune's greedy answers."
+    )
+    min_retention: float | None = Field(
+        None, description="Fail where it keeps a smaller share of the fine-tune's gain; needs `labelled`."
+    )
+    widen: bool = Field(False, description="Where a floor is not met, try again with twice the size, five times.")
 
     def options(self) -> dict[str, Any]:
         """What `store.convert.compress` is given; the card as JSON has it.

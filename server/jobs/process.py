@@ -39,6 +39,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     from store.card import card_from_json
     from store.convert import compress
     from store.errors import SwitchyardError
+    from store.labelled import Labelled
     from store.strict_json import Fields
     from store.widening import compress_widening
 
@@ -56,6 +57,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
             _furnish(tuned, base)
         options = dict(task["options"])
         options["card"] = card_from_json(Fields(options.get("card", {}), "card"))
+        options["labelled"] = [Labelled(**row) for row in options["labelled"]] if "labelled" in options else None
         run = compress_widening if options.pop("widen", False) else compress
         report = run(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **options)
     except SwitchyardError as error:
@@ -66,19 +68,17 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         if "allocate memory" in str(error) or "not enough memory" in str(error):
             return _out_of_memory()
         raise
-    return {"report": figures(report)}
+    return {"report": report_of(report)}
 
 
-def figures(report: Any) -> dict[str, Any]:
+def report_of(report: Any) -> dict[str, Any]:
     """A report as JSON has it: the numbers, without what is known per tensor."""
+    from store.measured import figures
+
     given = dataclasses.asdict(report)
-    calibration, learned = given.pop("calibration"), given.pop("learned")
-    if calibration is not None:
-        given["kl"] = calibration["kl"]
-    if learned is not None:
-        held_out = learned["held_out_kl"]
-        given |= {"kl": learned["kl"], "kl_held_out": held_out if held_out == held_out else None}
-    return given
+    for apart in ("calibration", "learned", "measured"):
+        del given[apart]
+    return given | figures(report.measured)
 
 
 def _furnish(tuned: Path, base: Path) -> None:

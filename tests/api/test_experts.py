@@ -68,6 +68,7 @@ async def test_upload(own: House) -> None:
         "parents": ["a" * 64],
         "relative_to": None,
         "exact": False,
+        "report": None,
         "metadata": {"k": "v"},
         "signed_by": None,
         "aliases": [],
@@ -333,6 +334,17 @@ async def test_list_and_get(own: House) -> None:
         "codec_params": {"x": 1},
         "tool": "tests",
         "tensors": {"ternary": 0, "dense": 1, "elements": 4, "nonzeros": 4},
+        "layers": [
+            {
+                "layer": "outside",
+                "parameters": 4,
+                "nonzeros": 4,
+                "bytes": 8,
+                "density": 1.0,
+                "bits_per_param": 16.0,
+                "bit_width": 16.0,
+            }
+        ],
         "routed": False,
         "routing_reason": details["routing_reason"],
     }

@@ -17,6 +17,7 @@ from server.jobs import book, jobs
 from store.card import Card
 from store.convert import compress
 from store.fingerprint import manifest_of
+from store.measured import figures
 from tests.api.dummy_engine import DummyEngine
 from tests.api.house import House, error, make_expert, open_house
 from tests.api.test_uploads import PIECE
@@ -101,6 +102,7 @@ async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
         uploads.append(await upload(house, "config.json", b"{}"))
         prompts = ["a river", "a house", "a tree"]
         body = {"uploads": uploads, "name": "tuned", "exemplars": prompts, "density": 0.2, "description": "raw"}
+        body |= {"labelled": [{"prompt": "say a", "answer": "a"}, {"prompt": "say b", "answer": "b"}]}
         body |= {"author": "ada", "license": "MIT", "tags": ["raw"], "parents": ["a" * 64], "metadata": {"k": "v"}}
         answer = await house.http.post("/v1/jobs", json=body)
         assert answer.status_code == 202, answer.text
@@ -113,10 +115,18 @@ async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
         assert any(job["progress"] and job["progress"]["total"] for job in seen)
         here = compress(base, tuned, tmp_path / "here", density=0.2, exemplars=prompts)
         assert job["report"]["relative_error"] == pytest.approx(here.relative_error, rel=1e-3)
-        assert here.calibration is not None
-        assert job["report"]["kl"] == pytest.approx(here.calibration.kl, rel=0.05)
+        assert here.measured.kl is not None
+        assert job["report"]["kl"] == pytest.approx(here.measured.kl, rel=0.05)
+        assert (job["report"]["prompts"], job["report"]["held_out"]) == (3, False), "there are too few to spare any"
+        assert job["report"]["labelled"] == 2
         assert job["report"]["codec"] == "t-switch"
         record = house.registry.get("tuned")
+        assert record.measured is not None
+        listed = (await house.http.get("/v1/experts")).json()["data"][0]
+        assert listed["report"] == figures(record.measured)
+        assert listed["report"].items() <= job["report"].items()
+        layers = (await house.http.get("/v1/experts/tuned")).json()["layers"]
+        assert sum(layer["parameters"] for layer in layers) == sum(tensor.numel() for tensor in tensors.values())
         assert job["expert"] == {"id": "tuned", "digest": record.digest}
         assert (record.description, record.exemplar_count) == ("raw", 3)
         assert record.card == Card("ada", "MIT", ("raw",), ("a" * 64,), {"k": "v"})
@@ -130,8 +140,13 @@ async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
         assert job["status"] == "failed"
         assert job["error"]["code"] == "invalid_checkpoint"
         assert "no full fine-tune" in job["error"]["message"]
+        uploads = [await upload(house, "model.safetensors", (tuned / "model.safetensors").read_bytes())]
+        body = {"uploads": uploads, "exemplars": prompts, "density": 0.01, "min_agreement": 1, "max_kl": 0.001}
+        job = await ended(house, (await house.http.post("/v1/jobs", json=body)).headers["location"])
+        assert (job["status"], job["error"]["code"]) == ("failed", "below_floor"), job
+        assert job["error"]["param"] == "max_kl"
         listed = (await house.http.get("/v1/jobs")).json()["data"]
-        assert [one["status"] for one in listed] == ["failed", "succeeded"]
+        assert [one["status"] for one in listed] == ["failed", "failed", "succeeded"]
 
 
 @pytest.mark.parametrize(

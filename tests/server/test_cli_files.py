@@ -20,6 +20,7 @@ from server.signing import sign_file
 from store.card import Card
 from store.errors import InvalidRequestError
 from store.expert_file import digest_of
+from store.measured import Measured
 from tests.store.builders import write_sample
 
 
@@ -29,6 +30,31 @@ def test_inspect_shows_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = " ".join(capsys.readouterr().out.split())
     for part in ("author Ada", "licence MIT", "tags numbers, language:fr", f"made from {'a' * 64}", "eval.loss [0.3]"):
         assert part in said
+
+
+def test_inspect_shows_the_report_and_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = Measured(0.25, 0.0123, 0.875, 16, True, 0.7, 0.2, 0.9, 100)
+    assert run("inspect", str(write_sample(tmp_path / "e", measured=measured))) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "relative error 0.2500",
+        "KL to the fine-tune 0.0123 nats/token on 16 exemplars held out",
+        "same answers 87.5% of the fine-tune's greedy ones",
+        "retention 71.4% (exact match 0.700, fine-tune 0.900, base 0.200, on 100 labelled exemplars)",
+        "outside",
+        "bit-width",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize("measured", [None, Measured(0.25)])
+def test_inspect_makes_no_figures_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measured: Measured | None
+) -> None:
+    assert run("inspect", str(write_sample(tmp_path / "e", measured=measured))) == 0
+    said = capsys.readouterr().out
+    assert ("relative error" in said) == (measured is not None)
+    assert not any(word in said for word in ("KL", "same answers", "retention"))
 
 
 def test_what_the_options_say(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import { colour, load, retention } from "./experts.js";
 import { ago, bytes, count, date, digits, percent } from "./format.js";
 import { exemplarsPart } from "./exemplars.js";
 import { refusal } from "./notices.js";
+import { measuredFacts } from "./report.js";
 
 const BF16_BITS = 16;
 
@@ -41,6 +42,7 @@ async function fillIn(body, name, close) {
         h("button", { type: "button", class: "danger", onclick: () => remove(expert, path, close) }, "Delete …"),
       ),
       report(expert),
+      layersPart(expert.layers),
       versionsPart(versions.data, path, () => fillIn(body, name, close)),
       exemplarsPart(path),
     );
@@ -56,6 +58,7 @@ function report(expert) {
     ["Bits per parameter", digits(expert.bits_per_param)],
     ["Smaller than bf16", expert.bits_per_param ? `${digits(BF16_BITS / expert.bits_per_param)} ×` : "–"],
     ["Retention", percent(retention(expert))],
+    ...measuredFacts(expert.report),
     ["Codec", expert.codec],
     ["Density", digits(expert.density)],
     ["Nonzeros", `${count(tensors.nonzeros)} of ${count(tensors.elements)}`],
@@ -93,6 +96,25 @@ function report(expert) {
       ` Routing: ${expert.routing_reason}.`,
     ),
     h("p", { class: "quiet digest" }, `sha256 ${expert.digest}`),
+  );
+}
+
+function layersPart(layers) {
+  if (!layers.length) return null;
+  const row = ({ layer, density, bits_per_param, bit_width, bytes: size }) => {
+    const cells = [digits(density), digits(bits_per_param), digits(bit_width), bytes(size)];
+    return h("tr", {}, h("td", {}, layer), ...cells.map((text) => h("td", { class: "number" }, text)));
+  };
+  const head = ["Layer", "Density", "Bits/param", "Bit-width", "Size"].map((text) => h("th", { scope: "col" }, text));
+  return h(
+    "details",
+    {},
+    h("summary", {}, "Density and bits by layer"),
+    h(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Layers" },
+      h("table", {}, h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, layers.map(row))),
+    ),
   );
 }
 

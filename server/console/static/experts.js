@@ -40,8 +40,9 @@ export function colour(name) {
   return place < 0 ? "var(--grey)" : `var(--c${place % COLOURS})`;
 }
 
-/** Retention as whoever made the expert measured it: it takes test data, which no server has. Null if not told. */
+/** Retention as its file's report has it, or as whoever made the expert says. Null if not told. */
 export function retention(expert) {
+  if (expert.report?.retention !== undefined) return expert.report.retention;
   const told = Number.parseFloat(expert.metadata?.retention);
   return Number.isFinite(told) ? told : null;
 }

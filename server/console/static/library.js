@@ -27,7 +27,15 @@ const COLUMNS = [
     by: (expert) => retention(expert) ?? -1,
     cell: (expert) => percent(retention(expert)),
     number: true,
-    hint: "Share of the fine-tune's gain that is kept, as its maker measured it (metadata: retention)",
+    hint: "Share of the fine-tune's gain that is kept, measured on labelled exemplars when it was made",
+  },
+  {
+    id: "agreement",
+    text: "Same answers",
+    by: (expert) => expert.report?.agreement ?? -1,
+    cell: (expert) => percent(expert.report?.agreement),
+    number: true,
+    hint: "Share of the fine-tune's greedy answers that it gives too, measured when it was made",
   },
   {
     id: "tier",

@@ -5,6 +5,7 @@ import { field, h, options, show } from "./dom.js";
 import { load } from "./experts.js";
 import { bytes, count, digits, percent } from "./format.js";
 import { refusal } from "./notices.js";
+import { measuredFacts } from "./report.js";
 import { sendFile } from "./uploader.js";
 
 const CODECS = ["t-switch", "flex-switch", "compeft", "bit-delta", "low-rank", "raw", "overwrite"];
@@ -231,12 +232,12 @@ function jobReport(report) {
     ["Bits per parameter", digits(report.bits_per_param)],
     ["Smaller than bf16", `${digits(report.times_smaller)} ×`],
     ["Density", digits(report.density)],
-    ["Relative error", digits(report.relative_error)],
     ["Parameters changed", percent(report.changed)],
     ["Codec", report.codec],
     ["Knob", report.knob],
-    ["KL to the fine-tune", report.kl !== undefined && `${digits(report.kl)} nats per token`],
-    ["KL, held out", Number.isFinite(report.kl_held_out) && `${digits(report.kl_held_out)} nats per token`],
+    ["Retention", report.retention !== undefined && percent(report.retention)],
+    ...measuredFacts(report),
+    ["Not compared", report.unmeasured],
     ["Took", `${digits(report.seconds)} s`],
   ].filter(([, value]) => value);
 }

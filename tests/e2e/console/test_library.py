@@ -119,7 +119,7 @@ def test_a_raw_fine_tune_is_compressed_by_the_server(
     page.get_by_label("Density").fill("0.3")
     page.get_by_role("button", name="Publish").click()
     expect(page.locator(".uploads")).to_contain_text("painter is live.", timeout=150_000)
-    for text in ("KL to the fine-tune", "Relative error", "Smaller than bf16"):
+    for text in ("KL to the fine-tune", "Same answers", "Relative error", "Smaller than bf16"):
         expect(page.locator(".uploads")).to_contain_text(text)
     page.reload()
     expect(page.locator(".jobs")).to_contain_text("succeeded")
