@@ -16,7 +16,7 @@ from server.engine.kernels.gpu_beside import add_planes, add_sparse, stage_rows
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
 from server.engine.kernels.gpu_rounding import INTERPRETED
-from server.engine.kernels.gpu_tables import Launch, Plans, term_fields
+from server.engine.kernels.gpu_tables import PLANES_TILES, Launch, Plans, term_fields
 from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import (
@@ -42,9 +42,11 @@ FUSE_ROWS = 128
 _J = 4
 """Words of a row that `add_planes` takes at a time, one for each of the threads that share it."""
 _SPLITS = (1, 2, 4, 8)
+_TILE_SUMS = 64 * 64
+"""Most sums of a tile of `add_planes`."""
 _WORDS_PER_SPLIT = 2 * _J
 _BLOCKS_PER_PROCESSOR = 2
-"""What it takes to keep memory busy; tiles are made smaller and split for it."""
+"""What it takes to keep memory busy; columns are split for it."""
 SPARSE_SHAPES = {1: (16, 64), 4: (16, 32), 16: (8, 32)}
 """Batch rows of a chunk → weight rows of a tile, entries at a time."""
 _SLAB_BYTES = 16 << 20
@@ -136,15 +138,17 @@ class TritonKernels:
                 stage_rows[(triton.cdiv(width, 128), launch.chunks)](packed, x, chunks, width, M=tile, COLUMNS=128)
                 x = packed
             add_sparse[(triton.cdiv(out, lists), launch.chunks)](
-                y, x, chunks, terms, out, width, M=tile, N=lists, E=entries, STAGED=staged, ONE=launch.one
+                y, x, chunks, terms, out, width,
+                M=tile, N=lists, E=entries, STAGED=staged, ONE=launch.one, LEVELS=launch.levels,
             )  # fmt: skip
             return
         device = self._device(y.device)
-        wide, splits = _cut(out, width, launch, device.processors * _BLOCKS_PER_PROCESSOR)
+        wide, warps = planes_shape(x.dtype, tile, out)
+        splits = _splits(triton.cdiv(out, wide) * launch.chunks, width, device.processors * _BLOCKS_PER_PROCESSOR)
         grid = (triton.cdiv(out, wide), launch.chunks, splits)
         add_planes[grid](
             y, x, chunks, terms, device.partial, device.arrived, out, width,
-            M=tile, N=wide, J=_J, SPLITS=splits, DOT=_dot(x.dtype), STAGES=3, num_warps=4,
+            M=tile, N=wide, J=_J, SPLITS=splits, DOT=_dot(x.dtype), STAGES=3, num_warps=warps,
         )  # fmt: skip
 
     def _fuse(
@@ -229,7 +233,7 @@ class TritonKernels:
             if device.type == "cuda":
                 processors = torch.cuda.get_device_properties(device).multi_processor_count
             blocks = processors * _BLOCKS_PER_PROCESSOR
-            partial = torch.empty(2 * blocks * 64 * 64, device=device)
+            partial = torch.empty(2 * blocks * _TILE_SUMS, device=device)
             arrived = torch.zeros(blocks, dtype=torch.int32, device=device)
             known = self._devices[device] = _Device(processors, partial, arrived)
         return known
@@ -251,13 +255,18 @@ def _dot(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
 
 
-def _cut(out: int, width: int, launch: Launch, blocks: int) -> tuple[int, int]:
-    """Weight rows of a tile of `add_planes`, and into how many parts its columns are cut, for so many blocks."""
-    if launch.tile < 64 and triton.cdiv(out, 128) * launch.chunks >= blocks:
-        return 128, 1
-    tiles = triton.cdiv(out, 64) * launch.chunks
+def planes_shape(dtype: torch.dtype, tile: int, out: int) -> tuple[int, int]:
+    """Weight rows of a tile of `add_planes`, and its warps. More rows share what it takes to bring the batch into the
+    tensor cores' order, as long as the sums fit the registers; 32-bit numbers take more of these."""
+    if dtype is torch.float32:
+        return 64, 8 if tile == PLANES_TILES[-1] else 4
+    return (128 if tile < PLANES_TILES[-1] and out > 64 else 64), 4
+
+
+def _splits(tiles: int, width: int, blocks: int) -> int:
+    """Into how many parts columns are cut, for so many blocks."""
     most = triton.cdiv(width, BLOCK) // _WORDS_PER_SPLIT
-    return 64, max(splits for splits in _SPLITS if splits == 1 or (splits <= most and tiles * splits < 2 * blocks))
+    return max(splits for splits in _SPLITS if splits == 1 or (splits <= most and tiles * splits < 2 * blocks))
 
 
 def _slabs(matrix: torch.Tensor, itemsize: int | None = None) -> list[tuple[int, torch.Tensor]]:

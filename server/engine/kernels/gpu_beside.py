@@ -136,12 +136,13 @@ def stage_rows(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def add_sparse(  # type: ignore[no-untyped-def]
     y_ptr, x_ptr, chunk_ptr, term_ptr, out, width,
-    M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, STAGED: tl.constexpr, ONE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, STAGED: tl.constexpr, ONE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: up to M batch rows of one group × N weight rows. E entries of each row at a time, side by side.
 
     Grid: tiles of weight rows (N divides 32), chunks. Where every group has ONE term, a tile is of N lists in their own
-    order, which are of about one length; else each row looks up its list in each term's order. What an entry of few
+    order, which are of about one length; else each row looks up its list in each term's order. Without LEVELS, all
+    levels are 1. What an entry of few
     rows is multiplied with is gathered from x; for many it is one piece of what `stage_rows` made of x.
     """
     chunk = chunk_ptr + tl.program_id(1) * 4
@@ -178,9 +179,10 @@ def add_sparse(  # type: ignore[no-untyped-def]
             place = start[:, None] + number
             entry = tl.load(entries + place, mask=present, other=0).to(tl.int32) & 0xFFFF
             value = tl.where((entry & 1) == 1, -factor, factor)
-            if levels != 0:
-                level = tl.load(levels.to(tl.pointer_type(tl.uint8)) + place, mask=present, other=0)
-                value = value * level.to(tl.float32)
+            if LEVELS:  # noqa: SIM102 (decided at compile time, the other one in the loop)
+                if levels != 0:
+                    level = tl.load(levels.to(tl.pointer_type(tl.uint8)) + place, mask=present, other=0)
+                    value = value * level.to(tl.float32)
             column = (entry >> 1)[:, :, None]
             if STAGED:
                 x = tl.load(x_rows + column * M, mask=present[:, :, None], other=0.0)

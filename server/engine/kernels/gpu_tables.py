@@ -46,6 +46,7 @@ class Launch:
         tile: most batch rows of a chunk.
         chunks: how many.
         one: whether each has one term only.
+        levels: whether some lists have levels other than 1.
         table: the chunks, then the terms.
     """
 
@@ -53,6 +54,7 @@ class Launch:
     tile: int
     chunks: int
     one: bool
+    levels: bool
     table: torch.Tensor
 
     @property
@@ -166,7 +168,8 @@ def _launch(sparse: bool, tile: int, groups: Sequence[Group], device: torch.devi
     # One copy to the device for both tables.
     table = torch.tensor(chunks + terms, dtype=torch.int64).to(device, non_blocking=True)
     one = all(len(group.terms) == 1 for group in groups)
-    return Launch(sparse, tile, len(chunks) // CHUNK_FIELDS, one, table)
+    levels = any(isinstance(d, SparseRows) and d.levels is not None for group in groups for _, d in group.terms)
+    return Launch(sparse, tile, len(chunks) // CHUNK_FIELDS, one, levels, table)
 
 
 def _of(terms: Sequence[Term], form: type[PackedDelta]) -> tuple[Term, ...]:

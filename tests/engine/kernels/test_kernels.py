@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.gpu) if n == "triton" else n for n in MAKERS])
 def kernels(request: pytest.FixtureRequest, folder: Path) -> Kernels:
     try:
         return MAKERS[request.param](folder)

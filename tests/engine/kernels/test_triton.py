@@ -72,10 +72,12 @@ def test_groups_of_every_size(kernels: Kernels, rows: int, density: float, top: 
     check(kernels, (40, 300), [(1, rows, deltas(density, top=top)), (0, 1, deltas(0.3)), (0, 2, deltas(0.02))], dtype)
 
 
-def test_the_columns_of_few_rows_are_split(kernels: Kernels) -> None:
+@pytest.mark.parametrize("out", [64, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_columns_of_few_rows_are_split(kernels: Kernels, out: int, dtype: torch.dtype) -> None:
     """Twice, since blocks count who has arrived, and have to begin at zero again."""
     for _ in range(2):
-        check(kernels, (64, 520), [(0, 3, deltas(0.4, shape=(64, 520)))], torch.float32)
+        check(kernels, (out, 520), [(0, 3, deltas(0.4, shape=(out, 520)))], dtype)
 
 
 def test_terms_of_different_forms_are_rounded_once(kernels: Kernels) -> None:
