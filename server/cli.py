@@ -69,6 +69,9 @@ def push(
     density: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
     bits_per_param: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    relative_to: Annotated[
+        str | None, typer.Option(help="Of a folder: the server's expert that it started from, by name or digest.")
+    ] = None,
     labelled: Annotated[Path | None, typer.Option(help="Of a folder, as with compress.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
@@ -90,7 +93,7 @@ def push(
         job = push_folder(
             Client(server, api_key), err, file, exemplars=exemplars, labelled=labelled, codec=codec.value,
             density=density, bits_per_param=bits_per_param, rank=rank, max_kl=max_kl, min_agreement=min_agreement,
-            min_retention=min_retention, widen=widen, name=name, replace=replace,
+            min_retention=min_retention, widen=widen, relative_to=relative_to, name=name, replace=replace,
         )  # fmt: skip
         made, cost = job["expert"], job["report"]
         out.print(

@@ -17,7 +17,7 @@ from store.alias import Alias
 from store.errors import EngineDeadError, SwitchyardError
 from store.exemplar_changes import Choice
 from store.expert_file import ExpertHeader, read_header
-from store.intake import Received
+from store.intake import Received, receiving
 from store.layers import Spent, spent_by_layer
 from store.ownership import NO_QUOTA, Quota, check_owned
 from store.record import ExpertRecord
@@ -287,6 +287,16 @@ class Library:
     async def layers(self, record: ExpertRecord) -> Mapping[str, Spent]:
         """Where the expert's file spends its bits, by layer; raises as `header`."""
         return await asyncio.to_thread(lambda: spent_by_layer(self._registry.expert_path(record.digest)))
+
+    async def stack(self, name: str, by: Caller) -> Sequence[str]:
+        """Digests of an expert that another one may stand on, and of what is below it; see `Catalogue.stack`."""
+        return await asyncio.to_thread(self._registry.stack, name, by)
+
+    async def copy(self, digest: str, target: Path) -> None:
+        """Put the bytes of an expert somewhere; raises as `header`."""
+        data = await asyncio.to_thread(self._registry.expert_bytes, digest)
+        with receiving():
+            await asyncio.to_thread(target.write_bytes, data)
 
     async def _forget(self, record: ExpertRecord) -> None:
         self._teaching.forget(record)

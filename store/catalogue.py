@@ -12,7 +12,14 @@ from pathlib import Path
 from store.access import OPERATOR, Caller
 from store.alias import Alias, parse_entry
 from store.backends import BlobStore
-from store.errors import ExpertFileError, ExpertUnavailableError, NotFoundError, UntrustedError
+from store.errors import (
+    ExpertFileError,
+    ExpertUnavailableError,
+    InvalidRequestError,
+    NotFoundError,
+    SwitchyardError,
+    UntrustedError,
+)
 from store.exemplars import parse_exemplars
 from store.expert_file import read_header
 from store.lineage import Lineage
@@ -78,6 +85,22 @@ class Catalogue:
             raise UntrustedError(f"the expert {name} is not signed by a key that this server trusts: it is not served")
         self._lineage.chain(record.relative_to)
         return record
+
+    def stack(self, name: str, by: Caller = OPERATOR) -> Sequence[str]:
+        """Digests of an expert that another one may stand on, and of all that it stands on itself, nearest first.
+
+        Args:
+            name: what it is called, or the digest of one of its versions.
+
+        Raises:
+            InvalidRequestError: there is none for this caller, or it stands on too many; `param` is "relative_to".
+        """
+        if not any(version.digest == name for record in self.list(by) for version in record.versions):
+            try:
+                name = self.get(name, by).digest
+            except SwitchyardError as error:
+                raise InvalidRequestError(error.message, param="relative_to", code="parent_not_found") from None
+        return self.lineage.stack(name)
 
     @property
     def lineage(self) -> Lineage:

@@ -60,6 +60,17 @@ class Lineage:
             relative_to = self._versions[relative_to].relative_to
         return tuple(found)
 
+    def stack(self, digest: str) -> tuple[str, ...]:
+        """The digest and those that its expert stands on, nearest first, for another one to stand on.
+
+        Raises:
+            InvalidRequestError: one of them is not here, or there are too many; `param` is "relative_to".
+        """
+        try:
+            return self.chain(digest)
+        except ExpertUnavailableError as error:
+            raise InvalidRequestError(error.message, param=error.param, code=error.code) from None
+
     def below(self, digest: str) -> tuple[str, ...]:
         """Digests of what the expert of that digest stands on, nearest first.
 
@@ -95,10 +106,8 @@ class Lineage:
         Raises:
             InvalidRequestError: it is not; `param` is "relative_to".
         """
-        try:
-            self.chain(record.relative_to)
-        except ExpertUnavailableError as error:
-            raise InvalidRequestError(error.message, param=error.param, code=error.code) from None
+        if record.relative_to is not None:
+            self.stack(record.relative_to)
         if not self.sees(by, record):
             raise InvalidRequestError(
                 f"the expert stands on another one, {str(record.relative_to)[:12]}…, which is not here: publish that "

@@ -50,6 +50,11 @@ class JobBody(Wire):
     tags: list[Text] = Field([], description="What it can be found by.")
     parents: list[Text] = Field([], description="Digests of the experts it was made from.")
     metadata: dict[Text, Text] = Field({}, description="Anything else.")
+    relative_to: Text | None = Field(
+        None,
+        max_length=64,
+        description="The expert here that the fine-tune started from, by name or digest: the new one stands on it.",
+    )
     exemplars: list[Text] | None = Field(
         None, min_length=1, max_length=1024, description="Prompts the expert is for; they calibrate it, and route."
     )
@@ -88,7 +93,7 @@ class JobBody(Wire):
             check_card(said)
         except FieldError as error:
             raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
-        left_out = {"uploads", "replace", *(field.name for field in dataclasses.fields(Card))}
+        left_out = {"uploads", "replace", "relative_to", *(field.name for field in dataclasses.fields(Card))}
         return self.model_dump(exclude=left_out, exclude_none=True) | {"card": card_to_json(said)}
 
 
@@ -135,9 +140,10 @@ class JobList(TypedDict):
 @router.post("", status_code=202)
 async def create_job(body: JobBody, response: Response, services: ReadyServices, asker: Asker) -> JobAnswer:
     """Compress uploaded files into an expert and publish it, in the background."""
-    request = JobRequest(name=body.name, replace=body.replace, options=body.options())
     if body.replace and body.name is None:
         raise InvalidRequestError("say which expert is to be replaced", param="name")
+    below = () if body.relative_to is None else await services.library.stack(body.relative_to, asker)
+    request = JobRequest(name=body.name, replace=body.replace, options=body.options(), stands_on=below)
     async with services.inbox.gathered(body.uploads, asker) as files:
         job = await services.jobs.submit(request, asker, inputs_of(files))
     response.headers["Location"] = f"{router.prefix}/{job.id}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -33,11 +33,14 @@ class JobRequest:
         name: what the expert is called; None takes "expert-" and its digest's beginning.
         replace: whatever the name points to.
         options: for `store.convert.compress`: codec, density, exemplars, ...
+        stands_on: digests of the expert that the fine-tune started from and of what that one stands on, nearest first;
+            none for the base.
     """
 
     name: str | None
     replace: bool
     options: Mapping[str, Any]
+    stands_on: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ class Jobs:
 
     async def _work(self, job: Job) -> None:
         workplace = await asyncio.to_thread(self._book.workplace, job)
-        said = await self._process(job, workplace)
+        below = await self._below(job, workplace)
+        said = await self._process(job, workplace, below)
         if said is None:
             await self._end_cancelled(job)
         elif "report" in said:
@@ -181,6 +182,18 @@ class Jobs:
         else:
             error = said["error"]
             await asyncio.to_thread(self._book.fail, job, error["message"], error["code"], error["param"])
+
+    async def _below(self, job: Job, workplace: Path) -> Sequence[Path]:
+        """Copies of what the expert will stand on: a store may let go of its own while the job runs.
+
+        Raises:
+            ExpertUnavailableError: one is gone.
+        """
+        files = []
+        for digest in job.request.stands_on:
+            files.append(workplace / digest)
+            await self._library.copy(digest, files[-1])
+        return files
 
     async def _publish(self, job: Job, path: Path, report: Mapping[str, Any]) -> None:
         self._show(job, "publish", 0, 1)
@@ -207,7 +220,7 @@ class Jobs:
         ended = dataclasses.replace(job, state=JobState.CANCELLED, finished=int(time.time()))
         await asyncio.to_thread(self._book.save, ended)
 
-    async def _process(self, job: Job, workplace: Path) -> dict[str, Any] | None:
+    async def _process(self, job: Job, workplace: Path, below: Sequence[Path]) -> dict[str, Any] | None:
         """What a job's process said last; None where it was cancelled."""
         limits = self._limits()
         task = {
@@ -219,6 +232,7 @@ class Jobs:
             "file_bytes": limits.file_bytes,
             "cpu_seconds": limits.seconds * (os.cpu_count() or 1),
             "options": dict(job.request.options),
+            "relative_to": [str(file) for file in below],
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", _MODULE,

@@ -58,6 +58,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         options = dict(task["options"])
         options["card"] = card_from_json(Fields(options.get("card", {}), "card"))
         options["labelled"] = [Labelled(**row) for row in options["labelled"]] if "labelled" in options else None
+        options["relative_to"] = [Path(file) for file in task["relative_to"]]
         run = compress_widening if options.pop("widen", False) else compress
         report = run(base, tuned, out, cache_dir=Path(task["cache"]), progress=tell, **options)
     except SwitchyardError as error:

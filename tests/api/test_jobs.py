@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from server.jobs import book, jobs
 from store.card import Card
 from store.convert import compress
+from store.expert_file import digest_of
 from store.fingerprint import manifest_of
 from store.measured import figures
 from tests.api.dummy_engine import DummyEngine
@@ -147,6 +148,47 @@ async def test_the_whole_way(base: Path, tmp_path: Path) -> None:
         assert job["error"]["param"] == "max_kl"
         listed = (await house.http.get("/v1/jobs")).json()["data"]
         assert [one["status"] for one in listed] == ["failed", "failed", "succeeded"]
+
+
+async def test_a_fine_tune_of_an_expert_stands_on_it(base: Path, tmp_path: Path) -> None:
+    """By name, by alias and by digest; what the server makes is what the command line makes of the same files."""
+    middle = save_tuned(base, tmp_path / "middle", seed=1)
+    top = save_tuned(middle, tmp_path / "top", seed=2)
+    compress(base, middle, tmp_path / "below", codec="raw")
+    compress(base, top, tmp_path / "here", codec="raw", relative_to=[tmp_path / "below"], name="top")
+    engine = DummyEngine()
+    engine.base = dataclasses.replace(engine.base, manifest=manifest_of(base, None))
+    async with open_house(tmp_path, engine=engine, base_folder=base) as house:
+        below = (await house.upload(tmp_path / "below", name="below")).json()["digest"]
+        uploads = [await upload(house, "model.safetensors", (top / "model.safetensors").read_bytes())]
+        body = {"uploads": uploads, "name": "top", "codec": "raw", "relative_to": "below"}
+        job = await ended(house, (await house.http.post("/v1/jobs", json=body)).headers["location"])
+        assert job["status"] == "succeeded", job["error"]
+        assert job["expert"]["digest"] == digest_of(tmp_path / "here")
+        shown = (await house.http.get("/v1/experts/top")).json()
+        assert (shown["relative_to"], shown["parents"]) == (below, [below])
+        told = (await house.chat(model="top")).json()["usage"]["switchyard"]["mix"]
+        assert told[0]["stands_on"] == [below]
+        await house.http.put("/v1/aliases/under", json={"target": "below"})
+        for name in ("top", job["expert"]["digest"]):
+            assert house.registry.stack(name) == (job["expert"]["digest"], below)
+        assert house.registry.stack("under") == house.registry.stack(below) == (below,)
+
+
+async def test_what_a_fine_tune_started_from_must_be_here(strange: House) -> None:
+    given = {"uploads": ["up_" + "0" * 32], "relative_to": "gone"}
+    for name in ("gone", "b" * 64):
+        refused = error(await strange.http.post("/v1/jobs", json=given | {"relative_to": name}), 400)
+        assert (refused["param"], refused["code"]) == ("relative_to", "parent_not_found")
+    await strange.upload(make_expert(strange.folder / "below", value=1, name="below"))
+    first = await begin(strange, "sleep")
+    await until(strange, first, "running")
+    waiting = await begin(strange, relative_to="below")
+    assert (await strange.http.delete("/v1/experts/below")).status_code == 200
+    strange.registry.collect_garbage(0)
+    await strange.http.delete(first)
+    job = await ended(strange, waiting)
+    assert (job["status"], job["error"]["code"]) == ("failed", "expert_unavailable")
 
 
 @pytest.mark.parametrize(
