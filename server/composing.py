@@ -18,7 +18,8 @@ def compose(
     point to the same content, and two experts may stand on the same one: weights of one digest add up.
 
     Raises:
-        ExpertUnavailableError: an expert, or what it stands on, has just been removed.
+        ExpertRemovedError: an expert has just been removed.
+        ExpertUnavailableError: what it stands on has.
     """
     parts: list[Part] = []
     weights: dict[str, float] = {}

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -21,7 +22,7 @@ from server.prompts import Prompt
 from server.text import IncrementalDecoder, StopMatcher
 from server.tracing import Tracing
 from store.access import Caller
-from store.errors import ContextLengthError, InvalidRequestError, NotFoundError
+from store.errors import ContextLengthError, ExpertRemovedError, InvalidRequestError, NotFoundError
 from store.mix import BASE_MIX, WEIGHT_DECIMALS
 from store.record import ExpertRecord
 from store.registry import Registry
@@ -31,6 +32,9 @@ AUTO = "auto"
 
 EXPERT_REQUESTED = "expert_requested"
 """The reason of a route that the request said itself, by an expert's name."""
+
+_LOOKS = 3
+"""How often the experts of one request may be removed while it looks for them."""
 
 _INLINE_CHARACTERS = 4096
 """Longer prompts are tokenised in a thread, so that they do not hold up other streams."""
@@ -194,7 +198,13 @@ class Generation:
             )
 
     async def _routes(self, request: GenerationRequest, by: Caller) -> tuple[Route, ...]:
-        """The route of each prompt."""
+        """The route of each prompt; looked for again if an expert of it is removed meanwhile."""
+        for _ in range(_LOOKS - 1):
+            with suppress(ExpertRemovedError):
+                return await self._routes_now(request, by)
+        return await self._routes_now(request, by)
+
+    async def _routes_now(self, request: GenerationRequest, by: Caller) -> tuple[Route, ...]:
         if request.model == AUTO and not request.experts:
             routed = (self._routed(prompt, request.routing, by) for prompt in request.prompts)
             return tuple(await asyncio.gather(*routed))

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 6
 """Tokens of the prompt that the first decode sees: what a word looks like may depend on the one before it."""
+_TORN_TOKENS = 3
+"""A character has at most 4 bytes, so no more tokens than these can be the beginning of one."""
 _HELD_TOKENS = 8
-"""A character has at most 4 bytes, so after this many undecodable tokens the replacement characters are real."""
+"""After this many undecodable tokens, the replacement characters before a beginning are real."""
 
 
 class IncrementalDecoder:
@@ -29,15 +31,24 @@ class IncrementalDecoder:
         self._window.append(token)
         given, text = self._given(), self._decode(self._window)
         held = len(self._window) - self._settled
-        if text.endswith(_REPLACEMENT) and held < _HELD_TOKENS:
-            return ""
+        end = len(self._window)
+        if text.endswith(_REPLACEMENT):
+            if held < _HELD_TOKENS:
+                return ""
+            end, text = self._whole(text)
         if text == given and held >= _HELD_TOKENS:  # a run of special tokens: the window must not grow with it
-            del self._window[self._settled :]
+            del self._window[self._settled : end]
         if len(text) <= len(given):
             return ""
-        self._window = self._window[self._settled :]
-        self._settled = len(self._window)
+        self._window, self._settled = self._window[self._settled :], end - self._settled
         return text[len(given) :]
+
+    def _whole(self, text: str) -> tuple[int, str]:
+        """The most tokens of the window that surely end with a whole character, and their text."""
+        for end in range(len(self._window) - _TORN_TOKENS, self._settled, -1):
+            if text.startswith(whole := self._decode(self._window[:end])):
+                return end, whole
+        return self._settled, self._given()
 
     def flush(self) -> str:
         """What is left when no more tokens come, an incomplete character included."""

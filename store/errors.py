@@ -146,6 +146,10 @@ class ExpertUnavailableError(SwitchyardError):
     code = "expert_unavailable"
 
 
+class ExpertRemovedError(ExpertUnavailableError):
+    """An expert was removed between being found and being used; whoever looks again finds what is there now (503)."""
+
+
 class ExpertDamagedError(ExpertUnavailableError):
     """A registered expert's bytes are not what they were, and no sound copy is at hand (503)."""
 

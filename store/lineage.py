@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from store.access import Caller
-from store.errors import ConflictError, ExpertUnavailableError, InvalidRequestError
+from store.errors import ConflictError, ExpertRemovedError, ExpertUnavailableError, InvalidRequestError
 from store.record import KEPT_VERSIONS, ExpertRecord
 
 MAX_DEPTH = 8
@@ -75,10 +75,11 @@ class Lineage:
         """Digests of what the expert of that digest stands on, nearest first.
 
         Raises:
-            ExpertUnavailableError: as `chain`, or there is no such expert.
+            ExpertUnavailableError: as `chain`.
+            ExpertRemovedError: there is no such expert.
         """
         if digest not in self._versions:
-            raise ExpertUnavailableError(f"expert {digest[:12]} was removed just now; try again")
+            raise ExpertRemovedError(f"expert {digest[:12]} was removed just now; try again")
         return self.chain(self._versions[digest].relative_to)
 
     def is_exact(self, digest: str) -> bool:

@@ -93,8 +93,14 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+_LINE_ENDS = ("\x85", "\u2028", "\u2029")
+"""What ends a line for some clients (`str.splitlines`, and so httpx), though not for the specification of events."""
+
+
 def _event(content: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for end in _LINE_ENDS:
+        text = text.replace(end, f"\\u{ord(end):04x}")
     return _body(f"data: {text}\n\n".encode())
 
 

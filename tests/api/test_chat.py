@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
+from store.record import ExpertRecord
 from tests.api.house import BASE, CRON, House, error, events
 
 pytestmark = pytest.mark.anyio
@@ -155,6 +156,17 @@ async def test_characters_are_never_torn(house: House, openai: AsyncOpenAI) -> N
     assert "🚂" in pieces
 
 
+async def test_what_ends_a_line_for_some_clients_ends_none_of_a_stream(house: House) -> None:
+    """httpx takes these for line ends; the specification of events does not."""
+    house.engine.reply = lambda _: "one\x85two\u2028three\u2029four\x0bfive\x1csix".encode()
+    response = await house.chat(stream=True)
+    assert [line for line in response.text.splitlines() if not line.startswith("data: ")] == [""] * response.text.count(
+        "\n\n"
+    )
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in events(response))
+    assert said == "one\x85two\u2028three\u2029four\x0bfive\x1csix"
+
+
 async def test_an_unfinished_character_still_shows(house: House) -> None:
     answer = (await house.chat("hi", max_tokens=2)).json()
     assert answer["choices"][0]["message"]["content"] == "ba"
@@ -258,3 +270,19 @@ async def test_auto_looks_at_the_last_user_message(house: House) -> None:
     response = await house.chat(model="auto", messages=messages)
     assert response.headers["x-switchyard-mix"] == "base"
     assert response.json()["usage"]["switchyard"]["mix"] == []
+
+
+async def test_an_expert_removed_while_it_is_looked_up_is_looked_up_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is that of what is there then: no such model."""
+    get = house.registry.get
+
+    def get_and_lose(name: str, *more: Any) -> ExpertRecord:
+        record = get(name, *more)
+        house.registry.remove(name)
+        return record
+
+    monkeypatch.setattr(house.registry, "get", get_and_lose)
+    assert error(await house.chat(model="cron"), 404)["code"] == "model_not_found"
+    assert house.engine.open == 0

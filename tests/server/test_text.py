@@ -68,6 +68,27 @@ def test_stops_hold_back_no_more_than_they_must() -> None:
     assert matcher.matched
 
 
+# The beginnings of characters of two, three and four bytes, what they go on with, and a whole one.
+_torn = st.sampled_from([0xC3, 0xE0, 0xEB, 0xF0, 0x80, 0x9F, 0xA4, 0xB6, 0x41])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_torn, min_size=1, max_size=40))
+def test_characters_amid_bytes_that_are_none_come_out_whole(spelled: list[int]) -> None:
+    """A character that ends a run of garbage is not taken for garbage when only its beginning is there."""
+    decoder = IncrementalDecoder(decode, [])
+    pieces = [decoder.push(token) for token in spelled] + [decoder.flush()]
+    assert "".join(pieces) == bytes(spelled).decode(errors="replace")
+
+
+@few
+@given(st.integers(0, 40))
+def test_what_is_held_back_of_garbage_is_little(count: int) -> None:
+    decoder = IncrementalDecoder(decode, [])
+    given = "".join(decoder.push(0x80) for _ in range(count))
+    assert count - len(given) < 8
+
+
 @few
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_bytes_decode_to_the_text(prompt: str, text: str) -> None:
