@@ -199,7 +199,7 @@ def create_app(
     if settings.console:
         app.include_router(console.router)
 
-    describe_api(app)
+    describe_api(app, settings)
 
     bodies = BodyMemory(settings.body_bytes)
     metrics.body_bytes.set_function(lambda: bodies.used)

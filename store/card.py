@@ -16,7 +16,7 @@ MAX_METADATA = 32
 MAX_METADATA_BYTES = 1000
 TAG_PATTERN = re.compile(r"[a-z0-9][a-z0-9._:/+-]{0,63}")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
-_LINE_PATTERN = re.compile(r"[^\x00-\x1f\x7f-\x9f]*")
+LINE_PATTERN = re.compile(r"[^\x00-\x1f\x7f-\x9f]*")
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
@@ -75,7 +75,7 @@ def _line(fields: Fields, key: str, max_bytes: int) -> str:
     if not fields.has(key):
         return ""
     text = fields.text(key, max_bytes=max_bytes)
-    if not _LINE_PATTERN.fullmatch(text):
+    if not LINE_PATTERN.fullmatch(text):
         fields.fail(key, "must be one line without control characters")
     return text
 

@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from server.api.services import AnyServices, Asker, ReadyServices
-from server.api.wire import Text, Wire
+from server.api.wire import Wire
+from server.api.words import Name
 from store.alias import Alias
 
 router = APIRouter(prefix="/v1/aliases")
@@ -18,7 +19,7 @@ router = APIRouter(prefix="/v1/aliases")
 class Target(Wire):
     """What an alias shall point to."""
 
-    target: Text
+    target: Name
     """An expert's own name."""
 
 
@@ -53,7 +54,7 @@ async def list_aliases(services: AnyServices, asker: Asker) -> AliasList:
 
 
 @router.get("/{alias}")
-async def get_alias(alias: str, services: AnyServices, asker: Asker) -> AliasAnswer:
+async def get_alias(alias: Name, services: AnyServices, asker: Asker) -> AliasAnswer:
     """One alias, and what it points to."""
     return _answer(await services.library.alias(alias, asker))
 
@@ -62,14 +63,14 @@ async def get_alias(alias: str, services: AnyServices, asker: Asker) -> AliasAns
     "/{alias}",
     responses={200: {"model": AliasAnswer}, 201: {"model": AliasAnswer, "description": "There was none."}},
 )
-async def put_alias(alias: str, body: Target, services: ReadyServices, asker: Asker) -> JSONResponse:
+async def put_alias(alias: Name, body: Target, services: ReadyServices, asker: Asker) -> JSONResponse:
     """Let an alias point to an expert, whatever it pointed to before."""
     found, created = await services.library.put_alias(alias, body.target, asker)
     return JSONResponse(_answer(found), 201 if created else 200)
 
 
 @router.delete("/{alias}")
-async def delete_alias(alias: str, services: ReadyServices, asker: Asker) -> DeletedAlias:
+async def delete_alias(alias: Name, services: ReadyServices, asker: Asker) -> DeletedAlias:
     """Take an alias away. Its expert stays."""
     found = await services.library.remove_alias(alias, asker)
     return {"id": found.name, "object": "alias", "deleted": True}

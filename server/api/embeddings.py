@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from server.api.schema import Prompts, prompts_of
+from server.api.schema import prompts_of, shape_of_prompt
 from server.api.services import Asker, ReadyServices, Services
-from server.api.wire import OnlyNeutral, Text, Wire, fault
+from server.api.wire import OnlyNeutral, Text, Token, Wire
 from store.access import Caller
 from store.errors import InvalidRequestError
 
@@ -23,20 +23,26 @@ MAX_INPUTS = 256
 router = APIRouter()
 
 
+_Line = Annotated[Text, Field(min_length=1)]
+_Tokens = Annotated[list[Token], Field(min_length=1)]
+Inputs = Annotated[
+    Annotated[_Line, Tag("text")]
+    | Annotated[list[_Line], Field(min_length=1, max_length=MAX_INPUTS), Tag("texts")]
+    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_INPUTS), Tag("token_lists")],
+    Discriminator(shape_of_prompt),
+]
+"""One or several, as text or as token ids."""
+
+
 class EmbeddingBody(Wire):
     """The body of `POST /v1/embeddings`."""
 
     model: Text = Field(description="The base's name.")
-    input: Prompts
+    input: Inputs
     encoding_format: Literal["float", "base64"] | None = Field("float", description="base64: little-endian float32.")
     user: str | None = Field(None, description="Accepted and not used.")
     dimensions: Annotated[None, OnlyNeutral()] = None
-
-    @model_validator(mode="after")
-    def _check_count(self) -> EmbeddingBody:
-        if isinstance(self.input, list) and not isinstance(self.input[0], int) and len(self.input) > MAX_INPUTS:
-            raise fault("input", f"has {len(self.input)} texts, the limit is {MAX_INPUTS}")
-        return self
 
 
 class Embedding(TypedDict):

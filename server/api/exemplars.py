@@ -10,7 +10,8 @@ from typing_extensions import TypedDict
 
 from server.api.expert_answers import Expert, expert_answer
 from server.api.services import AnyServices, Asker, ReadyServices, Trail
-from server.api.wire import Text, Wire
+from server.api.wire import Wire
+from server.api.words import Exemplar, Name
 from store.exemplars import MAX_LINES
 
 router = APIRouter(prefix="/v1/experts")
@@ -19,7 +20,7 @@ router = APIRouter(prefix="/v1/experts")
 class Exemplars(Wire):
     """Prompts that tell what an expert is for."""
 
-    exemplars: Annotated[list[Text], Field(min_length=1, max_length=MAX_LINES)]
+    exemplars: Annotated[list[Exemplar], Field(min_length=1, max_length=MAX_LINES)]
 
 
 class ExemplarList(TypedDict):
@@ -33,7 +34,7 @@ class ExemplarList(TypedDict):
 
 
 @router.get("/{name}/exemplars")
-async def get_exemplars(name: str, services: AnyServices, asker: Asker) -> ExemplarList:
+async def get_exemplars(name: Name, services: AnyServices, asker: Asker) -> ExemplarList:
     """The prompts that an expert is found by, for its owner: others may use it, and see what is near their prompts."""
     record, exemplars = await services.library.exemplars(name, asker)
     return {
@@ -45,7 +46,7 @@ async def get_exemplars(name: str, services: AnyServices, asker: Asker) -> Exemp
 
 
 @router.put("/{name}/exemplars")
-async def put_exemplars(name: str, body: Exemplars, services: ReadyServices, asker: Asker, trail: Trail) -> Expert:
+async def put_exemplars(name: Name, body: Exemplars, services: ReadyServices, asker: Asker, trail: Trail) -> Expert:
     """Let an expert be found by these prompts, in place of all it has. Its file and its digest stay as they are."""
     record = await services.library.set_exemplars(name, lambda _: body.exemplars, asker)
     trail |= {"count": str(record.exemplar_count), "exemplars": record.exemplars_digest or "of the file"}
@@ -53,6 +54,6 @@ async def put_exemplars(name: str, body: Exemplars, services: ReadyServices, ask
 
 
 @router.delete("/{name}/exemplars")
-async def reset_exemplars(name: str, services: ReadyServices, asker: Asker) -> Expert:
+async def reset_exemplars(name: Name, services: ReadyServices, asker: Asker) -> Expert:
     """Let an expert be found by the prompts in the header of its file again, or by its name only if there are none."""
     return expert_answer(await services.library.set_exemplars(name, lambda _: None, asker), services, asker)

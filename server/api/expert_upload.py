@@ -15,8 +15,10 @@ from server.api.bodies import read_json
 from server.api.forms import PartKind, PartRule, read_form
 from server.api.services import Services
 from server.api.wire import Text, Wire
+from server.api.words import Exemplar, Name, schema_of
 from store.errors import InvalidRequestError, TooLargeError
-from store.exemplars import MAX_BYTES, parse_exemplars
+from store.exemplars import MAX_BYTES, MAX_LINES, parse_exemplars
+from store.expert_info import NAME_PATTERN
 from store.intake import Received
 from store.signature import MAX_BYTES as MAX_SIGNATURE_BYTES
 from store.signature import decode_signature
@@ -28,8 +30,10 @@ class FromUpload(Wire):
     """The body of a publication whose file has arrived before."""
 
     upload: Text = Field(description="Id of a complete upload; it is used up.")
-    name: Text | None = Field(None, description="What to call it; default: the name in the file.")
-    exemplars: list[Text] | None = Field(None, description="Prompts, instead of those in the file.")
+    name: Name | None = Field(None, description="What to call it; default: the name in the file.")
+    exemplars: list[Exemplar] | None = Field(
+        None, min_length=1, max_length=MAX_LINES, description="Prompts, instead of those in the file."
+    )
     signature: Text | None = Field(None, description="Of the file, as `switchyard sign` writes it.")
 
 
@@ -37,7 +41,11 @@ _PARTS = {
     "file": {"type": "string", "format": "binary", "description": "The expert file."},
     "exemplars": {"type": "string", "description": "JSON lines of prompts, as a file or as text."},
     "signature": {"type": "string", "description": "Of the file, as `switchyard sign` writes it: a file or text."},
-    "name": {"type": "string", "description": "What to call it; default: the name in the file."},
+    "name": {
+        "type": "string",
+        **schema_of(NAME_PATTERN),
+        "description": "What to call it; default: the name in the file.",
+    },
 }
 
 

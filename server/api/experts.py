@@ -21,6 +21,8 @@ from server.api.expert_answers import (
 from server.api.expert_upload import PUBLICATION, REPLACEMENT, read_upload
 from server.api.services import AnyServices, Asker, ReadyServices, Trail
 from server.api.wire import Text, Wire
+from server.api.words import METADATA, MetadataValue, Name, Tags
+from store.expert_info import MAX_DESCRIPTION_BYTES
 
 router = APIRouter(prefix="/v1/experts")
 
@@ -35,9 +37,9 @@ class Rollback(Wire):
 class Description(Wire):
     """What to say about an expert from now on; what is left out stays as it is."""
 
-    description: Text | None = None
-    tags: list[Text] | None = None
-    metadata: dict[Text, Text | None] | None = None
+    description: Text | None = Field(None, json_schema_extra={"maxLength": MAX_DESCRIPTION_BYTES})
+    tags: Tags | None = None
+    metadata: Annotated[dict[Text, MetadataValue | None], Field(json_schema_extra=METADATA)] | None = None
     """Entries to set; null takes one away."""
 
 
@@ -73,7 +75,7 @@ async def list_experts(
 
 
 @router.get("/{name}")
-async def get_expert(name: str, services: AnyServices, asker: Asker) -> ExpertDetails:
+async def get_expert(name: Name, services: AnyServices, asker: Asker) -> ExpertDetails:
     """One expert, and how its file was made."""
     record = await services.library.get(name, asker)
     header, layers = await services.library.header(record), await services.library.layers(record)
@@ -86,7 +88,7 @@ async def get_expert(name: str, services: AnyServices, asker: Asker) -> ExpertDe
     openapi_extra={"requestBody": REPLACEMENT},
 )
 async def replace_expert(
-    name: str, request: Request, services: ReadyServices, asker: Asker, trail: Trail
+    name: Name, request: Request, services: ReadyServices, asker: Asker, trail: Trail
 ) -> JSONResponse:
     """Publish an expert file under a name, whatever that points to. Answers in progress finish on the old file."""
     async with read_upload(request, services, named=True) as upload:
@@ -98,20 +100,20 @@ async def replace_expert(
 
 
 @router.get("/{name}/versions")
-async def list_versions(name: str, services: AnyServices, asker: Asker) -> VersionList:
+async def list_versions(name: Name, services: AnyServices, asker: Asker) -> VersionList:
     """What a name points to, and what it can go back to."""
     record = await services.library.get(name, asker)
     return {"object": "list", "data": [version_answer(one, i == 0) for i, one in enumerate(record.versions)]}
 
 
 @router.post("/{name}/rollback")
-async def roll_back_expert(name: str, body: Rollback, services: ReadyServices, asker: Asker) -> Expert:
+async def roll_back_expert(name: Name, body: Rollback, services: ReadyServices, asker: Asker) -> Expert:
     """Let a name point to an earlier version again. Answers in progress finish."""
     return expert_answer(await services.library.roll_back(name, body.digest, asker), services, asker)
 
 
 @router.patch("/{name}")
-async def describe_expert(name: str, body: Description, services: ReadyServices, asker: Asker) -> Expert:
+async def describe_expert(name: Name, body: Description, services: ReadyServices, asker: Asker) -> Expert:
     """Change what is said about an expert: description, tags, metadata. Its file and its digest stay as they are."""
     record = await services.library.describe(
         name, description=body.description, tags=body.tags, metadata=body.metadata, by=asker
@@ -120,7 +122,7 @@ async def describe_expert(name: str, body: Description, services: ReadyServices,
 
 
 @router.delete("/{name}")
-async def delete_expert(name: str, services: ReadyServices, asker: Asker, force: bool = False) -> Deleted:
+async def delete_expert(name: Name, services: ReadyServices, asker: Asker, force: bool = False) -> Deleted:
     """Unpublish an expert; with `force`, also one that has aliases, and them too. Answers in progress finish."""
     record = await services.library.remove(name, asker, force=force)
     return {"id": record.name, "object": "expert", "deleted": True}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from server.api.conditions import GIVEN, TRUE, Rules, has, when
 from server.api.errors import ErrorDetail
 from server.api.services import Asker, ReadyServices, Services
 from server.api.streaming import Events, EventStream
 from server.api.wire import Text, Wire
+from server.api.words import METADATA, Author, Exemplar, License, MetadataValue, Name, Parents, Tags
 from server.jobs.inputs import inputs_of
 from server.jobs.job import Job, JobRequest
 from store.access import Caller
 from store.card import Card, card_to_json, check_card
+from store.codecs.base import CodecName
 from store.errors import InvalidRequestError
 from store.labelled import MAX_LABELLED
 from store.strict_json import FieldError
@@ -42,20 +45,20 @@ class JobBody(Wire):
         description="Ids of complete uploads: a checkpoint's safetensors files, with their index if there are several; "
         "or adapter_config.json and adapter_model.safetensors. They are used up.",
     )
-    name: Text | None = Field(None, max_length=64, description='What to call it; default: "expert-" and its digest.')
+    name: Name | None = Field(None, description='What to call it; default: "expert-" and its digest.')
     replace: bool = Field(False, description="Replace what the name points to.")
     description: Text = Field("", max_length=2000, description="One line for people.")
-    author: Text = Field("", description="Who made it.")
-    license: Text = Field("", description="Its licence, as an SPDX expression.")
-    tags: list[Text] = Field([], description="What it can be found by.")
-    parents: list[Text] = Field([], description="Digests of the experts it was made from.")
-    metadata: dict[Text, Text] = Field({}, description="Anything else.")
+    author: Author = Field("", description="Who made it.")
+    license: License = Field("", description="Its licence, as an SPDX expression.")
+    tags: Tags = Field([], description="What it can be found by.")
+    parents: Parents = Field([], description="Digests of the experts it was made from.")
+    metadata: dict[Text, MetadataValue] = Field({}, description="Anything else.", json_schema_extra=METADATA)
     relative_to: Text | None = Field(
         None,
         max_length=64,
         description="The expert here that the fine-tune started from, by name or digest: the new one stands on it.",
     )
-    exemplars: list[Text] | None = Field(
+    exemplars: list[Exemplar] | None = Field(
         None, min_length=1, max_length=1024, description="Prompts the expert is for; they calibrate it, and route."
     )
     labelled: list[LabelledPrompt] | None = Field(
@@ -64,13 +67,15 @@ class JobBody(Wire):
         max_length=MAX_LABELLED,
         description="Prompts with their answers, not stored: they tell how much of the fine-tune's gain is kept.",
     )
-    codec: Text = Field("t-switch", description="The method, as `switchyard compress --codec`.")
+    codec: Annotated[CodecName, Field(strict=False)] = Field(
+        CodecName.T_SWITCH, description="The method, as `switchyard compress --codec`."
+    )
     density: float | None = Field(None, gt=0, le=1, description="Of t-switch and compeft; default: 0.05.")
     rank: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="Of low-rank; default: 8, of an adapter its own factors as they are."
     )
     strength: float | None = Field(None, gt=0, le=1000, description="Of compeft; default: 1.")
-    knob: Text | None = Field(None, description="How scales are chosen: calibrated, l1 or rms.")
+    knob: Literal["calibrated", "l1", "rms"] | None = Field(None, description="How scales are chosen.")
     bits_per_param: float | None = Field(None, gt=0, le=16, description="What flex-switch may spend; default: 0.04.")
     max_size: Annotated[int, Field(ge=1)] | None = Field(None, description="The same as bytes of the file.")
     max_kl: float | None = Field(None, gt=0, description="Fail where the expert ends further from its fine-tune.")
@@ -81,6 +86,8 @@ class JobBody(Wire):
         None, description="Fail where it keeps a smaller share of the fine-tune's gain; needs `labelled`."
     )
     widen: bool = Field(False, description="Where a floor is not met, try again with twice the size, five times.")
+
+    between: ClassVar[Rules] = (when(has(replace=TRUE), has(name=GIVEN)),)
 
     def options(self) -> dict[str, Any]:
         """What `store.convert.compress` is given; the card as JSON has it.
@@ -162,7 +169,11 @@ async def get_job(job_id: str, services: ReadyServices, asker: Asker) -> JobAnsw
     return _answer(await services.jobs.get(job_id, asker))
 
 
-@router.get("/{job_id}/events", response_class=Response)
+@router.get(
+    "/{job_id}/events",
+    response_class=Response,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "A `JobAnswer` each time."}},
+)
 async def watch_job(job_id: str, services: ReadyServices, asker: Asker) -> Response:
     """The job as server-sent events, whenever it has changed, until it has ended."""
     await services.jobs.get(job_id, asker)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from server.api.conditions import GIVEN, Rules, has, lacks, when
 from server.api.services import AnyServices, Asker, Trail
 from server.api.wire import Text, Wire
+from server.api.words import Name
 from store.access import Role
 from store.keys import ApiKey
 
@@ -26,14 +28,21 @@ Limit = Annotated[int | None, Field(ge=1, le=_MOST)]
 class KeyBody(Wire):
     """The body of `POST /v1/admin/keys`."""
 
-    tenant: Text | None = Field(None, description="Whom it belongs to; for `admin` and `monitor` none is needed.")
+    tenant: Name | None = Field(None, description="Whom it belongs to; for `admin` and `monitor` none is needed.")
     roles: list[Annotated[Role, Field(strict=False)]] = Field(
-        [Role.INFER], description="infer (ask), upload (change the tenant's experts), monitor (read figures), admin."
+        [Role.INFER],
+        min_length=1,
+        description="infer (ask), upload (change the tenant's experts), monitor (read figures), admin.",
     )
     label: Text = Field("", max_length=200, description="For people: where it is used.")
     expires: int | None = Field(None, ge=0, le=_LATEST, description="Seconds since 1970; null: never.")
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
+
+    # Without `roles` it is a key to ask with.
+    between: ClassVar[Rules] = (
+        when(lacks(roles={"contains": {"enum": [Role.INFER, Role.UPLOAD]}}), has(tenant=GIVEN)),
+    )
 
 
 class Key(TypedDict):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.api.conditions import GIVEN, NOT_GIVEN, NOT_SOME, SOME, Rules, has, lacks, when
 from server.api.tools import ToolCall
 from server.api.wire import OnlyNeutral, Text, Wire, fault
 from server.engine.types import Message
@@ -57,6 +58,15 @@ class ChatMessage(Wire):
     audio: Annotated[None, OnlyNeutral()] = None
     function_call: Annotated[None, OnlyNeutral()] = None
     provider_specific_fields: Annotated[None, OnlyNeutral({}, {"refusal": None})] = None  # LiteLLM's
+
+    between: ClassVar[Rules] = (
+        when(has(role={"const": "tool"}), has(tool_call_id=GIVEN), lacks(tool_call_id=NOT_GIVEN)),
+        when(
+            has(role={"const": "assistant"}),
+            {"anyOf": [has(content=GIVEN), has(tool_calls=SOME)]},
+            has(content=GIVEN) | {"properties": {"content": GIVEN, "tool_calls": NOT_SOME}},
+        ),
+    )
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:

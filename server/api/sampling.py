@@ -23,6 +23,13 @@ def _check_bias(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    AfterValidator(_check_bias),
+    Field(json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}}),
+]
+
+
 class SamplingFields(StructuredFields, ABC):
     """Which tokens are chosen, in both endpoints. A null means the default."""
 
@@ -33,9 +40,7 @@ class SamplingFields(StructuredFields, ABC):
     presence_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float | None = Field(1.0, gt=0.0, le=10.0, description="Of tokens in prompt or answer.")
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_check_bias)] | None = (
-        Field(None, max_length=MAX_BIASES, description="Token id → what is added to its logit.")
-    )
+    logit_bias: Biases | None = Field(None, max_length=MAX_BIASES, description="Token id → what is added to its logit.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     min_tokens: int | None = Field(0, ge=0, le=_LARGEST, description="No token that ends the answer before.")
     ignore_eos: bool | None = Field(False, description="Go on where the model ends its turn.")

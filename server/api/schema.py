@@ -9,9 +9,11 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from router.options import ANY, RouteOptions
+from server.api.conditions import GIVEN, NOT_GIVEN, SOME, TRUE, Rules, all_of, exactly_one, has, lacks, when
 from server.api.messages import ChatMessage, shape_of_text
 from server.api.routing import Routing
 from server.api.sampling import SamplingFields
+from server.api.structured import UNSTRUCTURED
 from server.api.tools import ToolFields
 from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, fault
 from server.engine.types import SamplingParams
@@ -42,6 +44,12 @@ class ExpertWeight(Wire):
 Stop = Annotated[Text, Field(min_length=1)]
 
 
+ROUTED = all_of(has(model={"const": AUTO}), lacks(experts=NOT_GIVEN))
+"""What leaves it open who answers."""
+ASKING = {"contains": has(role={"const": "user"})}
+"""A conversation that can be routed."""
+
+
 class GenerateBody(SamplingFields, ABC):
     """What chat and completions have in common."""
 
@@ -59,6 +67,14 @@ class GenerateBody(SamplingFields, ABC):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted and not used.")
+
+    between: ClassVar[Rules] = (
+        when(has(stream_options=GIVEN), has(stream=TRUE)),
+        when(
+            has(routing=GIVEN),
+            ROUTED,
+        ),
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -129,6 +145,23 @@ class ChatBody(GenerateBody, ToolFields):
     verbosity: Annotated[None, OnlyNeutral("medium")] = None
     web_search_options: Annotated[None, OnlyNeutral()] = None
 
+    between: ClassVar[Rules] = (
+        when(
+            ROUTED,
+            has(messages=ASKING),
+        ),
+        when(has(top_logprobs={"type": "integer", "minimum": 1}), has(logprobs=TRUE)),
+        when(
+            has(tools=SOME),
+            {
+                "anyOf": [
+                    has(tool_choice={"const": "none"}),
+                    lacks(response_format=UNSTRUCTURED, structured_outputs=NOT_GIVEN),
+                ]
+            },
+        ),
+    )
+
     @model_validator(mode="after")
     def _check_max_tokens(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -165,7 +198,8 @@ class ChatBody(GenerateBody, ToolFields):
         return replace(request, show_special=True)
 
 
-def _shape_of_prompt(value: object) -> str:
+def shape_of_prompt(value: object) -> str:
+    """Which branch of a union of prompts a value belongs to."""
     if not isinstance(value, list):
         return "text"
     first = value[0] if value else None
@@ -176,8 +210,8 @@ Prompts = Annotated[
     Annotated[Text, Tag("text")]
     | Annotated[list[Text], Field(min_length=1), Tag("texts")]
     | Annotated[list[Token], Field(min_length=1), Tag("tokens")]
-    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Tag("token_lists")],
-    Discriminator(_shape_of_prompt),
+    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1), Tag("token_lists")],
+    Discriminator(shape_of_prompt),
 ]
 """One or several, as text or as token ids."""
 
@@ -204,6 +238,8 @@ class CompletionBody(GenerateBody):
     best_of: Annotated[None, OnlyNeutral(1)] = None
     suffix: Annotated[None, OnlyNeutral("")] = None
 
+    between: ClassVar[Rules] = (when(has(max_tokens={"const": 0}), has(echo=TRUE)),)
+
     def to_request(self) -> GenerationRequest:
         return replace(self._request(*prompts_of(self.prompt, "prompt")), echo=bool(self.echo))
 
@@ -221,12 +257,13 @@ class CompletionBody(GenerateBody):
         return replace(super().to_sampling(), prompt_logprobs=self.logprobs if self.echo else None)
 
 
-class RouteBody(Wire):
-    """The body of `POST /v1/route`: a prompt or a conversation."""
+class PromptBody(Wire):
+    """A prompt or a conversation."""
 
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
-    routing: Routing | None = Field(None, description="As in a request that is answered.")
+
+    between: ClassVar[Rules] = (exactly_one("prompt", "messages"),)
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -238,6 +275,14 @@ class RouteBody(Wire):
         if self.prompt is not None:
             return TextPrompt(self.prompt)
         return ChatPrompt(tuple(message.to_engine() for message in self.messages or ()))
+
+
+class RouteBody(PromptBody):
+    """The body of `POST /v1/route`: a prompt or a conversation."""
+
+    routing: Routing | None = Field(None, description="As in a request that is answered.")
+
+    between: ClassVar[Rules] = (when(has(messages=GIVEN), has(messages=ASKING)),)
 
     def to_options(self) -> RouteOptions:
         return _options(self.routing)

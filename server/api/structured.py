@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from server.api.conditions import GIVEN, NOT_GIVEN, Rules, exactly_one, has, lacks, when
 from server.api.wire import Text, Wire, fault
 from server.engine.types import Grammar, GrammarKind
 
 MAX_CHOICES = 1024
+UNSTRUCTURED = {"anyOf": [NOT_GIVEN, has(type={"const": "text"})]}
+"""A `response_format` that asks for nothing."""
 
 
 class JsonSchema(Wire):
@@ -27,6 +30,10 @@ class ResponseFormat(Wire):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    between: ClassVar[Rules] = (
+        when(has(type={"const": "json_schema"}), has(json_schema=GIVEN), lacks(json_schema=NOT_GIVEN)),
+    )
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
@@ -49,6 +56,8 @@ class StructuredOutputs(Wire):
     regex: Text | None = Field(None, min_length=1, description="A regular expression for the whole answer.")
     choice: list[Text] | None = Field(None, min_length=1, max_length=MAX_CHOICES, description="One of these texts.")
     grammar: Text | None = Field(None, min_length=1, description="A Lark grammar.")
+
+    between: ClassVar[Rules] = (exactly_one("json", "regex", "choice", "grammar"),)
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -74,6 +83,8 @@ class StructuredFields(Wire):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+    between: ClassVar[Rules] = (when(has(structured_outputs=GIVEN), lacks(response_format=UNSTRUCTURED)),)
 
     @model_validator(mode="after")
     def _check_structure(self) -> Self:

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.api.schema import RouteBody
+from server.api.schema import PromptBody
 from server.api.services import ReadyServices
 from server.api.wire import Text, Token, Wire
 from store.errors import InvalidRequestError
@@ -16,7 +16,7 @@ from store.errors import InvalidRequestError
 router = APIRouter()
 
 
-class TokenizeBody(RouteBody):
+class TokenizeBody(PromptBody):
     """The body of `POST /tokenize`: a text or a conversation."""
 
     model: Text | None = Field(None, description="Any; all experts share the base's tokenizer.")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from server.api.conditions import SOME, Rules, has, when
 from server.api.wire import OnlyNeutral, Text, Wire, fault
+from server.api.words import schema_of
 from server.tools.use import ToolFormat, ToolUse
 from store.errors import InvalidRequestError
 
@@ -22,7 +24,7 @@ def _check_name(name: str) -> str:
     return name
 
 
-ToolName = Annotated[str, AfterValidator(_check_name)]
+ToolName = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra=schema_of(_NAME))]
 
 
 class Function(Wire):
@@ -81,6 +83,9 @@ class ToolCall(Wire):
         return {"id": self.id, "type": "function", "function": function}
 
 
+_MUST_CALL = {"anyOf": [{"const": "required"}, {"type": "object"}]}
+
+
 class ToolFields(Wire):
     """What a request says about tools."""
 
@@ -92,6 +97,8 @@ class ToolFields(Wire):
     parallel_tool_calls: bool | None = Field(True, description="Whether an answer may hold several calls.")
     functions: Annotated[None, OnlyNeutral([])] = None
     function_call: Annotated[None, OnlyNeutral("none")] = None
+
+    between: ClassVar[Rules] = (when(has(tool_choice=_MUST_CALL), has(tools=SOME)),)
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:

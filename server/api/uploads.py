@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import re
 from email.utils import formatdate
 from typing import Annotated, Literal
 
@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 from server.api.bodies import read_json
 from server.api.forms import pour
 from server.api.services import AnyServices, Asker, Services
-from server.api.wire import Text, Wire
+from server.api.wire import Wire
+from server.api.words import FileName
 from store.errors import InvalidRequestError
 from store.upload import Upload
 
@@ -27,10 +28,46 @@ _PIECE = "application/offset+octet-stream"
 _EXTENSIONS = "creation,expiration,termination"
 
 
+_BASE64 = "([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+_PAIR = rf"[!-+\--~]+( {_BASE64})?"
+_METADATA = re.compile(f"({_PAIR}(, ?{_PAIR})*)?")
+_SPEAKS = {
+    "name": "Tus-Resumable",
+    "in": "header",
+    "schema": {"const": _VERSION},
+    "description": "The protocol's version.",
+}
+_DECLARES = [
+    _SPEAKS,
+    {
+        "name": "Upload-Length",
+        "in": "header",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 2**53},
+        "description": "The file's size, in place of a body.",
+    },
+    {
+        "name": "Upload-Metadata",
+        "in": "header",
+        "schema": {"type": "string", "pattern": f"^{_METADATA.pattern}$"},
+        "description": "With `Upload-Length`: `filename` and `sha256`, each with its value in base64.",
+    },
+]
+_TELLS = {
+    name: {"schema": schema, "required": True}
+    for name, schema in {
+        "Tus-Resumable": {"const": _VERSION},
+        "Upload-Offset": {"type": "integer", "minimum": 0},
+        "Upload-Length": {"type": "integer", "minimum": 1},
+        "Upload-Expires": {"type": "string"},
+    }.items()
+}
+_BEGINS = _TELLS | {"Location": {"schema": {"type": "string"}, "required": True}}
+
+
 class UploadBody(Wire):
     """The body of `POST /v1/uploads`: a file to come."""
 
-    filename: Text = Field(description="The file's own name, without folders.")
+    filename: FileName = Field(description="The file's own name, without folders.")
     bytes: int = Field(ge=1, le=2**53, description="Its size.")
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
         None, description="What its bytes must be; an open upload of the same file is then gone on with."
@@ -61,14 +98,22 @@ class UploadList(TypedDict):
 @router.post(
     "",
     status_code=201,
-    responses={200: {"model": UploadAnswer, "description": "It was begun before."}, 201: {"model": UploadAnswer}},
-    openapi_extra={"requestBody": {"content": {"application/json": {"schema": UploadBody.model_json_schema()}}}},
+    responses={
+        200: {"model": UploadAnswer, "description": "It was begun before.", "headers": _BEGINS},
+        201: {"model": UploadAnswer, "headers": _BEGINS},
+    },
+    openapi_extra={
+        "parameters": _DECLARES,
+        "requestBody": {"content": {"application/json": {"schema": UploadBody.model_json_schema()}}},
+    },
 )
 async def create_upload(request: Request, services: AnyServices, asker: Asker) -> JSONResponse:
     """Declare a file that will be sent in pieces, by a JSON body or by the headers of the tus protocol."""
     _check_version(request)
     if "upload-length" in request.headers:
         given = _from_headers(request)
+    elif "upload-metadata" in request.headers:
+        raise InvalidRequestError("Upload-Metadata needs Upload-Length", param="Upload-Metadata")
     else:
         given = await read_json(request, UploadBody)
     upload, created = await services.inbox.create(given.filename, given.bytes, given.sha256, asker)
@@ -95,7 +140,12 @@ async def get_upload(upload_id: str, services: AnyServices, asker: Asker) -> Upl
     return _answer(await services.inbox.get(upload_id, asker), services)
 
 
-@router.head("/{upload_id}")
+@router.head(
+    "/{upload_id}",
+    response_class=Response,
+    responses={200: {"headers": _TELLS}},
+    openapi_extra={"parameters": [_SPEAKS]},
+)
 async def get_upload_offset(upload_id: str, request: Request, services: AnyServices, asker: Asker) -> Response:
     """How much of an upload is there, in the header `Upload-Offset`."""
     _check_version(request)
@@ -106,7 +156,11 @@ async def get_upload_offset(upload_id: str, request: Request, services: AnyServi
 @router.patch(
     "/{upload_id}",
     status_code=204,
-    openapi_extra={"requestBody": {"required": True, "content": {_PIECE: {"schema": {"type": "string"}}}}},
+    responses={204: {"headers": _TELLS}},
+    openapi_extra={
+        "parameters": [_SPEAKS],
+        "requestBody": {"required": True, "content": {_PIECE: {"schema": {"type": "string", "format": "binary"}}}},
+    },
 )
 async def append_to_upload(
     upload_id: str,
@@ -123,7 +177,7 @@ async def append_to_upload(
     return Response(status_code=204, headers=_headers(upload, services))
 
 
-@router.delete("/{upload_id}", status_code=204)
+@router.delete("/{upload_id}", status_code=204, openapi_extra={"parameters": [_SPEAKS]})
 async def delete_upload(upload_id: str, request: Request, services: AnyServices, asker: Asker) -> Response:
     """Forget an upload and its bytes."""
     _check_version(request)
@@ -139,15 +193,18 @@ def _check_version(request: Request) -> None:
 def _from_headers(request: Request) -> UploadBody:
     """`Upload-Length` and `Upload-Metadata`: pairs of a key and a base64 value, separated by commas."""
     length = request.headers["upload-length"]
+    if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
+        raise InvalidRequestError("a body beside Upload-Length: give one of them", param="Upload-Length")
     if not length.isdecimal() or not 0 < int(length[:17]) <= 2**53:
         raise InvalidRequestError("Upload-Length must be a number of bytes, at least 1", param="Upload-Length")
-    metadata: dict[str, str] = {}
+    said = request.headers.get("upload-metadata", "")
+    if not _METADATA.fullmatch(said):
+        raise InvalidRequestError("Upload-Metadata must be keys and base64, by commas", param="Upload-Metadata")
+    pairs = (pair.strip().partition(" ") for pair in said.split(","))
     try:
-        for pair in request.headers.get("upload-metadata", "").split(","):
-            key, _, value = pair.strip().partition(" ")
-            metadata[key] = base64.b64decode(value, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        raise InvalidRequestError("Upload-Metadata must be base64", param="Upload-Metadata") from None
+        metadata = {key: base64.b64decode(value).decode() for key, _, value in pairs}
+    except UnicodeDecodeError:
+        raise InvalidRequestError("Upload-Metadata must be base64 of UTF-8", param="Upload-Metadata") from None
     sha256 = metadata.get("sha256")
     return UploadBody.model_construct(
         filename=metadata.get("filename") or "upload", bytes=int(length), sha256=sha256 or None

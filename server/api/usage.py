@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from server.api.services import AnyServices, Asker, Services, Trail
 from server.api.wire import Wire
+from server.api.words import Name
 from server.metering import USAGE_FIELDS, Use
 from store.access import OPERATOR
 from store.errors import NotFoundError
@@ -22,7 +23,7 @@ from store.tenants import Limits
 
 router = APIRouter(prefix="/v1")
 
-Month = Annotated[str | None, Query(pattern=r"^\d{4}-(0[1-9]|1[0-2])$", description="Such as 2026-11; default: now.")]
+Month = Annotated[str | None, Query(pattern="^[0-9]{4}-(0[1-9]|1[0-2])$", description="Such as 2026-11; default: now.")]
 Limit = Annotated[int | None, Field(ge=0, le=2**53)]
 
 
@@ -120,7 +121,7 @@ async def list_tenants(services: AnyServices) -> TenantList:
 
 
 @router.put("/admin/tenants/{tenant}")
-async def set_limits(tenant: str, body: LimitsBody, services: AnyServices, trail: Trail) -> Tenant:
+async def set_limits(tenant: Name, body: LimitsBody, services: AnyServices, trail: Trail) -> Tenant:
     """Give a tenant limits of its own, all of them; they count at once, on all servers of the store."""
     given = body.model_dump()
     trail.update({name: str(value) for name, value in given.items()})
@@ -129,7 +130,7 @@ async def set_limits(tenant: str, body: LimitsBody, services: AnyServices, trail
 
 
 @router.delete("/admin/tenants/{tenant}")
-async def reset_limits(tenant: str, services: AnyServices) -> Tenant:
+async def reset_limits(tenant: Name, services: AnyServices) -> Tenant:
     """Let a tenant have the usual limits again. Its keys and experts stay."""
     if not await asyncio.to_thread(services.tenants.reset, tenant):
         raise NotFoundError(f"{tenant[:64]!r} has no limits of its own", param="tenant", code="tenant_not_found")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from server.api.conditions import Rules
 
 MAX_TOKEN = 2**31 - 1
 
@@ -15,6 +24,16 @@ class Wire(BaseModel):
     """Base of everything a client sends."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    between: ClassVar[Rules] = ()
+    """What a class's own validators ask of fields seen together, as far as JSON Schema can say it."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> JsonSchemaValue:
+        document = handler(schema)
+        if rules := [rule for kind in cls.__mro__ for rule in vars(kind).get("between", ())]:
+            handler.resolve_ref_schema(document)["allOf"] = rules
+        return document
 
 
 class OnlyNeutral:
@@ -29,12 +48,23 @@ class OnlyNeutral:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         del schema, handler
-        return {"enum": list(self.values), "description": "Not supported yet."}
+        plain = [value for value in self.values if not isinstance(value, dict)]
+        branches = [{"enum": plain}, *(_exactly(value) for value in self.values if isinstance(value, dict))]
+        described = {"description": "Not supported yet."}
+        return (branches[0] if len(branches) == 1 else {"anyOf": branches}) | described
 
     def _check(self, value: object) -> object:
         if any(value == neutral for neutral in self.values):
             return value
         raise PydanticCustomError("unsupported_parameter", "not supported")
+
+
+def _exactly(value: object) -> JsonSchemaValue:
+    """A value as a schema. FastAPI would take nulls out of an object in an enum."""
+    if isinstance(value, dict):
+        properties = {key: _exactly(item) for key, item in value.items()}
+        return {"type": "object", "properties": properties, "required": [*value], "additionalProperties": False}
+    return {"enum": [value]}
 
 
 def _check_unicode(text: str) -> str:
@@ -46,6 +76,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+
 
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
 """A token id; whether the base has such a token is for the engine to say."""

@@ -48,7 +48,7 @@ async def test_base64_is_little_endian(house: House) -> None:
         ({"model": "cron"}, 400, "model", "invalid_request"),
         ({"model": "auto"}, 400, "model", "invalid_request"),
         ({"model": "nobody"}, 404, "model", "model_not_found"),
-        ({"input": ""}, 400, "input", "invalid_request"),
+        ({"input": ""}, 400, "input", "invalid_value"),
         ({"input": []}, 400, "input", "invalid_value"),
         ({"input": ["x"] * 257}, 400, "input", "invalid_value"),
         ({"input": [SPECIAL + 2]}, 400, "input", "invalid_request"),

@@ -115,8 +115,16 @@ async def test_created_by_headers(own: House) -> None:
     assert (answer["filename"], answer["bytes"], answer["sha256"], answer["offset"]) == ("my file.bin", 5, digest, 0)
     assert (await send(own, created.headers["location"], 0, b"hello")).status_code == 204
     assert (await own.http.delete(created.headers["location"])).status_code == 204
-    for bad in ({"upload-length": "x"}, {"upload-length": "0"}, {"upload-length": "5", "upload-metadata": "a b,c"}):
+    for bad in (
+        {"upload-length": "x"},
+        {"upload-length": "0"},
+        {"upload-length": "5", "upload-metadata": "a b,c"},
+        {"upload-length": "5", "upload-metadata": "a /w=="},
+        {"upload-metadata": ""},
+    ):
         assert error(await own.http.post("/v1/uploads", headers=bad), 400)["param"].startswith("Upload-")
+    both = await own.http.post("/v1/uploads", headers={"upload-length": "5"}, json={"filename": "a", "bytes": 5})
+    assert error(both, 400)["param"] == "Upload-Length"
 
 
 async def test_what_is_spoken_here(own: House) -> None:

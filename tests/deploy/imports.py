@@ -193,6 +193,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.errors",
         "store.exemplars",
         "store.expert_header",
+        "store.expert_info",
         "store.intake",
         "store.keys",
         "store.labelled",
