@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file
 
-from bench.report import bar, show, write
+from bench.report import show, write
 from bench.routing_tasks import BOTH, BOTH_TOKENS, numbers_in_both
 from examples.evaluate import answers
 from examples.fetch import CACHE
@@ -74,11 +74,8 @@ def main() -> None:
         found = answers(model, tokenizer, prompts, BOTH_TOKENS)
         halves = sum(half in text.lower() for text, (_, pair) in zip(found, numbers, strict=True) for half in pair)
         rows.append({"weights": way, "n": len(prompts), "score": halves / 2 / len(prompts)})
-    alone = max(float(str(row["score"])) for row in rows[:3])
-    blocks = max(float(str(row["score"])) for row in rows[4:])
-    bars = [bar("blocks.gain", "two skills: blocks of two experts, gain over the best alone", blocks - alone, ">=", 0)]
-    show(rows, bars, title="a number in French and in Spanish words")
-    write("blocks", f"python -m bench.blocks {' '.join(sys.argv[1:])}".strip(), rows, bars)
+    show(rows, title="a number in French and in Spanish words")
+    write("blocks", f"python -m bench.blocks {' '.join(sys.argv[1:])}".strip(), rows, [])
 
 
 if __name__ == "__main__":
