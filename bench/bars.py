@@ -131,11 +131,25 @@ def fidelity_table() -> str:
     return "\n".join(lines)
 
 
+def second_base_table() -> str:
+    """The rows of `bench.second_base`: offline and through the server."""
+    head = "| Gemma 3 270M | method | bits/param | × smaller than bf16 | score | through the server | share of the gain kept |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for row in load("second_base")["rows"]:
+        size = f"{row['bits_per_param']:.3f} | {row['times_smaller']:.0f}" if row.get("bits_per_param") else "|"
+        served = f"{row['served']:.2f}" if "served" in row else ""
+        lines.append(
+            f"| {row['task']} | {row['method']} | {size} | {row['score']:.2f} | {served} | {row['retention']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "clients": clients_table,
     "conformance": conformance_table,
     "first_table": first_table,
     "fidelity": fidelity_table,
+    "second_base": second_base_table,
     "bars": bars_table,
     "bars_summary": bars_summary,
     "benchmarks": benchmarks,
