@@ -48,6 +48,7 @@ BEYOND_A_SCHEMA: dict[str, dict[str, str]] = {
     "PUT /v1/experts/{name}/access": {r"owner": "a private expert has an owner, or gets one: depends on the expert"},
     "PUT /v1/aliases/{alias}": {r"target": "is not the alias itself: a body compared with its path"},
     "POST /v1/admin/keys": {r"expires": "compared with the clock"},
+    "POST /v1/jobs": {r"(code) parent_not_found": "which experts there are"},
     "POST /v1/uploads": {
         r"Upload-Length|(code) invalid_json": "a body, or headers in its place: OpenAPI knows no such choice",
         r"Upload-Metadata|filename|sha256": "what is in base64",
