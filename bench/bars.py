@@ -133,7 +133,7 @@ def fidelity_table() -> str:
 
 def second_base_table() -> str:
     """The rows of `bench.second_base`: offline and through the server."""
-    head = "| Gemma 3 270M | method | bits/param | × smaller than bf16 | score | through the server | share of the gain kept |"
+    head = "| Gemma 3 270M | method | bits/param | × smaller than bf16 | score | served | share of the gain kept |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for row in load("second_base")["rows"]:
         size = f"{row['bits_per_param']:.3f} | {row['times_smaller']:.0f}" if row.get("bits_per_param") else "|"
