@@ -124,6 +124,9 @@ def merge(
     two_sided: Annotated[
         bool, typer.Option("--two-sided", help="Of opcm: keep them out of whole rows and columns, as the paper has it.")
     ] = False,
+    shots: Annotated[
+        int, typer.Option(min=1, help="Exemplars of each expert, from its file, that atlas learns from.")
+    ] = 16,
     name: Annotated[str | None, typer.Option(help="What the result would like to be called.")] = None,
     description: Annotated[str, typer.Option(help="One line for people.")] = "",
     author: Author = "",
@@ -135,7 +138,9 @@ def merge(
     """Merge experts into one, offline; a negative weight takes a skill away."""
     from server.merging import merge_files
 
-    settings = MergeSettings(method=method, strength=strength, drop=drop, dominant=dominant, two_sided=two_sided)
+    settings = MergeSettings(
+        method=method, strength=strength, drop=drop, dominant=dominant, two_sided=two_sided, shots=shots
+    )
     card = card_of(author, license, tag, None, meta)
     merge_files(
         out, base, experts, output, settings, name=name, description=description, card=card, cache_dir=cache_dir

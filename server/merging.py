@@ -14,7 +14,7 @@ from store.card import Card
 from store.checkpoint import open_checkpoint
 from store.errors import InvalidRequestError
 from store.fingerprint import manifest_of
-from store.merge_methods import MergeSettings
+from store.merge_methods import MergeSettings, Method
 from store.merging import merge_experts
 
 
@@ -37,16 +37,23 @@ def merge_files(
     """
     cache = cache_dir or Settings.model_fields["cache_dir"].get_default(call_default_factory=True)
     sources = [_source(text) for text in experts]
-    with out.status("merging"):
+    with out.status("merging") as status:
         folder = resolve_base(base, cache)
+
+        def tell(done: int, total: int) -> None:
+            status.update(f"merging: step {done} of {total}")
+
         header = merge_experts(
             sources, manifest_of(folder, cache), output, settings,
-            name=name, description=description, card=card, weights=open_checkpoint(folder),
+            name=name, description=description, card=card, weights=open_checkpoint(folder), progress=tell,
         )  # fmt: skip
     out.print(
         f"[bold]{escape(str(output))}[/]: {len(sources)} experts by {settings.method}, "
         f"{output.stat().st_size / 1e6:.2f} MB, {header.bits_per_param:.3f} bits per parameter"
     )
+    if settings.method is Method.ATLAS:
+        said = header.codec_params
+        out.print(f"KL of the experts' answers: {said['kl']:.4f} nats/token, at the start {said['kl_at_start']:.4f}")
 
 
 def _source(text: str) -> tuple[Path, float]:

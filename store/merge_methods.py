@@ -25,6 +25,7 @@ class Method(StrEnum):
     RAM_PLUS_CHANGED = "ram-plus-changed"
     RAM_PLUS_TENSOR = "ram-plus-tensor"
     OPCM = "opcm"
+    ATLAS = "atlas"
 
 
 _SUMS = (Method.TASK_ARITHMETIC, Method.DARE)
@@ -43,6 +44,7 @@ class MergeSettings:
         raised: factor of `ram-plus` and `ram-plus-changed` on what only one expert changed, where all is shared.
         seed: of `dare`.
         dominant, two_sided: of `opcm`; see `store.opcm`.
+        shots: of `atlas`: exemplars of each expert that the blend is learned from, at most.
     """
 
     method: Method = Method.TIES
@@ -52,6 +54,7 @@ class MergeSettings:
     seed: int = 0
     dominant: float = 0.5
     two_sided: bool = False
+    shots: int = 16
 
     @property
     def factor(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from store.blending import learn_blend
 from store.card import Card
 from store.checkpoint import Checkpoint
 from store.codecs.quantised import Quantised
@@ -22,6 +23,7 @@ from store.merge_methods import MergeSettings, Method, Taus, merger
 from store.opcm import Deltas, opcm
 from store.overwriting import as_float_delta
 from store.packed import PackedTensor
+from store.teacher import spread
 
 
 def merge_experts(
@@ -35,20 +37,25 @@ def merge_experts(
     card: Card | None = None,
     weights: Checkpoint | None = None,
     tool: str = "switchyard",
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExpertHeader:
     """Merge expert files of one base into one. Equal arguments give equal bytes.
 
     Matrices are stored as levels of up to 127 times a scale, norms and biases in bfloat16. The experts are in memory
-    decoded, and one tensor of each in float32; of `opcm` only one expert and the sum so far, in float32.
+    decoded, and one tensor of each in float32; of `opcm` only one expert and the sum so far, in float32; for `atlas`
+    all experts in float32, and a model.
 
     Args:
         experts: files and the weights that their deltas are multiplied by first; two or more.
         base: what they were made for.
         out: the expert file to write.
         card: what to say about the result; its parents are the experts.
-        weights: the base's checkpoint; experts that overwrite weights need it.
+        weights: the base's checkpoint; experts that overwrite weights need it, and `atlas`, in a folder with the base's
+            configuration and tokenizer.
+        progress: called with (done, total) steps of `atlas`.
 
     Raises:
+        CheckpointError: `atlas` cannot run the base.
         ExpertFileError, WrongBaseError: an expert is damaged or made for another base.
         InvalidRequestError: a setting is out of range.
     """
@@ -65,9 +72,13 @@ def merge_experts(
                 "against the base, and merge that",
                 param="experts",
             )
-    merged = _folded if settings.method is Method.OPCM else _together
+    figures: dict[str, float] = {}
+    if settings.method is Method.ATLAS:
+        merged, figures = _blended(experts, base, settings, weights, progress)
+    else:
+        merged = (_folded if settings.method is Method.OPCM else _together)(experts, base, settings, weights)
     packed: dict[str, PackedTensor] = {}
-    for tensor, values in merged(experts, base, settings, weights):
+    for tensor, values in merged:
         shape = base.tensors[tensor]
         codec = Raw() if is_raw(shape) else Quantised(MAX_LEVEL)
         scaled = torch.from_numpy(np.float32(settings.factor) * values).view(shape)
@@ -75,7 +86,7 @@ def merge_experts(
             packed[tensor] = item
     info = ExpertInfo(
         codec="merge",
-        codec_params={"method": settings.method.value, "strength": settings.factor, "experts": len(experts)},
+        codec_params={"method": settings.method.value, "strength": settings.factor, "experts": len(experts), **figures},
         tool=tool,
         name=name,
         description=description,
@@ -122,3 +133,39 @@ def _folded(
 
     folded = opcm(taus(), base.tensors, dominant=settings.dominant, two_sided=settings.two_sided)
     return iter(sorted(folded.items()))
+
+
+def _blended(
+    experts: Sequence[tuple[Path, float]],
+    base: BaseManifest,
+    settings: MergeSettings,
+    weights: Checkpoint | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Merged, dict[str, float]]:
+    """By learned coefficients, and how near the result is to the experts."""
+    if weights is None:
+        raise InvalidRequestError("atlas runs the base: give its checkpoint", param="weights")
+    if settings.shots < 1:
+        raise InvalidRequestError(f"shots must be 1 or more, not {settings.shots}", param="shots")
+    exemplars = []
+    for path, weight in experts:
+        if weight != 1.0:
+            raise InvalidRequestError("atlas learns the weights by itself: give none", param="experts")
+        if not (own := read_header(path).exemplars):
+            raise InvalidRequestError(
+                f"{path.name} holds no exemplars, and atlas learns from those: make it with some", param="experts"
+            )
+        exemplars.append(spread(own, settings.shots))
+    sources = [
+        {tensor: as_float_delta(delta, weights, tensor) for tensor, delta in read_deltas(path, base)}
+        for path, _ in experts
+    ]
+    blend = learn_blend(weights.folder, weights, sources, exemplars, progress=progress)
+
+    def merged() -> Merged:
+        for tensor in sorted(set().union(*sources)):
+            parts = zip(sources, blend.weights, strict=True)
+            scaled = [np.float32(own[tensor]) * source[tensor] for source, own in parts if tensor in source]
+            yield tensor, np.sum(scaled, axis=0, dtype=np.float32)
+
+    return merged(), {"shots": settings.shots, "kl_at_start": blend.kl_at_start, "kl": blend.kl}
