@@ -41,6 +41,12 @@ class Settings(ServiceSettings):
         description="Host memory for decoded experts that leave the device; default: 0 on a CPU, 4 × EXPERT_BYTES on a "
         "GPU.",
     )
+    merged_bytes: ByteSize = Field(
+        ByteSize(EngineSettings.merged_bytes),
+        ge=0,
+        description="Device memory for the merged weights of hot mixes: each takes as much as the base's. One is kept "
+        "whatever it takes, unless MODE is mixed.",
+    )
     mode: Mode = Field(
         EngineSettings.mode,
         description="How experts are applied: merged (one mix at a time, folded into the weights), mixed (rows of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
 
 from server.engine.costs import Costs
@@ -32,17 +32,20 @@ class ModeChooser:
         self.mode = Mode.MIXED
         self.changes = 0
 
-    def choose(self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Mix) -> Mode:
+    def choose(
+        self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Collection[Mix], room: int = 1
+    ) -> Mode:
         """The mode of the next step.
 
         Args:
             demand: what waits, by mix; not empty.
             experts: at least every expert of the mixes in demand, by digest.
-            built: the mix whose weights lie ready.
+            built: the mixes whose weights lie ready.
+            room: how many mixes' weights are kept.
         """
         if all(lane.mix.is_base for lane in demand):
             return self.mode
-        merged = self._merged_cost(demand, experts, built)
+        merged = self._merged_cost(demand, experts, built, room)
         mixed = self._mixed_cost(demand, experts)
         present, other = (merged, mixed) if self.mode is Mode.MERGED else (mixed, merged)
         if other < RELUCTANCE * present:
@@ -56,11 +59,13 @@ class ModeChooser:
             cost += sum(self._costs.surcharge(experts[digest], lane.rows) for digest, _ in lane.mix.parts)
         return cost
 
-    def _merged_cost(self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Mix) -> float:
+    def _merged_cost(
+        self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Collection[Mix], room: int
+    ) -> float:
         cost = sum(self._costs.step(lane.rows) for lane in demand)
         to_patch = [lane for lane in demand if not lane.mix.is_base]
-        if len(to_patch) == 1 and to_patch[0].mix == built:
-            return cost  # nothing else will be patched over it
+        if len(to_patch) <= room:  # else each is patched over before its next turn
+            to_patch = [lane for lane in to_patch if lane.mix not in built]
         for lane in to_patch:
             patch = sum(self._costs.patching(experts[digest]) for digest, _ in lane.mix.parts)
             cost += patch / min(self._turn_steps, max(1, lane.steps))

@@ -31,10 +31,13 @@ class Executor:
         merged_steps, mixed_steps: steps with deltas, by mode.
     """
 
-    def __init__(self, model: BaseModel, cache: KVCache, kernels: Kernels) -> None:
+    def __init__(self, model: BaseModel, cache: KVCache, kernels: Kernels, merged_bytes: int = 0) -> None:
+        """Args:
+        merged_bytes: memory for the weights of hot mixes.
+        """
         self._model = model
         self._cache = cache
-        self.merged = MergedWeights(model.parameters, kernels)
+        self.merged = MergedWeights(model.parameters, kernels, merged_bytes)
         self.mixed = MixedWeights(
             *find_sites(model.network, model.parameters, model.try_out), model.parameters, kernels
         )

@@ -2,14 +2,17 @@
 
 The pristine weights are never written to. A mix is built in buffers beside them, and the model's parameters are
 pointed at the buffers; going back to the base is pointing them back, which is exact by construction, costs nothing,
-and works after any failure in between.
+and works after any failure in between. Where memory allows, the buffers of several mixes are kept: what is hot is then
+built once, and a switch between such mixes costs nothing either. A mix names its experts by what they contain, so what
+is kept never goes stale.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -30,30 +33,36 @@ class MergedWeights:
 
     Attributes:
         current: the mix the model runs with.
+        room: how many mixes are kept at once, however many of the weights they change; at least one.
         switches: how often `current` changed.
         patches: how often a mix had to be built for that.
         seconds: time spent changing it.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        kernels: Kernels,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], kernels: Kernels, budget_bytes: int = 0) -> None:
         """Args:
         kernels: what merges.
+        budget_bytes: memory for built mixes; at least that of one which changes every weight.
         """
         self._parameters = parameters
         self._kernels = kernels
         self._pristine = {name: parameter.data for name, parameter in parameters.items()}
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._built: dict[str, torch.Tensor] = {}
-        """The buffers that make up `built`."""
-        self.built: Mix = BASE_MIX
-        """The mix that lies in the buffers, whether the model runs with it or not; the base's needs none."""
+        whole = max(1, sum(tensor.nbytes for tensor in self._pristine.values()))
+        self._budget = max(whole, budget_bytes)
+        self._built: OrderedDict[Mix, dict[str, torch.Tensor]] = OrderedDict()
+        """The buffers of every mix that is kept, the one used last at the end."""
+        self._spare: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        """Buffers of mixes that are not kept any more, by parameter."""
+        self.used_bytes = 0
+        self.room = self._budget // whole
         self.current: Mix = BASE_MIX
         self.switches = self.patches = 0
         self.seconds = 0.0
+
+    @property
+    def built(self) -> tuple[Mix, ...]:
+        """The mixes whose weights lie ready, the one used last at the end; the base's always do."""
+        return (*self._built,)
 
     @torch.inference_mode()
     def apply(self, mix: Mix, experts: Mapping[str, DecodedExpert]) -> None:
@@ -72,24 +81,56 @@ class MergedWeights:
             self._point_at(self._pristine)
             self.current = BASE_MIX
             if not mix.is_base:
-                if mix != self.built:
+                if mix not in self._built:
                     self._build(mix, experts)
-                self._point_at(self._built)
+                self._built.move_to_end(mix)
+                self._point_at(self._built[mix])
                 self.current = mix
         finally:
             self.switches += 1
             self.seconds += time.perf_counter() - started
 
     def _build(self, mix: Mix, experts: Mapping[str, DecodedExpert]) -> None:
-        self.built, self._built = BASE_MIX, {}
-        built = {}
-        for name in dict.fromkeys(name for digest, _ in mix.parts for name in experts[digest].tensors):
-            pristine = self._pristine[name]
-            buffer = self._buffers.setdefault(name, torch.empty_like(pristine))
-            self._kernels.merge(buffer, pristine, terms_of(mix, name, experts))
-            built[name] = buffer
-        self.built, self._built = mix, built
+        names = {name for digest, _ in mix.parts for name in experts[digest].tensors}
+        buffers = self._take(names)
+        try:
+            for name, buffer in buffers.items():
+                self._kernels.merge(buffer, self._pristine[name], terms_of(mix, name, experts))
+        except BaseException:
+            self._put_back(buffers)
+            raise
+        self._built[mix] = buffers
         self.patches += 1
+
+    def _take(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """A buffer for each of these parameters; the mixes used longest ago are given up for them."""
+        taken: dict[str, torch.Tensor] = {}
+        for name in names:
+            size = self._pristine[name].nbytes
+            while not self._spare[name] and self.used_bytes + size > self._budget:
+                if not self._free(self._spare.keys() - names):
+                    if self._built:
+                        self._put_back(self._built.popitem(last=False)[1])
+                    else:
+                        self._free(self._spare.keys())
+            if self._spare[name]:
+                taken[name] = self._spare[name].pop()
+            else:
+                taken[name] = torch.empty_like(self._pristine[name])
+                self.used_bytes += size
+        return taken
+
+    def _free(self, names: Iterable[str]) -> bool:
+        """Give up one spare buffer of these parameters, if there is one."""
+        for name in names:
+            if self._spare[name]:
+                self.used_bytes -= self._spare[name].pop().nbytes
+                return True
+        return False
+
+    def _put_back(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        for name, buffer in buffers.items():
+            self._spare[name].append(buffer)
 
     def _point_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

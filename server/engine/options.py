@@ -45,6 +45,8 @@ class EngineSettings:
     host_expert_bytes: int | None = None
     """Host memory for decoded experts that are not on the device. None: none on a CPU, whose own memory it is; on a GPU
     four times `expert_bytes`."""
+    merged_bytes: int = 0
+    """Memory for the merged weights of hot mixes, on the device; at least that of one mix is used in merged mode."""
     mode: Mode = Mode.AUTO
     """How deltas are applied. Mixes that mixed mode cannot carry run merged all the same."""
     base_weights: BaseWeights = BaseWeights.FULL

@@ -57,7 +57,7 @@ class Worker:
         self._settings = settings
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
-        self.executor = Executor(model, self.cache, kernels)
+        self.executor = Executor(model, self.cache, kernels, settings.merged_bytes)
         self._host = loader.host
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
@@ -209,7 +209,8 @@ class Worker:
     def _choose(self) -> Mode:
         if self._chooser is None:
             return self._settings.mode
-        return self._chooser.choose(self.scheduler.demand(), self.residency.experts, self.executor.merged.built)
+        merged = self.executor.merged
+        return self._chooser.choose(self.scheduler.demand(), self.residency.experts, merged.built, merged.room)
 
     def _execute(self, batch: Batch) -> None:
         began, patched = time.monotonic(), self.executor.merged.seconds

@@ -33,28 +33,37 @@ def chooser(delta: float, patch: float, turn_steps: int = 32) -> ModeChooser:
 
 
 def test_a_lone_mix_with_long_answers_is_merged_and_with_short_ones_is_not() -> None:
-    assert chooser(delta=0.3, patch=2.0).choose([Demand(A, 1, 100)], EXPERTS, BASE_MIX) is Mode.MERGED
-    assert chooser(delta=0.3, patch=2.0).choose([Demand(A, 1, 2)], EXPERTS, BASE_MIX) is Mode.MIXED
-    assert chooser(delta=0.3, patch=2.0).choose([Demand(A, 1, 2)], EXPERTS, A) is Mode.MERGED, "its weights lie ready"
+    assert chooser(delta=0.3, patch=2.0).choose([Demand(A, 1, 100)], EXPERTS, []) is Mode.MERGED
+    assert chooser(delta=0.3, patch=2.0).choose([Demand(A, 1, 2)], EXPERTS, []) is Mode.MIXED
+    assert chooser(delta=0.3, patch=2.0).choose([Demand(A, 1, 2)], EXPERTS, [A]) is Mode.MERGED, "its weights lie ready"
 
 
 def test_mixes_share_steps_unless_their_deltas_cost_more_than_steps_of_their_own() -> None:
     both = [Demand(A, 1, 100), Demand(B, 1, 100)]
-    assert chooser(delta=0.3, patch=0.0).choose(both, EXPERTS, A) is Mode.MIXED
-    assert chooser(delta=3.0, patch=0.1).choose(both, EXPERTS, A) is Mode.MERGED
-    assert chooser(delta=3.0, patch=300.0).choose(both, EXPERTS, A) is Mode.MIXED
-    assert chooser(delta=0.3, patch=0.0).choose([Demand(BASE_MIX, 1, 9), Demand(A, 1, 9)], EXPERTS, A) is Mode.MIXED
+    assert chooser(delta=0.3, patch=0.0).choose(both, EXPERTS, [A]) is Mode.MIXED
+    assert chooser(delta=3.0, patch=0.1).choose(both, EXPERTS, [A]) is Mode.MERGED
+    assert chooser(delta=3.0, patch=300.0).choose(both, EXPERTS, [A]) is Mode.MIXED
+    assert chooser(delta=0.3, patch=0.0).choose([Demand(BASE_MIX, 1, 9), Demand(A, 1, 9)], EXPERTS, [A]) is Mode.MIXED
+
+
+def test_mixes_that_are_all_kept_need_no_patch() -> None:
+    both = [Demand(A, 1, 100), Demand(B, 1, 100)]
+    assert chooser(delta=3.0, patch=300.0).choose(both, EXPERTS, [A, B], room=1) is Mode.MIXED, (
+        "one displaces the other"
+    )
+    assert chooser(delta=3.0, patch=300.0).choose(both, EXPERTS, [A, B], room=2) is Mode.MERGED
+    assert chooser(delta=3.0, patch=300.0).choose(both, EXPERTS, [A], room=2) is Mode.MIXED, "one must be built first"
 
 
 def test_a_small_gain_is_not_worth_a_change() -> None:
     reluctant = chooser(delta=0.05, patch=0.0)
     lone = [Demand(A, 1, 100)]
-    assert reluctant.choose(lone, EXPERTS, A) is Mode.MIXED, "merged would save 5 %"
+    assert reluctant.choose(lone, EXPERTS, [A]) is Mode.MIXED, "merged would save 5 %"
     assert reluctant.changes == 0
     willing = chooser(delta=0.3, patch=0.0)
-    assert willing.choose(lone, EXPERTS, A) is Mode.MERGED
-    assert willing.choose([Demand(BASE_MIX, 4, 100)], EXPERTS, A) is Mode.MERGED, "the base alone decides nothing"
-    assert willing.choose([Demand(A, 1, 100), Demand(B, 1, 100)], EXPERTS, A) is Mode.MIXED
+    assert willing.choose(lone, EXPERTS, [A]) is Mode.MERGED
+    assert willing.choose([Demand(BASE_MIX, 4, 100)], EXPERTS, [A]) is Mode.MERGED, "the base alone decides nothing"
+    assert willing.choose([Demand(A, 1, 100), Demand(B, 1, 100)], EXPERTS, [A]) is Mode.MIXED
     assert willing.changes == 2
 
 

@@ -105,28 +105,42 @@ def make_library(parameters: dict[str, nn.Parameter]) -> dict[str, DecodedExpert
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_base_survives_two_hundred_random_patches_and_failures(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mixes", [0, 1, 2.5, 6])
+def test_the_base_survives_two_hundred_random_patches_and_failures(dtype: torch.dtype, mixes: float) -> None:
+    """However many mixes are kept; each is what it is when built alone, and memory holds."""
     torch.manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"a": (31, 17), "b": (17,), "c": (64, 33)}
     parameters = {n: nn.Parameter(torch.randn(s).to(dtype), requires_grad=False) for n, s in shapes.items()}
-    merged = MergedWeights(parameters, backend("auto", CPU))
+    whole = sum(parameter.nbytes for parameter in parameters.values())
+    merged = MergedWeights(parameters, backend("auto", CPU), int(mixes * whole))
+    assert merged.room == max(1, int(mixes))
+    fresh = {n: nn.Parameter(parameter.data, requires_grad=False) for n, parameter in parameters.items()}
     at_load = merged.pristine_fingerprint()
     assert merged.fingerprint() == at_load
     library = make_library(parameters)
     rng = random.Random(0)
     failures = 0
+    known: list[Mix] = []
     for _ in range(200):
         chosen = rng.sample(sorted(library), rng.randint(0, 3))
         mix = Mix.of({digest: rng.uniform(-2, 2) for digest in chosen})
+        if known and rng.random() < 0.5:
+            mix = rng.choice(known[-5:])
+        known.append(mix)
         try:
             merged.apply(mix, library)
             assert merged.current == mix
             assert (merged.fingerprint() == at_load) == mix.is_base
+            alone = MergedWeights(fresh, backend("auto", CPU))
+            alone.apply(mix, library)
+            assert merged.fingerprint() == alone.fingerprint()
+            alone.apply(BASE_MIX, {})
         except RuntimeError:
             failures += 1
             assert merged.current == BASE_MIX
             assert merged.fingerprint() == at_load
         assert merged.pristine_fingerprint() == at_load
+        assert merged.used_bytes <= max(1, mixes) * whole
     assert failures > 20
     merged.apply(BASE_MIX, {})
     assert merged.fingerprint() == at_load
@@ -158,3 +172,17 @@ def test_going_back_to_the_last_mix_needs_no_patch() -> None:
     merged.apply(mix, library)
     assert merged.fingerprint() == patched != merged.pristine_fingerprint()
     assert (merged.patches, merged.switches) == (1, 3)
+
+
+def test_mixes_that_have_room_are_built_once_and_the_one_used_longest_ago_goes() -> None:
+    parameters = {"w": nn.Parameter(torch.randn(40, 33), requires_grad=False)}
+    library = {name: DecodedExpert(name, {"w": random_delta((40, 33), 0.3, ord(name))}) for name in "abc"}
+    a, b, c = (Mix.of({name: 1.0}) for name in "abc")
+    merged = MergedWeights(parameters, backend("auto", CPU), 2 * parameters["w"].nbytes)
+    for mix in (a, b, a, b, a):
+        merged.apply(mix, library)
+    assert merged.patches == 2
+    merged.apply(c, library)
+    assert merged.built == (a, c)
+    merged.apply(a, library)
+    assert (merged.patches, merged.built) == (3, (c, a))
