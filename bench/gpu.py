@@ -137,6 +137,8 @@ def main() -> int:
     names = [name for name, why in available(device).items() if why is None]
     implementations = [backend(name, device) for name in names if name != "reference"] or [backend("reference", device)]
     kernels = implementations[0]
+    for implementation in implementations:
+        implementation.prepare(lab.dtype, device)
     card = torch.cuda.get_device_name(device) if lab.on_gpu else "CPU, a dry run"
     print(f"{card}: copies {lab.copied / 1e9:.0f} GB/s, multiplies {lab.multiplied / 1e12:.2f} TFLOP/s in {lab.dtype}, "
           f"takes {lab.carried / 1e9:.0f} GB/s from the host")  # fmt: skip

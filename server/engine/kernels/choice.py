@@ -32,13 +32,16 @@ def _cpu(device: torch.device, cache_dir: Path | None) -> Kernels | str:
         return str(error)
 
 
-def _triton(device: torch.device, _cache_dir: Path | None) -> Kernels | str:
+def _triton(device: torch.device, cache_dir: Path | None) -> Kernels | str:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the device is {device.type}"
     try:
         from server.engine.kernels.gpu import TritonKernels
     except ImportError:
         return "triton is not installed"
+    if cache_dir is not None and device.type == "cuda":
+        # Read whenever something is compiled. What an operator has chosen stays.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
     return TritonKernels()
 
 

@@ -72,6 +72,9 @@ class CpuKernels:
         self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
         self._check()
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """There is nothing to do."""
+
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         if y.dtype is not torch.float32:
             wide = y.float()

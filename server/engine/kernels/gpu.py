@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import triton
-import triton.language as tl
 
-from server.engine.kernels import gpu_transcode
+from server.engine.kernels import gpu_transcode, gpu_variants
 from server.engine.kernels.gpu_beside import add_planes, add_sparse, stage_rows
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
 from server.engine.kernels.gpu_rounding import INTERPRETED
-from server.engine.kernels.gpu_tables import PLANES_TILES, Launch, Plans, term_fields
+from server.engine.kernels.gpu_tables import Launch, Plans, term_fields
 from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import (
@@ -36,19 +36,16 @@ from server.engine.kernels.types import (
 )
 from store.packed import PackedTernary
 
+_log = logging.getLogger(__name__)
+
 FUSE_ROWS = 128
 """Rows from which a product with moved weights is faster than two products: a full tile of them shares one decoding."""
 
-_J = 4
-"""Words of a row that `add_planes` takes at a time, one for each of the threads that share it."""
-_SPLITS = (1, 2, 4, 8)
 _TILE_SUMS = 64 * 64
 """Most sums of a tile of `add_planes`."""
-_WORDS_PER_SPLIT = 2 * _J
+_WORDS_PER_SPLIT = 2 * gpu_variants.PLANES_WORDS
 _BLOCKS_PER_PROCESSOR = 2
 """What it takes to keep memory busy; columns are split for it."""
-SPARSE_SHAPES = {1: (16, 64), 4: (16, 32), 16: (8, 32)}
-"""Batch rows of a chunk → weight rows of a tile, entries at a time."""
 _SLAB_BYTES = 16 << 20
 """Of what is put together before it is rounded, or multiplied with: it stays in the L2 cache."""
 _INTERPRETED_PROCESSORS = 4
@@ -82,8 +79,22 @@ class TritonKernels:
         self._devices: dict[torch.device, _Device] = {}
         self._terms: WeakKeyDictionary[LoadedDelta, dict[tuple[float, int], torch.Tensor]] = WeakKeyDictionary()
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        if device.type != "cuda" or INTERPRETED.value:
+            return
+        began = time.perf_counter()
+        with torch.cuda.device(device):
+            for variant in gpu_variants.every(dtype):
+                variant.compile()
+        _log.info("the kernels are compiled: %.1f s", time.perf_counter() - began)
+
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         _check(y, x)
+        if x.shape[1] == 1:  # a size that is made a constant, and that `add_planes` does not compile with
+            for group in groups:
+                check_group(group, len(y), (y.shape[1], 1))
+            self._plain.add_linear(y, x, groups)
+            return
         plan = self._plans.of(groups, len(y), (y.shape[1], x.shape[1]), y.device)
         for launch in plan.launches:
             self._add(launch, y, x)
@@ -131,42 +142,33 @@ class TritonKernels:
         out, width = y.shape[1], x.shape[1]
         chunks, terms, tile = launch.table, launch.terms, launch.tile
         if launch.sparse:
-            lists, entries = SPARSE_SHAPES[tile]
-            staged = tile == max(SPARSE_SHAPES)
-            if staged:
+            fixed = gpu_variants.sparse(tile, launch.one, launch.levels)
+            if tile == gpu_variants.STAGED:
                 packed = x.new_empty(launch.chunks, width, tile)
-                stage_rows[(triton.cdiv(width, 128), launch.chunks)](packed, x, chunks, width, M=tile, COLUMNS=128)
+                grid = (triton.cdiv(width, gpu_variants.STAGE["COLUMNS"]), launch.chunks)
+                stage_rows[grid](packed, x, chunks, width, **gpu_variants.STAGE)
                 x = packed
-            add_sparse[(triton.cdiv(out, lists), launch.chunks)](
-                y, x, chunks, terms, out, width,
-                M=tile, N=lists, E=entries, STAGED=staged, ONE=launch.one, LEVELS=launch.levels,
-            )  # fmt: skip
+            add_sparse[(triton.cdiv(out, fixed["N"]), launch.chunks)](y, x, chunks, terms, out, width, **fixed)
             return
         device = self._device(y.device)
-        wide, warps = planes_shape(x.dtype, tile, out)
-        splits = _splits(triton.cdiv(out, wide) * launch.chunks, width, device.processors * _BLOCKS_PER_PROCESSOR)
-        grid = (triton.cdiv(out, wide), launch.chunks, splits)
-        add_planes[grid](
+        across = triton.cdiv(out, gpu_variants.planes(x.dtype, tile, out, 1)["N"])
+        splits = _splits(across * launch.chunks, width, device.processors * _BLOCKS_PER_PROCESSOR)
+        add_planes[(across, launch.chunks, splits)](
             y, x, chunks, terms, device.partial, device.arrived, out, width,
-            M=tile, N=wide, J=_J, SPLITS=splits, DOT=_dot(x.dtype), STAGES=3, num_warps=warps,
+            **gpu_variants.planes(x.dtype, tile, out, splits),
         )  # fmt: skip
 
     def _fuse(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]
     ) -> None:
         rows, out, width = len(y), y.shape[1], x.shape[1]
-        words = 2
-        pieces = triton.cdiv(width, BLOCK * words)
-        folded = x.new_empty(rows, pieces * BLOCK * words)
-        fold_rows[(pieces, triton.cdiv(rows, 16))](folded, x, rows, width, M=16, J=words)
-        # 32-bit numbers are multiplied without tensor cores, by more registers than a large tile leaves.
-        tile, wide = (64, 64) if x.dtype is torch.float32 else (256 if rows > 128 else 128, 128)
-        grid = (triton.cdiv(rows, tile) * triton.cdiv(out, wide),)
-        fused_product[grid](
-            y, folded, weight, bias, self._table(terms, 0), rows, out, width,
-            M=tile, N=wide, J=words, BAND=8, BIAS=bias is not None, DOT=_dot(x.dtype),
-            STAGES=2 if x.dtype is torch.float32 else 3, num_warps=8,
-        )  # fmt: skip
+        fold, fixed = gpu_variants.FOLD, gpu_variants.fused(x.dtype, rows > 128, bias is not None)
+        columns = BLOCK * fold["J"]
+        pieces = triton.cdiv(width, columns)
+        folded = x.new_empty(rows, pieces * columns)
+        fold_rows[(pieces, triton.cdiv(rows, fold["M"]))](folded, x, rows, width, **fold)
+        grid = (triton.cdiv(rows, fixed["M"]) * triton.cdiv(out, fixed["N"]),)
+        fused_product[grid](y, folded, weight, bias, self._table(terms, 0), rows, out, width, **fixed)
 
     def _multiply(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]
@@ -200,17 +202,15 @@ class TritonKernels:
         rows, width = out.shape
         digits = [delta.digits for _, delta in terms if isinstance(delta, BitPlanes)]
         dense = any(isinstance(delta, DenseValues) for _, delta in terms)
-        merge_tiles[(triton.cdiv(width, 4 * BLOCK), triton.cdiv(rows, BLOCK))](
-            out, pristine, self._table(terms, first_row), len(terms), rows, width,
-            R=BLOCK, C=4, PLANES=bool(digits), DENSE=dense, MANY=max(digits, default=1) > 1, **UNFUSED,
-        )  # fmt: skip
+        fixed = gpu_variants.tiles(bool(digits), dense, max(digits, default=1) > 1)
+        grid = (triton.cdiv(width, BLOCK * fixed["C"]), triton.cdiv(rows, fixed["R"]))
+        merge_tiles[grid](out, pristine, self._table(terms, first_row), len(terms), rows, width, **fixed)
 
     def _move_lists(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
         rows, width = out.shape
-        merge_lists[(triton.cdiv(rows, 8),)](
-            out, pristine, self._table(terms, first_row), first_row, rows, width,
-            L=8, COLUMNS=512, E=32, COPY=out.data_ptr() != pristine.data_ptr(), **UNFUSED,
-        )  # fmt: skip
+        fixed = gpu_variants.lists(out.data_ptr() != pristine.data_ptr())
+        table = self._table(terms, first_row)
+        merge_lists[(triton.cdiv(rows, fixed["L"]),)](out, pristine, table, first_row, rows, width, **fixed)
 
     def _table(self, terms: Sequence[Term], first_row: int) -> torch.Tensor:
         """Of one term it is kept for as long as its delta lives."""
@@ -239,34 +239,17 @@ class TritonKernels:
         return known
 
 
-UNFUSED: dict[str, Any] = {} if INTERPRETED.value else {"enable_fp_fusion": False}
-"""Fused multiply-adds round once where the reference rounds twice."""
-
-
 def _check(y: torch.Tensor, x: torch.Tensor) -> None:
     if not (y.is_contiguous() and x.is_contiguous() and x.dtype is y.dtype and x.shape[0] == y.shape[0]):
         raise ValueError("y and x must be contiguous, of one dtype, and have the same rows")
 
 
-def _dot(dtype: torch.dtype) -> Any:
-    """What the tensor cores are given; the interpreter does not compute in bfloat16."""
-    if INTERPRETED.value:
-        return tl.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
-
-
-def planes_shape(dtype: torch.dtype, tile: int, out: int) -> tuple[int, int]:
-    """Weight rows of a tile of `add_planes`, and its warps. More rows share what it takes to bring the batch into the
-    tensor cores' order, as long as the sums fit the registers; 32-bit numbers take more of these."""
-    if dtype is torch.float32:
-        return 64, 8 if tile == PLANES_TILES[-1] else 4
-    return (128 if tile < PLANES_TILES[-1] and out > 64 else 64), 4
-
-
 def _splits(tiles: int, width: int, blocks: int) -> int:
     """Into how many parts columns are cut, for so many blocks."""
     most = triton.cdiv(width, BLOCK) // _WORDS_PER_SPLIT
-    return max(splits for splits in _SPLITS if splits == 1 or (splits <= most and tiles * splits < 2 * blocks))
+    return max(
+        splits for splits in gpu_variants.SPLITS if splits == 1 or (splits <= most and tiles * splits < 2 * blocks)
+    )
 
 
 def _slabs(matrix: torch.Tensor, itemsize: int | None = None) -> list[tuple[int, torch.Tensor]]:

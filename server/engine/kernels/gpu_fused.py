@@ -9,7 +9,7 @@ from server.engine.kernels.gpu_beside import folded, ternary_tile
 from server.engine.kernels.gpu_rounding import rounded
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator, unused-ignore]
 def fold_rows(  # type: ignore[no-untyped-def]
     folded_ptr, x_ptr, rows, width, M: tl.constexpr, J: tl.constexpr
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def fold_rows(  # type: ignore[no-untyped-def]
     tl.store(target, folded(low, high, M, J), mask=valid)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator, unused-ignore]
 def fused_product(  # type: ignore[no-untyped-def]
     y_ptr, folded_ptr, weight_ptr, bias_ptr, term_ptr, rows, out, width,
     M: tl.constexpr, N: tl.constexpr, J: tl.constexpr, BAND: tl.constexpr,

@@ -8,6 +8,7 @@ which the result equals bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ _TILE = 1024
 """Elements of a block where each is one of a list."""
 _WORDS = 32
 """Words of a block where each is taken apart bit by bit."""
+_PLANE_WORDS = 4
+"""Words of a row of planes that a block makes."""
 _MOST = 2**30
 """Elements of a tensor, exclusive: positions are int32, and so is what a wrong stream makes of them."""
 
@@ -38,7 +41,7 @@ def popcount(word):  # type: ignore[no-untyped-def]
     return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["words"])  # type: ignore[untyped-decorator, unused-ignore]
 def count_ones(words_ptr, counts_ptr, words, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Ones of each of a stream's int32 words."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -47,7 +50,7 @@ def count_ones(words_ptr, counts_ptr, words, TILE: tl.constexpr):  # type: ignor
     tl.store(counts_ptr + place, popcount(word), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["words", "count"])  # type: ignore[untyped-decorator, unused-ignore]
 def find_ones(  # type: ignore[no-untyped-def]
     words_ptr, upto_ptr, found_ptr, words, count, WORDS: tl.constexpr
 ):  # fmt: skip
@@ -63,7 +66,7 @@ def find_ones(  # type: ignore[no-untyped-def]
     tl.store(found_ptr + rank, place[:, None] * 32 + bit.to(tl.int32), mask=is_set)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["count", "k"])  # type: ignore[untyped-decorator, unused-ignore]
 def unpack_bits(words_ptr, values_ptr, count, k, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values of k ≤ 24 bits each out of a stream."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -77,7 +80,7 @@ def unpack_bits(words_ptr, values_ptr, count, k, TILE: tl.constexpr):  # type: i
     tl.store(values_ptr + place, value & ((1 << k) - 1), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["count", "k"])  # type: ignore[untyped-decorator, unused-ignore]
 def rice_indices(found_ptr, sums_ptr, count, k, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """In place: terminators of the unary stream → positions, given the running sums of the remainders."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -87,7 +90,7 @@ def rice_indices(found_ptr, sums_ptr, count, k, TILE: tl.constexpr):  # type: ig
     tl.store(found_ptr + place, ((found - place) << k) + sums + place, mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["count", "numel"])  # type: ignore[untyped-decorator, unused-ignore]
 def set_ones(words_ptr, indices_ptr, count, numel, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Bits of a stream of zeros, set where the indices say."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -95,7 +98,7 @@ def set_ones(words_ptr, indices_ptr, count, numel, TILE: tl.constexpr):  # type:
     tl.atomic_or(words_ptr + (index >> 5), 1 << (index & 31), mask=(index >= 0) & (index < numel), sem="relaxed")
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["rows", "columns", "mask_words"])  # type: ignore[untyped-decorator, unused-ignore]
 def make_planes(  # type: ignore[no-untyped-def]
     planes_ptr, mask_ptr, upto_ptr, signs_ptr, rows, columns, mask_words, C: tl.constexpr
 ):  # fmt: skip
@@ -123,6 +126,14 @@ def make_planes(  # type: ignore[no-untyped-def]
     target = planes_ptr + (tl.program_id(1).to(tl.int64) * words + block) * 64 + tl.arange(0, 32)[:, None]
     tl.store(target, plus, mask=block < words)
     tl.store(target + 32, minus, mask=block < words)
+
+
+VARIANTS: tuple[tuple[Any, dict[str, int]], ...] = (
+    *((kernel, {"TILE": _TILE}) for kernel in (count_ones, unpack_bits, rice_indices, set_ones)),
+    (find_ones, {"WORDS": _WORDS}),
+    (make_planes, {"C": _PLANE_WORDS}),
+)
+"""Each of the kernels above, and its constants."""
 
 
 def can_transcode(tensor: PackedTernary) -> bool:
@@ -239,7 +250,8 @@ def _planes(name: str, mask: torch.Tensor, signs: torch.Tensor, nnz: int, rows: 
     upto = _ones_upto(name, mask, nnz)
     blocks, words = -(-rows // BLOCK), -(-columns // BLOCK)
     planes = torch.empty(blocks, 1, words, 2, BLOCK, dtype=torch.int32, device=mask.device)
-    make_planes[(triton.cdiv(words, 4), blocks)](planes, mask, upto, signs, rows, columns, len(mask), C=4)
+    grid = (triton.cdiv(words, _PLANE_WORDS), blocks)
+    make_planes[grid](planes, mask, upto, signs, rows, columns, len(mask), C=_PLANE_WORDS)
     return planes
 
 

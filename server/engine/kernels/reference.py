@@ -26,6 +26,9 @@ class ReferenceKernels:
     name = "reference"
     fuse_rows: int | None = None
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """There is nothing to do."""
+
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         for group in groups:
             rows = slice(group.start, group.stop)

@@ -162,6 +162,10 @@ class Kernels(Protocol):
         """Rows of a group from which `fused_linear` is faster than the base's product and `add_linear`; None: never."""
         ...
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Do now what would hold up the first calls on weights of that type; may take many seconds."""
+        ...
+
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         """In place: `y[i] += Σ_k weight_k · (x[i] @ Δ_kᵀ)` for the rows i of each group.
 

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there: `python -m tests.engine.kernels.compile_gpu NAME ...`.
 
 Prints one JSON object: for each variant its shared memory in bytes, the bytes of registers that it has to spill into
-memory, and whether it uses Hopper's tensor cores.
-Without names, what variants there are. Must run without TRITON_INTERPRET.
+memory, and whether it uses Hopper's tensor cores. Without names, what variants there are. Must run without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -12,97 +12,73 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.engine.kernels import gpu_beside, gpu_fused, gpu_merge, gpu_transcode
-from server.engine.kernels.gpu import SPARSE_SHAPES, UNFUSED, planes_shape
-from server.engine.kernels.gpu_tables import PLANES_TILES
+from server.engine.kernels.gpu_beside import add_planes
+from server.engine.kernels.gpu_variants import Variant, every
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 HOPPER = GPUTarget("cuda", 90, 32)
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TABLES = {"chunk_ptr": "*i64", "term_ptr": "*i64", "partial_ptr": "*fp32", "arrived_ptr": "*i32", "first_row": "i32"}
-_WORDS = ("words_ptr", "counts_ptr", "upto_ptr", "found_ptr", "values_ptr", "sums_ptr", "indices_ptr")
-_TYPES = _TABLES | dict.fromkeys((*_WORDS, "planes_ptr", "mask_ptr", "signs_ptr"), "*i32")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TYPES = {"*" + name: dtype for name, dtype in _DTYPES.items()} | {"*i32": torch.int32, "*i64": torch.int64}
+_POINTERS = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One kernel as it is launched: its constants, the type of its other pointers, and the compiler's options.
+class Sizes:
+    """A variant, and what is known of the sizes that it is given.
 
     Attributes:
-        aligned: whether sizes are multiples of 16, as a model's are; else nothing is known of them.
-        ones: sizes that are 1, which are made constants.
+        aligned: whether they are multiples of 16, as a model's are; else nothing is known of them.
+        one: a size that is 1, which is made a constant.
     """
 
-    kernel: Any
-    constants: dict[str, Any]
-    dtype: str = "bf16"
-    options: dict[str, Any] = field(default_factory=dict)
+    variant: Variant
     aligned: bool = True
-    ones: tuple[str, ...] = ()
+    one: str | None = None
 
     def compile(self) -> Any:
-        constants = self.constants | dict.fromkeys(self.ones, 1)
+        variant, kernel = self.variant, self.variant.kernel
+        constants = {name: value for name, value in variant.fixed.items() if name in kernel.arg_names}
+        options = {name: value for name, value in variant.fixed.items() if name not in kernel.arg_names}
+        constants |= {} if self.one is None else {self.one: 1}
+        constants |= {"terms": 1} if variant.single and "terms" in kernel.arg_names else {}
+        constants |= dict.fromkeys(variant.absent)
         signature, attributes = {}, {}
-        for place, name in enumerate(self.kernel.arg_names):
-            pointer = name.endswith("_ptr")
-            kind = _TYPES.get(name, f"*{self.dtype}" if pointer else "i32")
-            signature[name] = "constexpr" if name in constants else kind
-            if name not in constants and (pointer or (self.aligned and name in ("out", "width", "columns"))):
+        for place, parameter in enumerate(kernel.params):
+            name, pointer = parameter.name, parameter.name.endswith("_ptr")
+            if name in constants:
+                signature[name] = "constexpr"
+                continue
+            signature[name] = _POINTERS[variant.pointer(name)] if pointer else "i32"
+            if pointer or (self.aligned and name != "terms" and not parameter.do_not_specialize):
                 attributes[(place,)] = [["tt.divisibility", 16]]
-        places = {(self.kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self.kernel, signature, constexprs=places, attrs=attributes)
-        return triton.compile(source, target=HOPPER, options=self.options)
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, constexprs=places, attrs=attributes)
+        return triton.compile(source, target=HOPPER, options=options)
 
 
-def variants() -> dict[str, Variant]:
-    """Every variant that `TritonKernels` launches, by name, and some with sizes that no model has."""
-    found: dict[str, Variant] = {}
-    for dtype, dot in _DTYPES.items():
-        for tile in PLANES_TILES:
-            for wide, warps in sorted({planes_shape(_TORCH[dtype], tile, out) for out in (64, 4096)}):
-                for splits in (1, 2, 8):
-                    constants = {"M": tile, "N": wide, "J": 4, "SPLITS": splits, "DOT": dot, "STAGES": 3}
-                    name = f"planes-{dtype}-{tile}x{wide}/{splits}"
-                    found[name] = Variant(gpu_beside.add_planes, constants, dtype, {"num_warps": warps})
-        for tile, (lists, entries) in SPARSE_SHAPES.items():
-            for one in (True, False):
-                constants = {"M": tile, "N": lists, "E": entries, "STAGED": tile == 16, "ONE": one, "LEVELS": not one}
-                found[f"sparse-{dtype}-{tile}-{one}"] = Variant(gpu_beside.add_sparse, constants, dtype)
-        found[f"stage-{dtype}"] = Variant(gpu_beside.stage_rows, {"M": 16, "COLUMNS": 128}, dtype)
-        found[f"fold-{dtype}"] = Variant(gpu_fused.fold_rows, {"M": 16, "J": 2}, dtype)
-        for bias in (False, True):
-            for tile in (64,) if dtype == "fp32" else (128, 256):
-                constants = {"M": tile, "N": 64 if tile == 64 else 128, "J": 2, "BAND": 8, "BIAS": bias, "DOT": dot}
-                constants["STAGES"] = 2 if dtype == "fp32" else 3
-                options = {"num_warps": 8}
-                found[f"fused-{dtype}-{tile}-{bias}"] = Variant(gpu_fused.fused_product, constants, dtype, options)
-        for planes, dense, many in ((True, False, False), (True, True, True), (False, True, False)):
-            constants = {"R": 32, "C": 4, "PLANES": planes, "DENSE": dense, "MANY": many}
-            name = f"merge-{dtype}-{planes}-{dense}-{many}"
-            found[name] = Variant(gpu_merge.merge_tiles, constants, dtype, UNFUSED)
-        for copy in (True, False):
-            constants = {"L": 8, "COLUMNS": 512, "E": 32, "COPY": copy}
-            found[f"lists-{dtype}-{copy}"] = Variant(gpu_merge.merge_lists, constants, dtype, UNFUSED)
-    for name in ("planes-bf16-16x128/1", "sparse-bf16-1-True", "fused-bf16-128-True", "lists-bf16-True"):
-        odd = found[name]
-        found[f"{name}-odd"] = Variant(odd.kernel, odd.constants, "bf16", odd.options, aligned=False)
-        found[f"{name}-one"] = Variant(odd.kernel, odd.constants, "bf16", odd.options, aligned=False, ones=("width",))
-    tile = {"TILE": 1024}
-    for name in ("count_ones", "unpack_bits", "rice_indices", "set_ones"):
-        found[name] = Variant(getattr(gpu_transcode, name), tile)
-    found["find_ones"] = Variant(gpu_transcode.find_ones, {"WORDS": 32})
-    found["make_planes"] = Variant(gpu_transcode.make_planes, {"C": 4})
+def variants() -> dict[str, Sizes]:
+    """Every variant that a server compiles when it starts, by name, and some with sizes that no model has."""
+    found: dict[str, Sizes] = {}
+    for short, dtype in _DTYPES.items():
+        for variant in every(dtype):
+            own = short if dtype is variant.dtype else "int"
+            numbers = [str(int(value)) for value in variant.fixed.values() if isinstance(value, int)]
+            name = " ".join([variant.kernel.__name__, own, *numbers, *([] if variant.single else ["several"])])
+            found[name] = Sizes(variant)
+            if own == "bf16" and not name.endswith("several"):
+                found[f"{name} odd"] = Sizes(variant, aligned=False)
+                for one in {"width", "out"} & set(variant.kernel.arg_names):
+                    if (variant.kernel, one) != (add_planes, "width"):
+                        found[f"{name} {one}=1"] = Sizes(variant, aligned=False, one=one)
     return found
 
 

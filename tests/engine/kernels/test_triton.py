@@ -211,6 +211,11 @@ def with_payload(tensor: PackedTernary, payload: bytes) -> PackedTernary:
     return replace(tensor, encoded=replace(tensor.encoded, payload=payload))
 
 
+def test_one_column(kernels: Kernels) -> None:
+    check(kernels, (40, 1), [(0, 3, deltas(0.5, shape=(40, 1))), (0, 40, deltas(0.02, shape=(40, 1)))], torch.bfloat16)
+    check_fused(kernels, (40, 1), [(0, 3, deltas(0.5, shape=(40, 1)))], torch.bfloat16, bias=True)
+
+
 def test_plans_are_kept_for_groups_but_do_not_keep_them() -> None:
     from server.engine.kernels.gpu_tables import Plans
 

@@ -1,0 +1,148 @@
+"""What launches of the Triton kernels fix when they are compiled, and all that there can be: a server compiles them
+when it starts, not while requests wait."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from server.engine.kernels import gpu_transcode
+from server.engine.kernels.gpu_beside import add_planes, add_sparse, stage_rows
+from server.engine.kernels.gpu_fused import fold_rows, fused_product
+from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
+from server.engine.kernels.gpu_rounding import INTERPRETED
+from server.engine.kernels.gpu_tables import PLANES_TILES, SPARSE_TILES
+from server.engine.kernels.types import BLOCK
+
+Fixed = Mapping[str, Any]
+"""Constants of a kernel, and options of its compiler."""
+
+PLANES_WORDS = 4
+"""Words of a row that `add_planes` takes at a time, one for each of the threads that share it."""
+SPLITS = (1, 2, 4, 8)
+"""Into how many parts the columns of `add_planes` may be cut."""
+STAGED = SPARSE_TILES[-1]
+"""Batch rows from which `add_sparse` wants them side by side."""
+STAGE: Fixed = {"M": STAGED, "COLUMNS": 128}
+FOLD: Fixed = {"M": 16, "J": 2}
+_SPARSE_SHAPES = {1: (16, 64), 4: (16, 32), STAGED: (8, 32)}
+"""Batch rows of a chunk → weight rows of a tile, entries at a time."""
+_UNFUSED: Fixed = {} if INTERPRETED.value else {"enable_fp_fusion": False}
+"""Fused multiply-adds round once where the reference rounds twice."""
+_INTEGERS = (
+    *("chunk_ptr", "term_ptr", "arrived_ptr", "words_ptr", "counts_ptr", "upto_ptr", "found_ptr", "values_ptr"),
+    *("sums_ptr", "indices_ptr", "planes_ptr", "mask_ptr", "signs_ptr"),
+)
+_POINTERS = dict.fromkeys(_INTEGERS, torch.int32) | {"chunk_ptr": torch.int64, "term_ptr": torch.int64}
+_POINTERS["partial_ptr"] = torch.float32
+
+
+@cache
+def planes(dtype: torch.dtype, tile: int, out: int, splits: int) -> Fixed:
+    """Of `add_planes`. More weight rows share what it takes to bring the batch into the tensor cores' order, as long as
+    the sums fit the registers; 32-bit numbers take more of these."""
+    wide, warps = 64, 4
+    if dtype is torch.float32:
+        warps = 8 if tile == PLANES_TILES[-1] else 4
+    elif tile < PLANES_TILES[-1] and out > 64:
+        wide = 128
+    constants = {"M": tile, "N": wide, "J": PLANES_WORDS, "SPLITS": splits, "DOT": _dot(dtype), "STAGES": 3}
+    return constants | {"num_warps": warps}
+
+
+@cache
+def sparse(tile: int, one: bool, levels: bool) -> Fixed:
+    """Of `add_sparse`."""
+    lists, entries = _SPARSE_SHAPES[tile]
+    return {"M": tile, "N": lists, "E": entries, "STAGED": tile == STAGED, "ONE": one, "LEVELS": levels}
+
+
+@cache
+def fused(dtype: torch.dtype, large: bool, bias: bool) -> Fixed:
+    """Of `fused_product`. 32-bit numbers are multiplied without tensor cores, by more registers than a large tile
+    leaves.
+
+    Args:
+        large: whether there are more than 128 rows.
+    """
+    is_wide = dtype is torch.float32
+    tile, wide = (64, 64) if is_wide else (256 if large else 128, 128)
+    constants = {"M": tile, "N": wide, "J": FOLD["J"], "BAND": 8, "BIAS": bias, "DOT": _dot(dtype)}
+    return constants | {"STAGES": 2 if is_wide else 3, "num_warps": 8}
+
+
+@cache
+def tiles(planes: bool, dense: bool, many: bool) -> Fixed:
+    """Of `merge_tiles`."""
+    return {"R": BLOCK, "C": 4, "PLANES": planes, "DENSE": dense, "MANY": many, **_UNFUSED}
+
+
+@cache
+def lists(copy: bool) -> Fixed:
+    """Of `merge_lists`."""
+    return {"L": 8, "COLUMNS": 512, "E": 32, "COPY": copy, **_UNFUSED}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched.
+
+    Attributes:
+        dtype: of the tensors whose type is not always the same.
+        fixed: constants and options.
+        single: whether there is one term, which is then a constant.
+    """
+
+    kernel: Any
+    dtype: torch.dtype
+    fixed: Fixed
+    single: bool = True
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Pointers that are None."""
+        return () if self.fixed.get("BIAS", True) else ("bias_ptr",)
+
+    def pointer(self, name: str) -> torch.dtype:
+        """What a pointer of that name points to."""
+        return _POINTERS.get(name, self.dtype)
+
+    def compile(self) -> None:
+        """For the current GPU, as a launch on a model's shapes would. What has been compiled once is kept on disk."""
+        given = [name for name in self.kernel.arg_names if name not in self.fixed]
+        others = {"terms": 1 if self.single else 2} | dict.fromkeys(self.absent)
+        pointers = {name: self.pointer(name) for name in given if name.endswith("_ptr")}
+        arguments = [(pointers | others).get(name, 4096) for name in given]
+        self.kernel.warmup(*arguments, grid=(1,), **self.fixed)
+
+
+def every(dtype: torch.dtype) -> Iterator[Variant]:
+    """All variants that launches on weights of that type take, but for mixes of several forms, which are rare."""
+    for tile, out, splits in itertools.product(PLANES_TILES, (64, 4096), SPLITS):
+        if out == 64 or planes(dtype, tile, out, splits) != planes(dtype, tile, 64, splits):
+            yield Variant(add_planes, dtype, planes(dtype, tile, out, splits))
+    for tile, one, levels in itertools.product(SPARSE_TILES, (True, False), (False, True)):
+        yield Variant(add_sparse, dtype, sparse(tile, one, levels))
+    yield Variant(stage_rows, dtype, STAGE)
+    yield Variant(fold_rows, dtype, FOLD)
+    for large, bias in itertools.product((False,) if dtype is torch.float32 else (False, True), (False, True)):
+        yield Variant(fused_product, dtype, fused(dtype, large, bias))
+    for many, single in ((False, True), (True, True), (False, False), (True, False)):
+        yield Variant(merge_tiles, dtype, tiles(True, False, many), single)
+    yield Variant(merge_tiles, dtype, tiles(False, True, False))
+    yield Variant(merge_lists, dtype, lists(True))
+    for kernel, fixed in gpu_transcode.VARIANTS:
+        yield Variant(kernel, torch.int32, fixed)
+
+
+def _dot(dtype: torch.dtype) -> Any:
+    """What the tensor cores are given; the interpreter does not compute in bfloat16."""
+    if INTERPRETED.value:
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
