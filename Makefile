@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CALM := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs site pins clean distclean
+.PHONY: help demo test lint audit format docs site pins clean distclean
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -25,6 +25,11 @@ lint: ## Check style and types
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
+
+audit: ## Look for committed secrets, and on osv.dev for known holes in what is pinned
+	@deploy/bootstrap.sh dev
+	@$(PY) -m deploy.secret_scan
+	@$(PY) -m pip_audit --strict --disable-pip --no-deps --requirement constraints.txt --vulnerability-service osv $(ARGS)
 
 format: ## Put the code into the project's style
 	@deploy/bootstrap.sh dev
