@@ -17,6 +17,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "merge.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.hpp", "planes.hpp", "sparse.hpp"))
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0
@@ -86,7 +87,7 @@ def load(cache_dir: Path, *, flags: tuple[str, ...] = (), compiler: str | None =
 
 def _load(cache_dir: Path, compiler: str, recipe: Recipe, flags: tuple[str, ...]) -> ctypes.CDLL:
     options = (*_FLAGS, *recipe.compile, *flags)
-    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     made_from = (sources, options, recipe.link, _run([compiler, "--version"]), _cpu())
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:20]
     path = cache_dir / "kernels" / f"native-{digest}.so"

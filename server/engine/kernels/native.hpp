@@ -1,0 +1,88 @@
+// What the kernels of native.cpp have in common: terms, memory that threads keep, tables of sums.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+// Entries of the table that one permutation looks up; 0: there is no such instruction.
+#ifndef PERMUTE
+#if defined(__AVX512F__)
+#define PERMUTE 16
+#elif defined(__AVX2__)
+#define PERMUTE 8
+#else
+#define PERMUTE 0
+#endif
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 32;
+constexpr int64_t LANES = 8;        // batch rows that share a table
+constexpr int64_t TILE = 64;        // blocks whose sums stay in cache while tables are replaced
+constexpr int64_t FEW_DENSE = 2;    // rows up to which permuting beats a table for all of them; measured
+constexpr int64_t FEW_SPARSE = 3;
+
+typedef float Row8 __attribute__((vector_size(4 * LANES)));
+
+enum Form : int32_t { PLANES = 0, SPARSE = 1 };
+
+// One term of one group. Mirrors `_RECORD` in cpu.py.
+struct Term {
+    int64_t start, stop;  // batch rows
+    int32_t form;
+    int32_t opens;        // 1: first term of its group
+    float factor;         // weight of the mix * scale
+    int32_t digits;
+    const uint32_t* words;    // planes
+    const int32_t* order;     // sparse, and the following
+    const int32_t* starts;
+    const uint16_t* entries;
+    const uint8_t* levels;
+};
+static_assert(sizeof(Term) == 72, "cpu.py packs 72 bytes");
+
+// Memory that a thread keeps from call to call. Never initialised, always aligned to a cache line.
+class Scratch {
+  public:
+    ~Scratch() { std::free(memory_); }
+    float* floats(size_t count) {
+        size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
+        if (bytes > size_) {
+            std::free(memory_);
+            memory_ = std::aligned_alloc(64, bytes);
+            if (memory_ == nullptr) std::abort();
+            size_ = bytes;
+        }
+        return static_cast<float*>(memory_);
+    }
+
+  private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local Scratch inputs, tables, sums;
+
+inline int64_t blocks_of(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// table[c] = sum of the values whose bits are set in c.
+template <int BITS, typename V> inline void subset_sums(const V* values, V factor, V* table) {
+    table[0] = V{};
+    for (int i = 0; i < BITS; i++) {
+        V value = values[i] * factor;
+        for (int c = 0; c < 1 << i; c++) table[(1 << i) + c] = table[c] + value;
+    }
+}
+
+}  // namespace
