@@ -63,8 +63,8 @@ class Offline:
         self.model.load_state_dict(state, strict=False)
         self.model.tie_weights()
 
-    def load_expert(self, file: Path) -> None:
-        self.load(apply_expert(file, self._base, cache_dir=CACHE.parent))
+    def load_expert(self, file: Path, weight: float = 1.0) -> None:
+        self.load(apply_expert(file, self._base, weight=weight, cache_dir=CACHE.parent))
 
     def load_folder(self, folder: Path) -> None:
         from safetensors.torch import load_file
