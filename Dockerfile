@@ -8,8 +8,9 @@ ARG VARIANT=cpu
 FROM python:3.11-slim-bookworm AS base-cpu
 
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04 AS base-cuda
+# python3-dev: Triton compiles what launches its kernels against Python's headers.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && apt-get install -y --no-install-recommends python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 

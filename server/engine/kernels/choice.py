@@ -14,6 +14,7 @@ import torch
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
 from server.engine.kernels.reference import ReferenceKernels
+from server.engine.kernels.trial import computes_rightly
 from server.engine.kernels.types import Kernels
 from store.errors import InvalidRequestError
 
@@ -42,7 +43,12 @@ def _triton(device: torch.device, cache_dir: Path | None) -> Kernels | str:
     if cache_dir is not None and device.type == "cuda":
         # Read whenever something is compiled. What an operator has chosen stays.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
-    return TritonKernels()
+    kernels = TritonKernels()
+    try:
+        is_right = computes_rightly(kernels, torch.bfloat16, device)
+    except Exception as error:  # a compiler and a driver are in play: anything may be missing
+        return f"triton does not run here: {type(error).__name__}: {error}"
+    return kernels if is_right else "triton computes wrongly on this machine"
 
 
 @cache

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels, multiply_merged
+from server.engine.kernels.trial import computes_rightly
 from server.engine.kernels.types import (
     BitPlanes,
     DenseValues,
@@ -25,7 +25,6 @@ from server.engine.kernels.types import (
     SparseRows,
     rows_and_columns,
 )
-from store.deltas import SparseDelta
 from store.packed import PackedTernary
 
 _TERM = struct.Struct("<qqiifi")
@@ -70,7 +69,8 @@ class CpuKernels:
         self._plain = ReferenceKernels()
         self._pointers: WeakKeyDictionary[PackedDelta, bytes] = WeakKeyDictionary()
         self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
-        self._check()
+        if not computes_rightly(self, torch.float32, torch.device("cpu")):
+            raise BuildError("what the compiler made computes wrongly on this machine")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """There is nothing to do."""
@@ -155,21 +155,3 @@ class CpuKernels:
                 addresses = (0, *lists, levels)
             known = self._pointers[delta] = _POINTERS.pack(*addresses)
         return known
-
-    def _check(self) -> None:
-        """Compare with plain torch on a small case: what a foreign compiler has made is not believed unseen."""
-        rng = np.random.default_rng(0)
-        for density in (0.02, 0.5):
-            kept = np.flatnonzero(rng.random(72 * 100) < density).astype(np.int32)
-            levels = rng.choice(np.array([-1, 1], np.int8), len(kept))
-            delta = pack(SparseDelta((72, 100), kept, levels, 0.1), torch.device("cpu"))
-            groups = [Group(0, 1, ((1.0, delta),)), Group(2, 9, ((0.5, delta),))]
-            x = torch.from_numpy(rng.standard_normal((9, 100), np.float32))
-            ours, expected = torch.ones(9, 72), torch.ones(9, 72)
-            self.add_linear(ours, x, groups)
-            self._plain.add_linear(expected, x, groups)
-            merged, plainly = torch.empty(72, 100), torch.empty(72, 100)
-            self.merge(merged, ours.new_ones(72, 100), [(0.5, delta)])
-            self._plain.merge(plainly, ours.new_ones(72, 100), [(0.5, delta)])
-            if not (torch.allclose(ours, expected, rtol=1e-4, atol=1e-4) and torch.equal(merged, plainly)):
-                raise BuildError("what the compiler made computes wrongly on this machine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def _imposter(folder: Path) -> Path:
         "#define switchyard_add_linear unused\n"
     )
     return path
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("Failed to find C compiler"), None])
+def test_a_triton_that_does_not_work_is_not_used(monkeypatch: pytest.MonkeyPatch, failure: Exception | None) -> None:
+    gpu = pytest.importorskip("server.engine.kernels.gpu", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU")
+
+    def broken(*given: object) -> None:
+        if failure is not None:
+            raise failure
+
+    assert available(CPU)["triton"] is None
+    monkeypatch.setattr(gpu.TritonKernels, "fused_linear", broken)
+    why = "Failed to find C compiler" if failure else "computes wrongly"
+    assert why in (available(CPU)["triton"] or "")
+    with pytest.raises(InvalidRequestError, match=why):
+        backend("triton", CPU)
 
 
 def test_a_library_is_built_once_whoever_asks(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
