@@ -69,9 +69,14 @@ class Gauge(threading.Thread):
         return np.array([sample for sample in self.samples if sample[0] >= end * WARM_UP], dtype=np.float64)
 
     def slope(self) -> float:
-        """Growth of the resident memory after the warm-up in MiB per minute, by least squares."""
+        """Growth of the resident memory after the warm-up in MiB per minute: the median over all pairs of samples.
+
+        A leak grows between most of them (Theil–Sen); one more thread with memory of its own makes a single step.
+        """
         late = self.late()
-        return float(np.polyfit(late[:, 0] / 60, late[:, 1] / _MIB, 1)[0])
+        earlier, later = np.triu_indices(len(late), k=1)
+        grown = (late[later, 1] - late[earlier, 1]) / _MIB
+        return float(np.median(grown / (late[later, 0] - late[earlier, 0]) * 60))
 
 
 def soak(
@@ -198,6 +203,7 @@ def _rows(minutes: float, record: Record, judge: Judge, gauge: Gauge, seen: Mapp
         {"what": "open files at first, at most, in the end", "value": _three([s[2] for s in gauge.samples])},
         {"what": "threads at first, at most, in the end", "value": _three([s[3] for s in gauge.samples])},
         {"what": "resident MiB over time", "value": [round(at, 1) for at in resident[:: len(resident) // 30 + 1]]},
+        {"what": "threads over time", "value": [s[3] for s in gauge.samples[:: len(resident) // 30 + 1]]},
         {"what": "what went wrong", "value": [*record.failures, *disagreements(seen)]},
     ]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.soak import disagreements, soak
+from bench.soak import Gauge, disagreements, soak
 from bench.soak_oracle import Names, Oracle
 from store.mix import BASE_MIX, Mix
 
@@ -69,3 +70,13 @@ def test_counters_that_disagree_are_found() -> None:
 def test_half_a_minute(mode: str, tmp_path: Path) -> None:
     rows, bars = soak(0.4, 4, 1, mode)
     assert all(bar["met"] for bar in bars), (bars, rows[-1])
+
+
+def test_a_leak_is_told_from_a_step() -> None:
+    """Memory that grows with time has a slope; one that grows once has none."""
+    leaking, stepping = (Gauge(1, 1.0, threading.Event()) for _ in range(2))
+    for i in range(90):
+        leaking.samples.append((20.0 * i, (600 << 20) + i * (1 << 17), 10, 10))
+        stepping.samples.append((20.0 * i, (600 << 20) + (i > 50) * (4 << 20) + i * 1000, 10, 10))
+    assert leaking.slope() == pytest.approx(3 / 8)
+    assert stepping.slope() < 0.01
