@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ByteSize, Field
 
-from server.engine.options import BaseWeights, EngineSettings, Mode
+from server.engine.options import BaseWeights, CudaGraphs, EngineSettings, Mode
 from server.service_settings import ServiceSettings
 from server.tools.use import ToolFormat, format_of, knows_tools
 
@@ -58,6 +58,10 @@ class Settings(ServiceSettings):
     )
     kernels: str = Field(
         EngineSettings.kernels, description="What computes mixed mode: auto (the fastest that runs here) or by name."
+    )
+    cuda_graphs: CudaGraphs = Field(
+        EngineSettings.cuda_graphs,
+        description="Decode steps as CUDA graphs: auto (on a GPU, where capturing works) or off.",
     )
     tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
         "auto", description="How the base writes calls of tools: auto (by its chat template), by name, or none."

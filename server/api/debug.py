@@ -24,6 +24,8 @@ class EngineView(TypedDict):
     of before it and others not."""
     lanes: list[dict[str, Any]]
     weights: dict[str, float]
+    decode_graphs: dict[str, int] | None
+    """CUDA graphs of decode steps that are kept, captures and replays so far; null where there are none."""
     experts: list[dict[str, Any]]
     waiting_for_experts: list[dict[str, Any]]
     names: dict[str, list[str]]
@@ -49,6 +51,7 @@ async def debug_engine(
         "step_seconds": seen["step_seconds"],
         "lanes": seen["lanes"],
         "weights": seen["weights"],
+        "decode_graphs": seen.get("decode_graphs"),
         "experts": seen["experts"],
         "waiting_for_experts": seen["waiting_for_experts"],
         "names": {digest: called for digest, called in names.items() if digest in shown},

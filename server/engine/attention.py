@@ -33,6 +33,43 @@ class Segment:
         return self.context + self.stop - self.start
 
 
+@dataclass(eq=False)
+class Decodes:
+    """Rows of one new token each, with a context in the cache: attended in one padded call.
+
+    Attributes:
+        table: `[decodes, blocks]` int64 block table, padded with `NULL_BLOCK`.
+        lengths: `[decodes]` int64, keys that each sees, its own included.
+        rows: `[decodes]` int64, their rows of the batch; None: they are all of its rows, in order.
+    """
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor | None = None
+    _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """`[decodes, 1, 1, keys]` bool: which cached keys each sees; the same for all layers of a window."""
+        if window not in self._masks:
+            position = torch.arange(self.table.shape[1] * BLOCK_TOKENS, device=self.table.device)
+            mask = position < self.lengths[:, None]
+            if window is not None:
+                mask &= position >= self.lengths[:, None] - window
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
+
+
+@dataclass
+class SlotBatch:
+    """The layout of a step whose rows are decodes, all in tensors that the device reads: nothing of it is known to the
+    host, so that a CUDA graph of the step stays valid whatever the tensors hold (`server.engine.graphs`)."""
+
+    cache: KVCache
+    slots: torch.Tensor
+    decodes: Decodes
+    chunks: tuple[Segment, ...] = ()
+
+
 @dataclass
 class AttentionBatch:
     """The layout of one step. `cache is None` means: segments stand alone and nothing is remembered."""
@@ -40,21 +77,15 @@ class AttentionBatch:
     segments: list[Segment]
     cache: KVCache | None
     device: torch.device
-    decodes: list[Segment] = field(init=False)
-    """Segments of one row with a context: attended in one padded call."""
+    decodes: Decodes | None = field(init=False, default=None)
+    """Segments of one row with a context."""
     chunks: list[Segment] = field(init=False)
     slots: torch.Tensor = field(init=False)
     """`[rows]` int64: where in the cache (block × BLOCK_TOKENS + offset) each row's key and value go."""
-    table: torch.Tensor = field(init=False)
-    """`[decodes, blocks]` int64 block table, padded with `NULL_BLOCK`."""
-    lengths: torch.Tensor = field(init=False)
-    rows: torch.Tensor = field(init=False)
-    """`[decodes]` int64: batch rows of the decodes."""
-    _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         one_row = [s.context > 0 and s.stop - s.start == 1 for s in self.segments]
-        self.decodes = [s for s, decode in zip(self.segments, one_row, strict=True) if decode]
+        decodes = [s for s, decode in zip(self.segments, one_row, strict=True) if decode]
         self.chunks = [s for s, decode in zip(self.segments, one_row, strict=True) if not decode]
         if self.cache is None:
             return
@@ -64,22 +95,14 @@ class AttentionBatch:
             for position in range(segment.context, segment.length)
         ]
         self.slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        if self.decodes:
-            width = max(-(-s.length // BLOCK_TOKENS) for s in self.decodes)
-            rows = [list(s.blocks[:width]) + [NULL_BLOCK] * (width - len(s.blocks)) for s in self.decodes]
-            self.table = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            self.lengths = torch.tensor([s.length for s in self.decodes], device=self.device)
-            self.rows = torch.tensor([s.start for s in self.decodes], dtype=torch.int64, device=self.device)
-
-    def decode_mask(self, window: int | None) -> torch.Tensor:
-        """`[decodes, 1, 1, keys]` bool: which cached keys each decode sees; the same for all layers of a window."""
-        if window not in self._masks:
-            position = torch.arange(self.table.shape[1] * BLOCK_TOKENS, device=self.device)
-            mask = position < self.lengths[:, None]
-            if window is not None:
-                mask &= position >= self.lengths[:, None] - window
-            self._masks[window] = mask[:, None, None, :]
-        return self._masks[window]
+        if decodes:
+            width = max(-(-s.length // BLOCK_TOKENS) for s in decodes)
+            tables = [list(s.blocks[:width]) + [NULL_BLOCK] * (width - len(s.blocks)) for s in decodes]
+            table, lengths, rows = (
+                torch.tensor(values, dtype=torch.int64, device=self.device)
+                for values in (tables, [s.length for s in decodes], [s.start for s in decodes])
+            )
+            self.decodes = Decodes(table, lengths, rows)
 
 
 def _causal_mask(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor:
@@ -123,7 +146,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    batch: AttentionBatch,
+    batch: AttentionBatch | SlotBatch,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -140,12 +163,15 @@ def paged_attention(
     """
     del attention_mask  # the layout knows who sees whom
     kv_heads, head_dim = key.shape[1], key.shape[3]
-    output = torch.empty_like(query)
     if batch.cache is not None:
         layer: int = module.layer_idx  # type: ignore[assignment]
         keys, values = batch.cache.keys[layer], batch.cache.values[layer]
         keys.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, key[0].transpose(0, 1))
         values.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, value[0].transpose(0, 1))
+    decodes = batch.decodes
+    if decodes is not None and decodes.rows is None:
+        return _attend_decodes(query[0], keys, values, decodes, scaling, sliding_window, softcap)[None], None
+    output = torch.empty_like(query)
     for segment in batch.chunks:
         rows = slice(segment.start, segment.stop)
         mask: torch.Tensor | None = None
@@ -163,15 +189,30 @@ def paged_attention(
         output[:, :, rows] = _attend(
             query[:, :, rows], k, v, scaling=scaling, softcap=softcap, mask=mask, causal=mask is None
         )
-    if batch.decodes:
-        count = len(batch.decodes)
-        k = keys[batch.table].view(count, -1, kv_heads, head_dim).transpose(1, 2)
-        v = values[batch.table].view(count, -1, kv_heads, head_dim).transpose(1, 2)
-        # Query heads of one group share a key head and see the same keys: they become that head's query rows.
-        grouped = query[0][:, batch.rows].transpose(0, 1).reshape(count, kv_heads, -1, head_dim)
-        attended = _attend(grouped, k, v, scaling=scaling, softcap=softcap, mask=batch.decode_mask(sliding_window))
-        output[0][:, batch.rows] = attended.reshape(count, -1, head_dim).transpose(0, 1)
+    if decodes is not None:
+        own = query[0][:, decodes.rows]
+        attended = _attend_decodes(own, keys, values, decodes, scaling, sliding_window, softcap)
+        output[0][:, decodes.rows] = attended.transpose(0, 1)
     return output.transpose(1, 2), None
+
+
+def _attend_decodes(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    decodes: Decodes,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`[decodes, heads, head_dim]` of a query `[heads, decodes, head_dim]` over a layer's cached blocks. Its shapes
+    depend on those of its arguments alone."""
+    count, kv_heads, head_dim = len(decodes.table), keys.shape[2], keys.shape[3]
+    k, v = (c[decodes.table].view(count, -1, kv_heads, head_dim).transpose(1, 2) for c in (keys, values))
+    # Query heads of one group share a key head and see the same keys: they become that head's query rows.
+    grouped = query.transpose(0, 1).reshape(count, kv_heads, -1, head_dim)
+    attended = _attend(grouped, k, v, scaling=scaling, softcap=softcap, mask=decodes.mask(window))
+    return attended.reshape(count, -1, head_dim)
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

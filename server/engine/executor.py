@@ -9,9 +9,10 @@ import torch
 
 from server.engine.attention import AttentionBatch
 from server.engine.expert import DecodedExpert
+from server.engine.graphs import DecodeGraphs
 from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
-from server.engine.layout import lay_out
+from server.engine.layout import Layout, lay_out
 from server.engine.likelihood import likelihoods
 from server.engine.merged import MergedWeights
 from server.engine.mixed import MixedWeights
@@ -28,15 +29,25 @@ class Executor:
 
     Attributes:
         merged, mixed: the two ways to apply a mix.
+        graphs: what runs decode steps in one launch, or None.
         merged_steps, mixed_steps: steps with deltas, by mode.
     """
 
-    def __init__(self, model: BaseModel, cache: KVCache, kernels: Kernels, merged_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        cache: KVCache,
+        kernels: Kernels,
+        merged_bytes: int = 0,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         """Args:
         merged_bytes: memory for the weights of hot mixes.
+        graphs: what runs decode steps, where it can.
         """
         self._model = model
         self._cache = cache
+        self.graphs = graphs
         self.merged = MergedWeights(model.parameters, kernels, merged_bytes)
         self.mixed = MixedWeights(
             *find_sites(model.network, model.parameters, model.try_out), model.parameters, kernels
@@ -58,20 +69,24 @@ class Executor:
             where the logits are not finite.
         """
         layout = lay_out(batch.work)
-        attention = AttentionBatch(layout.segments, self._cache, self._model.device)
         if batch.mixed and any(not span.mix.is_base for span in layout.spans):
             self.merged.apply(BASE_MIX, {})
             with self.mixed.carrying(layout.spans, layout.logit_spans, experts):
-                logits = self._model.forward(layout.tokens, attention, layout.logit_rows)
+                logits = self._forward(layout)
             self.mixed_steps += 1
         else:
             (span,) = layout.spans
             self.merged.apply(span.mix, experts)
-            logits = self._model.forward(layout.tokens, attention, layout.logit_rows)
+            decoded = None if self.graphs is None else self.graphs.run(layout, self.merged.moved)
+            logits = self._forward(layout) if decoded is None else decoded
             self.merged_steps += not span.mix.is_base
         sampling = [item.sequence for item in batch.work if item.samples]
         _score(logits[len(sampling) :], layout.scored)
         return sample(logits[: len(sampling)], sampling)
+
+    def _forward(self, layout: Layout) -> torch.Tensor:
+        attention = AttentionBatch(layout.segments, self._cache, self._model.device)
+        return self._model.forward(layout.tokens, attention, layout.logit_rows)
 
 
 def _score(logits: torch.Tensor, scored: Items[tuple[Sequence, range]]) -> None:

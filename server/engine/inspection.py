@@ -43,6 +43,7 @@ def view(
         "step_seconds": None if busy_since is None else round(now - busy_since, 3),
         "lanes": [_lane(lane, now) for lane in scheduler.lanes],
         "weights": [_mix(mix) for mix in executor.merged.built],
+        "decode_graphs": None if executor.graphs is None else executor.graphs.counts(),
         "experts": [
             {"digest": digest, "bytes": size, "used_by": pins, "decoded": decoded}
             for digest, (size, pins, decoded) in residency.pins().items()

@@ -57,7 +57,9 @@ class KVCache:
                 param="kv_bytes",
             )
         self.shape = shape
-        size = (shape.layers, 2, blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
+        self.scratch_slot = blocks * BLOCK_TOKENS
+        """Where padding rows of a step may write: in a block of its own, after the last one, that nobody reads."""
+        size = (shape.layers, 2, blocks + 1, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
         self._storage = torch.zeros(size, dtype=shape.dtype, device=device)
         self.keys = [self._storage[layer, 0] for layer in range(shape.layers)]
         self.values = [self._storage[layer, 1] for layer in range(shape.layers)]

@@ -56,6 +56,8 @@ class MergedWeights:
         self.used_bytes = 0
         self.room = self._budget // whole
         self.current: Mix = BASE_MIX
+        self.moved: frozenset[tuple[str, int]] = frozenset()
+        """Names of the parameters that point at buffers now, and where these lie."""
         self.switches = self.patches = 0
         self.seconds = 0.0
 
@@ -79,13 +81,14 @@ class MergedWeights:
         started = time.perf_counter()
         try:
             self._point_at(self._pristine)
-            self.current = BASE_MIX
+            self.current, self.moved = BASE_MIX, frozenset()
             if not mix.is_base:
                 if mix not in self._built:
                     self._build(mix, experts)
                 self._built.move_to_end(mix)
                 self._point_at(self._built[mix])
                 self.current = mix
+                self.moved = frozenset((name, buffer.data_ptr()) for name, buffer in self._built[mix].items())
         finally:
             self.switches += 1
             self.seconds += time.perf_counter() - started

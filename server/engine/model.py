@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment
+from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment, SlotBatch
 from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
 from server.engine.options import BaseWeights
@@ -200,6 +200,20 @@ class BaseModel:
             input_ids=ids, position_ids=self._positions(batch), use_cache=False, logits_to_keep=wanted, batch=batch
         )
         logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, ids: torch.Tensor, positions: torch.Tensor, batch: SlotBatch) -> torch.Tensor:
+        """One token more of every row; everything comes from tensors and nothing goes back to the host.
+
+        Args:
+            ids, positions: `[rows]` int64, on the device.
+
+        Returns:
+            `[rows, vocabulary]` of the model's dtype.
+        """
+        output = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, batch=batch)
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     @torch.inference_mode()

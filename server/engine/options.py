@@ -28,6 +28,14 @@ class BaseWeights(StrEnum):
     """Four bits in mixed mode, a scale and an offset per 32 weights of a row."""
 
 
+class CudaGraphs(StrEnum):
+    """Whether decode steps are captured as CUDA graphs."""
+
+    AUTO = "auto"
+    """On a GPU, as long as capturing works; what cannot be captured runs kernel by kernel."""
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How the engine runs. Bytes bound every pool."""
@@ -53,6 +61,8 @@ class EngineSettings:
     """What the linear layers of the base are kept as. Quantised ones can only be added to: `mode` must be mixed."""
     kernels: str = "auto"
     """Implementation of mixed mode's arithmetic, by name (`server.engine.kernels`)."""
+    cuda_graphs: CudaGraphs = CudaGraphs.AUTO
+    """Whether decode steps on a GPU are captured and replayed (`server.engine.graphs`)."""
     max_batch: int = 32
     """Most sequences in one step."""
     max_queue: int = 256

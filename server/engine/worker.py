@@ -15,6 +15,7 @@ from server.engine.chooser import ModeChooser
 from server.engine.costs import calibrate
 from server.engine.executor import Executor
 from server.engine.feature_queue import FeatureQueue
+from server.engine.graphs import decode_graphs
 from server.engine.inspection import view
 from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
@@ -57,7 +58,8 @@ class Worker:
         self._settings = settings
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
-        self.executor = Executor(model, self.cache, kernels, settings.merged_bytes)
+        graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch)
+        self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs)
         self._host = loader.host
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
