@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from server.cli_files import card_of
 from server.signing import sign_file
 from store.card import Card
 from store.errors import InvalidRequestError
-from store.expert_file import digest_of
+from store.expert_file import digest_of, read_header
 from store.measured import Measured
 from tests.store.builders import write_sample
+from tests.tiny import save_base, save_tuned
 
 
 def test_inspect_shows_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +47,33 @@ def test_inspect_shows_the_report_and_the_layers(tmp_path: Path, capsys: pytest.
         "bit-width",
     ):
         assert part in said
+
+
+def test_compress_says_how_close_it_comes_and_what_it_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a floor that the l1 knob meets at the second density."""
+    base = save_base(tmp_path / "base")
+    tuned = save_tuned(base, tmp_path / "tuned", scale=0.03)
+    prompts, labelled = tmp_path / "prompts.jsonl", tmp_path / "labelled.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the river {number}"}) + "\n" for number in range(8)))
+    labelled.write_text("".join(json.dumps({"prompt": f"say {n}", "answer": "x"}) + "\n" for n in range(4)))
+    out = tmp_path / "e"
+    words = ["compress", "--base", str(base), "--tuned", str(tuned), "--out", str(out), "--knob", "l1"]
+    words += ["--exemplars", str(prompts), "--cache-dir", str(tmp_path)]
+    assert run(*words, "--density", "0.6", "--labelled", str(labelled)) == 0
+    floor = read_header(out).measured
+    assert floor is not None
+    assert floor.kl is not None
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"KL to the fine-tune: {floor.kl:.4f} nats/token on 8 exemplars held out" in said
+    assert "on 4 labelled exemplars" in said
+    out.unlink()
+    assert run(*words, "--density", "0.3", "--max-kl", str(floor.kl)) == 1
+    assert not out.exists()
+    assert "max_kl allows" in " ".join(capsys.readouterr().err.split())
+    assert run(*words, "--density", "0.3", "--max-kl", str(floor.kl), "--widen") == 0
+    assert "widened: density=0.3: the expert would answer" in " ".join(capsys.readouterr().out.split())
+    assert run(*words, "--labelled", str(tmp_path / "gone")) == 1
+    assert "cannot read" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("measured", [None, Measured(0.25)])

@@ -49,7 +49,19 @@ def test_an_expert_s_page_tells_all_and_exemplars_can_be_changed(page: Page, ser
     at(page, server.url, "library")
     page.get_by_role("button", name="rivers").click()
     dialog = page.get_by_role("dialog")
-    for text in ("knows rivers", "t-switch", "97 %", "ada", "MIT", "Smaller than bf16", "seed", "the river 0 is long"):
+    dialog.get_by_text("Density and bits by layer").click()
+    expect(dialog.get_by_role("region", name="Layers").get_by_role("row")).to_have_count(6)
+    for text in (
+        "Same answers",
+        "knows rivers",
+        "t-switch",
+        "97 %",
+        "ada",
+        "MIT",
+        "Smaller than bf16",
+        "seed",
+        "the river 0 is long",
+    ):
         expect(dialog).to_contain_text(text)
     dialog.get_by_role("button", name="Edit").click()
     box = dialog.get_by_label("One prompt a line")
