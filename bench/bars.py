@@ -144,12 +144,27 @@ def second_base_table() -> str:
     return "\n".join(lines)
 
 
+def merging_table() -> str:
+    """The rows of `bench.merging`: several experts as one, and routed; says so where it has not been run to its end."""
+    if not (RESULTS / "merging.json").is_file():
+        return "Not measured yet: `python -m bench.merging`.\n"
+    rows = load("merging")["rows"]
+    tasks = [key for key in rows[0] if key not in ("experts", "mean", "strength")]
+    lines = [f"| four experts | strength | {' | '.join(tasks)} | mean |", f"|{'---|' * (len(tasks) + 3)}"]
+    for row in rows:
+        strength = f"{row['strength']:g}" if "strength" in row else ""
+        cells = " | ".join(f"{row[key]:.2f}" for key in [*tasks, "mean"])
+        lines.append(f"| {row['experts']} | {strength} | {cells} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "clients": clients_table,
     "conformance": conformance_table,
     "first_table": first_table,
     "fidelity": fidelity_table,
     "second_base": second_base_table,
+    "merging": merging_table,
     "bars": bars_table,
     "bars_summary": bars_summary,
     "benchmarks": benchmarks,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import merging
+from bench import bars, merging
 from bench.first_table import Kept
 from bench.merging import STRENGTHS, Tasks, bars_of, static_row
 from store.merge_methods import Method
@@ -77,6 +78,22 @@ def test_routing_is_held_against_the_best_merge() -> None:
     assert routed["value"] == pytest.approx(0.11)
     assert oracle["value"] == pytest.approx(0.9)
     assert [routed["met"], oracle["met"]] == [True, False]
+
+
+def test_the_page_shows_what_was_measured_or_that_nothing_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bars, "RESULTS", tmp_path)
+    assert "Not measured yet" in bars.merging_table()
+    rows = [
+        {"experts": "none: the base", "cron": 0.0, "spam": 0.5, "mean": 0.25},
+        {"experts": "merged: ties", "strength": 1.5, "cron": 0.25, "spam": 1.0, "mean": 0.625},
+    ]
+    (tmp_path / "merging.json").write_text(json.dumps({"rows": rows}))
+    assert bars.merging_table().splitlines() == [
+        "| four experts | strength | cron | spam | mean |",
+        "|---|---|---|---|---|",
+        "| none: the base |  | 0.00 | 0.50 | 0.25 |",
+        "| merged: ties | 1.5 | 0.25 | 1.00 | 0.62 |",
+    ]
 
 
 def test_every_method_is_tried() -> None:
