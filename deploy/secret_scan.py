@@ -34,7 +34,7 @@ _FILTERS = (
     {"path": "detect_secrets.filters.heuristic.is_not_alphanumeric_string"},
     {"path": "detect_secrets.filters.heuristic.is_prefixed_with_dollar_sign"},
     {"path": "detect_secrets.filters.heuristic.is_templated_secret"},
-    {"path": "detect_secrets.filters.regex.should_exclude_secret", "pattern": ["none"]},
+    {"path": "detect_secrets.filters.regex.should_exclude_secret", "pattern": [r"^none$", r"^os\.environ/"]},
 )
 _BINARY = {".png", ".safetensors"}
 
