@@ -74,6 +74,9 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+_PROBE_SECONDS = 1.0
+"""How long an answer is waited for of a Redis that gave none before, and for how long nobody else waits then."""
+
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
@@ -81,6 +84,9 @@ class RedisLink:
     """One Redis server. Thread-safe.
 
     Every change goes through a script that first checks the lease: a holder that slept through its end changes nothing.
+
+    Once Redis has given no answer, whoever asks next does not wait as long for the same: they are refused until it
+    answers a short question. A crowd of uploads is so refused in the time of one.
 
     Args:
         url: redis://, rediss:// or unix://.
@@ -100,6 +106,12 @@ class RedisLink:
             )
         except (ValueError, TypeError) as error:
             raise InvalidRequestError(f"the address of the store is malformed: {error}", param="store") from None
+        patience = min(timeout, _PROBE_SECONDS)
+        self._prober: Any = redis.Redis.from_url(
+            url, socket_timeout=patience, socket_connect_timeout=patience, retry=Retry(NoBackoff(), 0)
+        )
+        self._probing = threading.Lock()
+        self._away, self._probed = False, 0.0
         parts = urlsplit(url)
         self.where = f"Redis at {parts.hostname or parts.path or 'localhost'}"
         """For messages; holds no password."""
@@ -114,10 +126,17 @@ class RedisLink:
 
     def close(self) -> None:
         self.client.close()
+        self._prober.close()
 
     @contextmanager
     def reported(self, action: str) -> Iterator[None]:
-        """Turn Redis's errors into ours; the messages name no password."""
+        """Turn Redis's errors into ours; the messages name no password.
+
+        Raises:
+            StoreUnavailableError: Redis cannot be reached, or could not a moment ago: then nothing was tried.
+        """
+        if not self._answers():
+            raise StoreUnavailableError(f"cannot {action}: {self.where} cannot be reached")
         try:
             yield
         except redis.exceptions.OutOfMemoryError:
@@ -125,6 +144,7 @@ class RedisLink:
         except redis.exceptions.AuthenticationError:
             raise StoreError(f"cannot {action}: {self.where} refuses our name or password") from None
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            self._away = True
             raise StoreUnavailableError(f"cannot {action}: {self.where} cannot be reached") from error
         except redis.exceptions.RedisError as error:
             kind, _, rest = str(error).partition(" ")
@@ -159,9 +179,10 @@ class RedisLink:
             finally:
                 self._depth = 0
                 done.set()
-                renewing.join()
-                with suppress(redis.exceptions.RedisError):  # it ends by itself
-                    self._release(keys=[LEASE], args=[self._token])
+                if not self._away:  # else it ends by itself
+                    renewing.join()
+                    with suppress(redis.exceptions.RedisError):
+                        self._release(keys=[LEASE], args=[self._token])
 
     def put_record(self, name: str, data: bytes, mode: str, expected: bytes) -> bool:
         """Compare and set, and tell everyone. The lease is held."""
@@ -189,6 +210,29 @@ class RedisLink:
         now = seconds + microseconds / 1e6
         notes: Mapping[bytes, bytes] = self.client.hgetall(IDLE)
         return {digest.decode(): max(0.0, now - int(since)) for digest, since in notes.items()}
+
+    def _answers(self) -> bool:
+        """False while Redis gives no answer. One that hangs is asked again once a second, by one for all."""
+        if not self._away:
+            return True
+        with self._probing:
+            if not self._away:
+                return True
+            if time.monotonic() < self._probed + _PROBE_SECONDS:
+                return False
+            try:
+                self._prober.ping()
+            except redis.exceptions.AuthenticationError:
+                pass  # an answer; whoever asks is told
+            except redis.exceptions.ConnectionError:
+                return False  # known at once: nothing to spare others
+            except redis.exceptions.TimeoutError:
+                self._probed = time.monotonic()
+                return False
+            except redis.exceptions.RedisError:
+                pass
+            self._away = False
+            return True
 
     def _acquire(self) -> None:
         # One that hangs may give us the lease long after we have gone: it is handed back first.

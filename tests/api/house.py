@@ -18,6 +18,7 @@ from router.features import FeatureCache
 from router.router import Router
 from server.app import create_app
 from server.settings import Settings
+from store.backends import BlobStore
 from store.backends.disk import DiskStore
 from store.backends.disk_ledger import DiskLedger
 from store.backends.ledger import Ledger
@@ -97,14 +98,15 @@ async def open_house(
     base_folder: Path | None = None,
     wait: bool = True,
     ledger: Ledger | None = None,
+    store: BlobStore | None = None,
     **settings: Any,
 ) -> AsyncIterator[House]:
-    """Start a server whose data is in `folder`."""
+    """Start a server whose data is in `folder`; its experts too, unless they are kept in another `store`."""
     engine = engine or DummyEngine()
     manifest = engine.base.manifest
     settings = {"routing_wait": 60.0} | settings
     given = Settings(base=BASE, data_dir=folder / "data", cache_dir=folder / "cache", **settings)
-    store = DiskStore(given.data_dir)
+    store = store or DiskStore(given.data_dir)
     ledger = ledger or DiskLedger(given.data_dir / "ledger")
     trust = Trust(trusted_keys(given.trusted_keys), required=given.require_signature)
     registry = Registry(store, manifest, frozenset({BASE, "auto"}), trust)

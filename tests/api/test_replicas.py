@@ -1,4 +1,5 @@
-"""Two servers of one Redis: a key made or revoked on one counts on the other, and limits are shared."""
+"""Servers of one Redis: keys made or revoked on one count on the other, limits are shared, and a Redis that hangs loses
+nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from store.backends.redis import RedisStore
 from store.backends.redis_ledger import RedisLedger
-from tests.api.house import BASE, House, open_house
+from store.upkeep import verify
+from tests.api.house import BASE, House, error, make_expert, open_house
+from tests.api.test_uploads import sent
 from tests.store.redis_server import RedisServer, executable
 
 pytestmark = pytest.mark.anyio
@@ -58,3 +62,32 @@ async def test_keys_and_limits_are_shared(redis: RedisServer, tmp_path: Path) ->
         await two.http.delete(f"/v1/admin/keys/{made['id']}", headers=ROOT)
         assert await status(two, headers) == 401
         await until(one, headers, 401)
+
+
+async def test_uploads_are_refused_while_redis_hangs_and_none_is_lost(redis: RedisServer, tmp_path: Path) -> None:
+    store = RedisStore(redis.url, tmp_path / "copies", cache_bytes=1 << 30, timeout=0.5)
+    ledger = RedisLedger(redis.url, timeout=0.5)
+    async with open_house(tmp_path, store=store, ledger=ledger) as house:
+        assert (await house.upload(make_expert(tmp_path / "old", name="old"))).status_code == 201
+        upload = await sent(house, make_expert(tmp_path / "kept", value=2, name="kept").read_bytes())
+        files = [make_expert(tmp_path / f"e{i}", value=3 + i, name=f"e{i}") for i in range(8)]
+        redis.pause()
+        async with asyncio.timeout(60):
+            published = house.http.post("/v1/experts", json={"upload": upload})
+            for refused in await asyncio.gather(published, *map(house.upload, files)):
+                assert error(refused, 503)["code"] == "store_unavailable"
+                assert int(refused.headers["retry-after"]) > 0
+        assert [path.name for path in (tmp_path / "copies").rglob("quarantine/*/*") if path.name != ".lock"] == []
+        assert [expert["id"] for expert in (await house.http.get("/v1/experts")).json()["data"]] == ["old"]
+        redis.resume()
+        async with asyncio.timeout(60):
+            while (again := await house.http.post("/v1/experts", json={"upload": upload})).status_code == 503:
+                await asyncio.sleep(0.05)
+        assert again.status_code == 201, "what was uploaded before is still there"
+        for path in files:
+            assert (await house.upload(path)).status_code == 201
+        listed = {expert["id"] for expert in (await house.http.get("/v1/experts")).json()["data"]}
+        assert listed == {"old", "kept", *(f"e{i}" for i in range(8))}
+        found = await asyncio.to_thread(lambda: list(verify(store)))
+        assert sorted(finding.subject for finding in found) == sorted(listed)
+        assert not [finding for finding in found if finding.verdict.is_fault]

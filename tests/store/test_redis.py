@@ -155,6 +155,26 @@ def test_a_redis_that_hangs_is_not_waited_for(own_redis: RedisServer, open_redis
     assert [record.name for record in registry.list()] == ["a", "b"]
 
 
+def test_a_crowd_is_refused_in_the_time_of_one(own_redis: RedisServer, open_redis: Open) -> None:
+    store = open_redis(own_redis)
+    own_redis.pause()
+    refused = []
+
+    def put(name: str) -> None:
+        with pytest.raises(StoreUnavailableError, match="cannot be reached"):
+            store.put_record(name, b"1", expected=ANYTHING)
+        refused.append(name)
+
+    # One after the other, each waiting for an answer as if it were the first, they would take minutes.
+    crowd = [threading.Thread(target=put, args=(f"a-{i}",), daemon=True) for i in range(150)]
+    for one in crowd:
+        one.start()
+    eventually(lambda: len(refused) == len(crowd))
+    own_redis.resume()
+    eventually(lambda: _tries(lambda: store.put_record("a", b"1", expected=ANYTHING)))
+    assert store.records() == {"a": b"1"}
+
+
 def test_a_full_redis_takes_nothing_and_loses_nothing(own_redis: RedisServer, open_redis: Open) -> None:
     store = open_redis(own_redis)
     registry = registry_of(store)
