@@ -18,6 +18,7 @@ from examples.evaluate import evaluate
 from examples.finetune import load_base
 from examples.tasks import TASKS
 from examples.tasks.task import EXEMPLARS
+from store import learning
 from store.apply import apply_expert
 from store.convert import compress
 from store.expert_file import read_header
@@ -60,9 +61,11 @@ class Bench:
         return self._loaded[1]
 
     def identity(self, cell: Cell) -> str:
-        """What a measurement depends on besides the code: the fine-tune, the settings, the number of rows."""
+        """What a measurement depends on: the fine-tune, the settings, those of the learning, the number of rows."""
         trained = (self._tuned / cell.task / "finetune.json").read_bytes()
         settings = [dict(cell.method.options), cell.method.lora_rank, self._rows, self._exemplars]
+        if cell.method.options.get("codec") == "flex-switch":
+            settings.append({name: value for name, value in sorted(vars(learning).items()) if name.isupper()})
         return hashlib.sha256(trained + repr(settings).encode()).hexdigest()[:16]
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -97,7 +100,7 @@ class Bench:
             return {}
         path = self._experts / f"{cell.key}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         tuned, options = self._tuned / cell.task, cell.method.options
         if cell.method.lora_rank:
             tuned = path.with_suffix(".adapter")
@@ -105,7 +108,7 @@ class Bench:
             options = {"codec": "low-rank"}
         exemplars = [row["prompt"] for row in load_rows(TASKS[cell.task], "train")[: self._exemplars]]
         compress(self._base, tuned, path, exemplars=exemplars, name=cell.task, cache_dir=self._cache, **options)
-        seconds = time.monotonic() - started
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - worked
         self._load(apply_expert(path, self._base, cache_dir=self._cache))
         header, size = read_header(path), path.stat().st_size
         learned = {key: value for key, value in header.codec_params.items() if key.startswith("kl")}
@@ -115,5 +118,6 @@ class Bench:
             "times_smaller": 2 * parameters / size,
             "density": header.density,
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
             **{f"exemplar_{key}": value for key, value in learned.items()},
         }

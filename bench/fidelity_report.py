@@ -12,7 +12,7 @@ from bench.report import Bar, bar
 
 Found = Mapping[Cell, Mapping[str, Any]]
 FLEX = "FlexSwitch (KL)"
-FIGURES = "bits_per_param", "bytes", "times_smaller", "seconds", "kl", "score"
+FIGURES = "bits_per_param", "bytes", "times_smaller", "seconds", "cpu_seconds", "kl", "score"
 MISSING = "missing"
 FAITHFUL = 0.99
 """Share of the gain that counts as all of it."""

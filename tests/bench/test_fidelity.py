@@ -34,7 +34,8 @@ class FakeBench:
         if len(self.measured) >= self._lives:
             raise Killed
         self.measured.append(cell)
-        figures = {"bits_per_param": cell.size, "bytes": 1, "times_smaller": 2.0, "seconds": 1.0} if cell.size else {}
+        size = {"bits_per_param": cell.size, "bytes": 1, "times_smaller": 2.0}
+        figures = size | {"cpu_seconds": 1.0} if cell.size else {}
         return (
             {"task": cell.task, "method": cell.method.name, "size": cell.size, "kl": 0.1}
             | figures
