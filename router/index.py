@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from router.discriminant import Candidates, Discriminant
 from router.features import Features
 from router.metric import Metric
+from router.nearest import nearest_of
 from router.profile import Profile
 
 LEAST_REACH = 0.01
@@ -28,8 +25,6 @@ CANDIDATES = 12
 """Experts that are compared again among themselves, where the metric can."""
 RETRIEVED = 128
 """Nearest centres among which the candidates are looked for."""
-
-_GPU_SCRATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ class Snapshot:
         quantile: share of an expert's own prompts that its reach is to include.
         margin: factor on every reach.
         previous: what it has measured under the same metric is not measured again.
+        device: the engine's, which may search as well.
     """
 
     def __init__(
@@ -102,6 +98,7 @@ class Snapshot:
         quantile: float,
         margin: float,
         previous: Snapshot | None = None,
+        device: str = "cpu",
     ) -> None:
         self._entries = distinct(entries)
         self._names = names_of(entries)
@@ -122,14 +119,12 @@ class Snapshot:
         self._owner = np.repeat(np.arange(len(sizes)), sizes)
         self._first = np.cumsum([0, *sizes])
         self._points = np.ascontiguousarray(np.concatenate([measured.points for measured in own]))
-        self._index = _flat_index(self._points)
+        self._nearest_points = nearest_of(self._points, device)
         self._candidates: Candidates | None = None
         if isinstance(metric, Discriminant):
             whitened = [measured.whitened for measured in own if measured.whitened is not None]
             means = np.stack([rows[0] for rows in whitened])
             self._candidates = Candidates(metric, means, np.concatenate([rows[1:] for rows in whitened]))
-        # faiss's GPU indexes share their scratch memory among searches.
-        self._exclusive = threading.Lock() if faiss.get_num_gpus() else nullcontext()
 
     def __len__(self) -> int:
         """How many experts can be found."""
@@ -203,10 +198,7 @@ class Snapshot:
             distances = np.linalg.norm(self._points[rows] - query, axis=1)
             nearest = np.argsort(distances, kind="stable")[:count]
             return rows[nearest], distances[nearest]
-        faiss.omp_set_num_threads(1)  # the engine's threads are busy, and one search is too small to share
-        with self._exclusive:
-            squares, ids = self._index.search(query, min(count, len(self._owner)))
-        return ids[0], np.sqrt(np.maximum(squares[0], 0))
+        return self._nearest_points.search(query[0], count)
 
     def _nearest_experts(self, query: Features, shown: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
         """At most CANDIDATES experts, in the order of the entries."""
@@ -279,14 +271,3 @@ def _reaches(own: Sequence[float | None], margin: float) -> list[float]:
     known = [reach for reach in own if reach is not None]
     borrowed = median(known) if known else 0.0
     return [max(LEAST_REACH, margin * (borrowed if reach is None else reach)) for reach in own]
-
-
-def _flat_index(points: npt.NDArray[np.float32]) -> Any:
-    """An exact index of `[m, r]` points, on the first GPU if this faiss was built for one."""
-    index = faiss.IndexFlatL2(points.shape[1])
-    index.add(points)
-    if faiss.get_num_gpus() == 0:
-        return index
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(_GPU_SCRATCH_BYTES)  # the default of 1.5 GiB belongs to the engine
-    return faiss.index_cpu_to_gpu(resources, 0, index)

@@ -45,16 +45,19 @@ class Router:
         featurize: the engine's features of the pristine base.
         cache: where features of exemplars are kept between runs; it must belong to the same base and layer.
         state: where the learned metric is kept between runs.
+        device: the engine's; a GPU of it compares prompts with centres too.
     """
 
     def __init__(
-        self, featurize: Featurizer, cache: FeatureCache, settings: RouterSettings, state: StateFile | None = None
-    ) -> None:
+        self, featurize: Featurizer, cache: FeatureCache, settings: RouterSettings, state: StateFile | None = None,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         self._featurize = featurize
         self._recent = RecentFeatures(featurize)
         self._cache = cache
         self._settings = settings
         self._state = state
+        self._snapshot_of = partial(Snapshot, quantile=settings.quantile, margin=settings.margin, device=device)
         self._rules = Rules(settings.mode, settings.votes, settings.min_share, settings.steps)
         self._experts: dict[str, Entry] = {}
         self._changes: dict[str, object] = {}
@@ -281,10 +284,7 @@ class Router:
         return Discriminant.fit(profiles, given.rank, parts=given.background_parts)
 
     def _build(self, entries: Sequence[Entry], metric: Metric | None, previous: Snapshot) -> Snapshot:
-        given = self._settings
-        return Snapshot(
-            entries, metric, self._background, quantile=given.quantile, margin=given.margin, previous=previous
-        )
+        return self._snapshot_of(entries, metric, self._background, previous=previous)
 
 
 def _library(entries: Iterable[Entry]) -> str:

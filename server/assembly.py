@@ -110,7 +110,7 @@ def _router(settings: Settings, engine: TransformersEngine) -> Router:
     features = FeatureCache(settings.cache_dir / "features", fingerprint, layer, variant=variant)
     given = settings.router()
     state = StateFile(settings.data_dir / "router" / "metric", f"{fingerprint} {layer} {variant} {given.metric}")
-    return Router(engine.features, features, given, state)
+    return Router(engine.features, features, given, state, engine.base.device)
 
 
 def publish_folder(folder: Path, registry: Registry, quarantine: Path, out: Console) -> None:
