@@ -23,7 +23,8 @@ class EngineView(TypedDict):
     """How long the present step has taken so far, where it takes too long to wait for its end: some figures may then be
     of before it and others not."""
     lanes: list[dict[str, Any]]
-    weights: dict[str, float]
+    weights: list[dict[str, float]]
+    """The mixes that are merged into weights of their own, the one used last at the end."""
     decode_graphs: dict[str, int] | None
     """CUDA graphs of decode steps that are kept, captures and replays so far; null where there are none."""
     experts: list[dict[str, Any]]

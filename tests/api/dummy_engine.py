@@ -207,7 +207,7 @@ class DummyEngine:
         if not self.alive:
             raise EngineDeadError("the dummy is dead")
         lanes = [{"mix": dict(s.request.mix.parts), "running": 1} for s in self.streams if not s.closed]
-        return {"step_seconds": None, "lanes": lanes, "weights": {}, "experts": [], "waiting_for_experts": []}
+        return {"step_seconds": None, "lanes": lanes, "weights": [], "experts": [], "waiting_for_experts": []}
 
     async def base_sha256(self) -> str:
         return hashlib.sha256(b"weights").hexdigest()

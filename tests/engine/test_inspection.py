@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from server.api.debug import EngineView
 from server.engine.executor import Executor
 from server.engine.inspection import beside
+from server.engine.options import Mode
 from server.engine.types import EngineRequest, SamplingParams, TokenEvent, TokenStream
 from store.mix import Mix
-from tests.engine.conftest import Library, running
+from tests.engine.conftest import SETTINGS, Library, running
 
 
 def test_times_are_told_once_and_in_order(library: Library) -> None:
@@ -37,7 +41,7 @@ def test_the_view_shows_lanes_and_experts(library: Library) -> None:
     mix = Mix.of({digest: 1.0})
 
     async def body() -> None:
-        async with running(library) as engine:
+        async with running(library, replace(SETTINGS, mode=Mode.MERGED)) as engine:
             assert (await engine.inspect())["lanes"] == []
             request = EngineRequest((5, 6, 7), SamplingParams(max_tokens=300, ignore_eos=True), mix)
             stream = engine.submit(request)
@@ -48,9 +52,12 @@ def test_the_view_shows_lanes_and_experts(library: Library) -> None:
             (sequence,) = lane["sequences"]
             assert (sequence["state"], sequence["prompt_tokens"], sequence["max_tokens"]) == ("running", 3, 300)
             assert sequence["output_tokens"] >= 1
+            assert seen["weights"] == [{digest: 1.0}]
             (expert,) = seen["experts"]
             assert (expert["digest"], expert["used_by"], expert["decoded"]) == (digest, 1, True)
             assert "tokens" not in sequence
+            beyond: dict[str, Any] = {"object": "engine", "stats": {}, "names": {}, "base_sha256": None}
+            TypeAdapter(EngineView).validate_python(seen | beyond, strict=True)
             assert await engine.base_sha256() == engine.check_integrity()[0]
             await stream.aclose()
             while (await engine.inspect())["lanes"]:
