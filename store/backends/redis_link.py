@@ -74,10 +74,10 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
 _PROBE_SECONDS = 1.0
 """How long an answer is waited for of a Redis that gave none before, and for how long nobody else waits then."""
-
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
 class RedisLink:
@@ -235,11 +235,11 @@ class RedisLink:
             return True
 
     def _acquire(self) -> None:
-        # One that hangs may give us the lease long after we have gone: it is handed back first.
-        stray, self._token = self._token, uuid.uuid4().hex.encode()
         deadline = time.monotonic() + 3 * self._lease_seconds
         with self.reported("lock the store"):
-            self._release(keys=[LEASE], args=[stray])
+            # One that hung may have given us the lease after we had gone, or keep it for us: it is handed back first.
+            self._release(keys=[LEASE], args=[self._token])
+            self._token = uuid.uuid4().hex.encode()
             while not self._take(keys=[LEASE], args=[self._token, int(1000 * self._lease_seconds)]):
                 if time.monotonic() > deadline:
                     raise StoreUnavailableError("the store is held by another writer; try again soon")

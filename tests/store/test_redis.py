@@ -175,6 +175,25 @@ def test_a_crowd_is_refused_in_the_time_of_one(own_redis: RedisServer, open_redi
     assert store.records() == {"a": b"1"}
 
 
+def test_a_lease_that_redis_hung_with_is_handed_back(own_redis: RedisServer, open_redis: Open) -> None:
+    store = open_redis(own_redis, lease_seconds=600)
+    with store.exclusive():
+        own_redis.pause()
+        with pytest.raises(StoreUnavailableError):
+            store.put_record("a", b"1", expected=ANYTHING)
+    with pytest.raises(StoreUnavailableError):
+        store.put_record("b", b"1", expected=ANYTHING)
+    own_redis.resume()
+    done = threading.Event()
+
+    def put() -> None:
+        eventually(lambda: _tries(lambda: store.put_record("c", b"1", expected=ANYTHING)))
+        done.set()
+
+    threading.Thread(target=put, daemon=True).start()
+    assert done.wait(60)
+
+
 def test_a_full_redis_takes_nothing_and_loses_nothing(own_redis: RedisServer, open_redis: Open) -> None:
     store = open_redis(own_redis)
     registry = registry_of(store)
