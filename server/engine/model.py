@@ -14,7 +14,7 @@ from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment, Slo
 from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
 from server.engine.options import BaseWeights
-from server.engine.quantised import Eight, Four, quantise
+from server.engine.quantised import Packed, quantise
 from store.errors import CheckpointError, InvalidRequestError
 from store.fingerprint import manifest_of
 from store.manifest import BaseManifest
@@ -256,7 +256,7 @@ class BaseModel:
         shared: dict[int, object] = {
             id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in decoder.parameters()
         }
-        shared |= {id(module): module for module in decoder.modules() if isinstance(module, Eight | Four)}
+        shared |= {id(module): module for module in decoder.modules() if isinstance(module, Packed)}
         kept = nn.ModuleList(stack[:layers])
         shared[id(stack)] = copy.deepcopy(kept, shared)
         early: nn.Module = copy.deepcopy(decoder, shared)
@@ -278,7 +278,7 @@ class BaseModel:
             self._model.set_attn_implementation(ATTENTION_NAME)
         expected = reference.logits[0, -1:].float()
         error = float((ours - expected).norm() / expected.norm())
-        reduced = any(isinstance(module, Eight | Four) for module in self._model.modules())
+        reduced = any(isinstance(module, Packed) for module in self._model.modules())
         tolerance = _PROBE_TOLERANCE_REDUCED if reduced else _PROBE_TOLERANCE.get(self.dtype, _PROBE_TOLERANCE_REDUCED)
         if not error < tolerance:
             raise CheckpointError(

@@ -2,7 +2,8 @@
 
 Decoding a token reads every weight once, so a quarter of the bytes is up to a quarter of the time. The products are
 PyTorch's own, which round the activations to bfloat16 and add up in float32. They are made for few rows; for more, a
-layer's weights are widened to bfloat16 for one ordinary product. Both compute with the same numbers.
+layer's weights are widened to bfloat16 for one ordinary product. Both compute with the same numbers. In eight bits one
+format serves CPUs and GPUs; in four bits each has its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ GROUP = 32
 """Neighbours in a row that share scale and offset in four bits."""
 FEW = 24
 """Rows up to which the integers are read as they are; widening all of them costs as much as 20 to 40 more rows do."""
+_TILE = 8
+"""Rows that lie side by side in the four-bit format of GPUs."""
 _BLOCKS = (64, 32)
 """Rows that lie side by side in the four-bit format: with AVX-512, and with AVX2."""
 
@@ -61,14 +64,9 @@ class Four(nn.Module):
         """
         super().__init__()
         self.shape = weight.shape
-        groups = weight.float().view(len(weight), -1, GROUP)
-        low, high = groups.amin(dim=2), groups.amax(dim=2)
-        scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
-        offset = (low + 8 * scale.float()).bfloat16()
-        levels = (groups - offset.float()[..., None]) / scale.float()[..., None] + 8
-        levels = levels.round_().clamp_(0, 15).to(torch.int32).view(self.shape)
+        levels, scales = _four_bits(weight)
         self.register_buffer("nibbles", torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1))
-        self.register_buffer("scales", torch.stack([scale, offset], dim=2).transpose(0, 1).contiguous())
+        self.register_buffer("scales", scales)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.nibbles, GROUP, self.scales)
@@ -78,17 +76,87 @@ class Four(nn.Module):
         rows, columns = self.shape
         block = _four_bit_block()
         halves = self.nibbles.view(rows // block, columns, block // 2)
-        levels = torch.cat([halves & 15, halves >> 4], dim=2).transpose(1, 2).reshape(rows, -1, GROUP)
-        scale, offset = self.scales.transpose(0, 1).unbind(dim=2)
-        return (
-            levels.sub_(8).view(torch.int8).bfloat16().mul_(scale[..., None]).add_(offset[..., None]).view(self.shape)
-        )
+        levels = torch.cat([halves & 15, halves >> 4], dim=2).transpose(1, 2).reshape(rows, columns)
+        return _widened(levels, self.scales)
+
+
+class Tiled(nn.Module):
+    """The numbers of `Four` as PyTorch's product on NVIDIA GPUs reads them, Ampere or later; see `tiled`."""
+
+    words: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Args:
+        weight: `[out, in]`, `out` a multiple of 8, `in` one of `GROUP`.
+        """
+        super().__init__()
+        levels, scales = _four_bits(weight)
+        self.register_buffer("words", tiled(levels))
+        self.register_buffer("scales", scales)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.words, GROUP, self.scales)
+        return y
+
+    def widened(self) -> torch.Tensor:
+        return _widened(untiled(self.words), self.scales)
+
+
+def tiled(levels: torch.Tensor) -> torch.Tensor:
+    """Levels in the order in which a warp's lanes want them: the B operand of a 16 × 8 × 16 product of tensor cores.
+
+    A word has one row's eight levels at columns 0, 8, 16, 24 and then 1, 9, 17, 25 of 32, after twice the lane's number
+    modulo four; the lane's number over four is the row within a tile of eight. Two to eight tiles of 16 columns, as
+    many as fit, are side by side for one load per lane.
+
+    Args:
+        levels: `[out, in]` int32, 0 to 15; `out` a multiple of 8, `in` one of 32.
+
+    Returns:
+        `[out / 8, in / (32 · n), 32, n]` int32, n of 1, 2 or 4.
+    """
+    rows, columns = levels.shape
+    words = next(n for n in (4, 2, 1) if columns % (32 * n) == 0)
+    # tile, row, stretch, word, eight columns, lane, pair → tile, stretch, row and lane, word, pair and eight columns
+    parts = levels.view(rows // _TILE, _TILE, -1, words, 4, 4, 2).permute(0, 2, 1, 5, 3, 6, 4)
+    nibbles = parts.reshape(rows // _TILE, -1, 32, words, 8).to(torch.uint8)
+    return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).view(torch.int32).squeeze(-1)
+
+
+def untiled(words: torch.Tensor) -> torch.Tensor:
+    """Undo `tiled`; gives `[out, in]` uint8."""
+    tiles, stretches, _, count = words.shape
+    pairs = words.unsqueeze(-1).view(torch.uint8)
+    parts = torch.stack([pairs & 15, pairs >> 4], dim=-1).view(tiles, stretches, _TILE, 4, count, 2, 4)
+    return parts.permute(0, 2, 1, 4, 6, 3, 5).reshape(tiles * _TILE, -1)
+
+
+def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[out, in]` int32 levels, and `[in / GROUP, out, 2]` scales and offsets in bfloat16."""
+    groups = weight.float().view(len(weight), -1, GROUP)
+    low, high = groups.amin(dim=2), groups.amax(dim=2)
+    scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
+    offset = (low + 8 * scale.float()).bfloat16()
+    levels = (groups - offset.float()[..., None]) / scale.float()[..., None] + 8
+    levels = levels.round_().clamp_(0, 15).to(torch.int32).view(weight.shape)
+    return levels, torch.stack([scale, offset], dim=2).transpose(0, 1).contiguous()
+
+
+def _widened(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight that `_four_bits` means, from fresh uint8 levels, which it changes."""
+    scale, offset = scales.transpose(0, 1).unbind(dim=2)
+    groups = levels.view(len(levels), -1, GROUP).sub_(8).view(torch.int8).bfloat16()
+    return groups.mul_(scale[..., None]).add_(offset[..., None]).view(levels.shape)
+
+
+Packed = Eight | Four | Tiled
 
 
 class QuantisedLinear(nn.Linear):
     """`nn.Linear` over a packed weight. Its `weight` has shape and dtype, and no memory of its own."""
 
-    packed: Eight | Four
+    packed: Packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input.reshape(-1, input.shape[-1]).bfloat16()
@@ -106,16 +174,19 @@ def quantise(network: nn.Module, kind: BaseWeights, device: torch.device) -> Non
     Raises:
         InvalidRequestError: this machine or this PyTorch cannot compute with such weights.
     """
-    if device.type != "cpu":
-        raise InvalidRequestError(f"base_weights={kind} is for CPUs, the device is {device.type}", param="base_weights")
-    make = Eight if kind is BaseWeights.INT8 else Four
-    _check(make)
+    if device.type not in ("cpu", "cuda"):
+        message = f"base_weights={kind} is for CPUs and NVIDIA GPUs, the device is {device.type}"
+        raise InvalidRequestError(message, param="base_weights")
+    make: type[Packed] = Tiled if device.type == "cuda" else Four
+    if kind is BaseWeights.INT8:
+        make = Eight
+    _check(make, device)
     owners: dict[int, int] = {}
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for module in list(network.modules()):
-        if type(module) is not nn.Linear or not _fits(module, kind):
+        if type(module) is not nn.Linear or not fits((module.out_features, module.in_features), make):
             continue
         packed = make(module.weight.data)
         if owners[id(module.weight)] == 1:
@@ -124,20 +195,22 @@ def quantise(network: nn.Module, kind: BaseWeights, device: torch.device) -> Non
         module.packed = packed
 
 
-def _fits(module: nn.Linear, kind: BaseWeights) -> bool:
-    if kind is BaseWeights.INT8:
-        return module.in_features % 16 == 0 and module.out_features % 4 == 0
-    return module.in_features % GROUP == 0 and module.out_features % _BLOCKS[0] == 0
+def fits(shape: tuple[int, int], make: type[Packed]) -> bool:
+    """Whether a weight `[out, in]` can be kept in a format."""
+    out, width = shape
+    if make is Eight:
+        return width % 16 == 0 and out % 4 == 0
+    return width % GROUP == 0 and out % (_BLOCKS[0] if make is Four else _TILE) == 0
 
 
-def _check(make: type[Eight] | type[Four]) -> None:
+def _check(make: type[Packed], device: torch.device) -> None:
     """Compare the two ways to compute on a small case: the product's format is PyTorch's own affair."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 2 * GROUP, generator=generator).bfloat16()
+    x = torch.randn(3, 2 * GROUP, generator=generator).bfloat16().to(device)
     try:
-        packed = make(torch.randn(2 * _BLOCKS[0], 2 * GROUP, generator=generator))
+        packed = make(torch.randn(2 * _BLOCKS[0], 2 * GROUP, generator=generator).to(device))
         given, expected = packed.product(x).float(), x.float() @ packed.widened().float().T
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError) as error:  # NotImplementedError is a RuntimeError
         raise InvalidRequestError(f"this PyTorch has no such products: {error}", param="base_weights") from error
     if not torch.allclose(given, expected, rtol=0.02, atol=0.1):
         raise InvalidRequestError("this PyTorch packs such weights in a way unknown here", param="base_weights")

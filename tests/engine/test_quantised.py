@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from server.engine.engine import TransformersEngine
 from server.engine.model import BaseModel
 from server.engine.options import BaseWeights, Mode
-from server.engine.quantised import FEW, GROUP, Eight, Four, QuantisedLinear, quantise
+from server.engine.quantised import FEW, GROUP, Eight, Four, QuantisedLinear, Tiled, _check, quantise, tiled, untiled
 from store.errors import ExpertUnavailableError, InvalidRequestError
 from store.fingerprint import manifest_of
 from store.mix import BASE_MIX, Mix
@@ -84,7 +84,7 @@ def test_only_what_fits_is_quantised_and_a_tied_weight_stays_for_its_other_user(
         assert torch.allclose(alone(x[:rows]), expected[:rows], atol=0.15)
 
 
-def test_it_needs_mixed_mode_and_a_cpu(even: Library) -> None:
+def test_it_needs_mixed_mode(even: Library) -> None:
     for mode in (Mode.AUTO, Mode.MERGED):
         with pytest.raises(InvalidRequestError, match="mode=mixed") as refused:
             TransformersEngine(
@@ -94,8 +94,6 @@ def test_it_needs_mixed_mode_and_a_cpu(even: Library) -> None:
                 read_expert=even.read,
             )
         assert refused.value.param == "mode"
-    with pytest.raises(InvalidRequestError, match="for CPUs"):
-        quantise(nn.Linear(64, 64), BaseWeights.INT4, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,3 +167,63 @@ def test_the_integers_are_buffers_which_the_base_s_hash_covers(tmp_path: Path, e
     )
     names = {name.rpartition(".")[2] for name, _ in model.network.named_buffers()}
     assert {"nibbles", "scales"} <= names
+
+
+@given(st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 6, 8]), st.integers(0, 1 << 30))
+@settings(deadline=None, max_examples=25)
+def test_tiles_for_a_gpu_hold_every_level_where_the_lane_looks_for_it(tiles: int, groups: int, seed: int) -> None:
+    """Said a second time, lane by lane, as the tensor cores' operand is defined; PyTorch names the same shape."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 16, (8 * tiles, 32 * groups), generator=generator, dtype=torch.int32)
+    words = tiled(levels)
+    assert torch.equal(untiled(words).int(), levels)
+    count = words.shape[3]
+    nothing = torch.empty(8 * tiles, 16 * groups, dtype=torch.uint8, device="meta")
+    assert torch.ops.aten._convert_weight_to_int4pack(nothing, 2 * count).shape == words.shape
+    tile, stretch, word = tiles - 1, words.shape[1] - 1, count - 1
+    for lane in range(32):
+        row, column = 8 * tile + lane // 4, 32 * (stretch * count + word) + 2 * (lane % 4)
+        expected = sum(int(levels[row, column + o]) << 4 * i for i, o in enumerate((0, 8, 16, 24, 1, 9, 17, 25)))
+        assert int(words[tile, stretch, lane, word]) & 0xFFFFFFFF == expected
+
+
+@given(st.integers(0, 1 << 30), st.sampled_from([64, 192]), st.sampled_from([32, 160, 256]))
+@settings(deadline=None, max_examples=15)
+def test_a_gpu_s_four_bits_mean_what_a_cpu_s_mean(seed: int, out: int, width: int) -> None:
+    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(Tiled(weight).widened(), Four(weight).widened())
+
+
+def test_the_device_chooses_the_format_and_what_cannot_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequestError, match="CPUs and NVIDIA GPUs"):
+        quantise(nn.Linear(64, 64), BaseWeights.INT4, torch.device("mps"))
+    with pytest.raises(InvalidRequestError, match="no such products"):
+        _check(Tiled, CPU)
+    asked = []
+    monkeypatch.setattr("server.engine.quantised._check", lambda make, device: asked.append((make, device.type)))
+    for device in ("cpu", "cuda"):
+        for kind in KINDS:
+            quantise(nn.ModuleList(), kind, torch.device(device))
+    assert asked == [(Eight, "cpu"), (Four, "cpu"), (Eight, "cuda"), (Tiled, "cuda")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_on_a_gpu_compute_with_the_numbers_they_hold(kind: BaseWeights) -> None:
+    layer = nn.Linear(512, 264, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    quantise(nn.ModuleList([layer]), kind, torch.device("cuda"))
+    assert isinstance(layer, QuantisedLinear)
+    wide = layer.packed.widened().double()
+    for rows in (1, 16, FEW, FEW + 1, 100):
+        x = torch.randn(rows, 512, device="cuda").bfloat16()
+        plain = x.double() @ wide.T + layer.bias.double()
+        assert (layer(x).double() - plain).norm() <= 1e-2 * plain.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2, 4, 6])
+def test_tiles_are_pytorch_s_own(groups: int) -> None:
+    levels = torch.randint(0, 16, (24, 32 * groups), dtype=torch.int32, device="cuda")
+    words = tiled(levels)
+    pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
+    assert torch.equal(words, torch.ops.aten._convert_weight_to_int4pack(pairs, 2 * words.shape[3]))
