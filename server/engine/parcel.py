@@ -67,7 +67,9 @@ class Parcel:
 
     def to(self, device: torch.device) -> Parcel:
         """The same on a device, in one copy; itself if it is there already."""
-        return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=True))
+        # To the host it is waited for. Otherwise torch gives the copy out before it has arrived, in page-locked memory
+        # of its own, rounded up and never returned; and what is locked already `pin` cannot lock.
+        return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=device.type != "cpu"))
 
     def tensors(self) -> dict[str, LoadedDelta]:
         """The packed deltas by name: views into the buffer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from server.engine.residency import Residency
 from store.backends.disk import DiskStore
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.expert_file import digest_of, read_packed
-from store.mix import Mix
+from store.mix import BASE_MIX, Mix
 from store.packed import PackedTernary
 from tests.store.builders import base_manifest, write_sample
 
@@ -145,6 +146,56 @@ def test_bytes_damaged_on_the_way_to_the_device_are_refused(shelf: Shelf, monkey
     loader = BadBus(shelf.store.read, HostTier(0))
     with pytest.raises(ExpertUnavailableError, match="on its way"):
         loader.load(shelf.digests[0])
+
+
+def test_the_engine_goes_on_while_an_expert_is_under_way_and_computes_with_it_only_once_it_has_arrived(
+    shelf: Shelf,
+) -> None:
+    under_way, go = threading.Event(), threading.Event()
+
+    class SlowBus(ApartLoader):
+        def _copy(self, parcel: Parcel) -> Parcel:
+            under_way.set()
+            assert go.wait(60)
+            return super()._copy(parcel)
+
+    posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    residency = Residency(SlowBus(shelf.store.read, HostTier(shelf.size)), 10 * shelf.size, posted.put)
+    digest = shelf.digests[0]
+    granted: list[object] = []
+    try:
+        residency.request(Mix.of({digest: 1.0}), granted.append)
+        posted.get(timeout=60)()  # its size is known, its load begins
+        assert under_way.wait(60)
+        others: list[object] = []
+        residency.request(BASE_MIX, others.append)
+        assert others == [None], "nobody else waits"
+        assert posted.empty()
+        assert not granted
+        assert digest not in residency.experts
+        go.set()
+        posted.get(timeout=60)()
+        assert granted == [None]
+        parcel = residency.experts[digest].parcel
+        assert parcel is not None
+        assert parcel.is_intact
+    finally:
+        go.set()
+        residency.close()
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_only_a_copy_to_the_host_is_waited_for(device: str, waits: bool) -> None:
+    """What the host tier keeps must be there, and in memory that is the tier's own to lock."""
+    asked: list[tuple[str, bool]] = []
+
+    class Buffer:
+        def to(self, device: torch.device, *, non_blocking: bool) -> Buffer:
+            asked.append((device.type, not non_blocking))
+            return self
+
+    Parcel("d", Buffer(), (0, 0), {}).to(torch.device(device))  # type: ignore[arg-type]
+    assert asked == [(device, waits)]
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -276,3 +327,21 @@ def test_a_gpu_loads_from_page_locked_memory(shelf: Shelf) -> None:
     assert (host.stats().faults, host.stats().healed) == (1, 1)
     host.close()
     assert host.used_bytes == 0
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_has_decoded_is_kept_in_memory_that_the_tier_has_locked(shelf: Shelf) -> None:
+    device = torch.device("cuda")
+    host = HostTier(10 * shelf.size, page_locked=True)
+    transcode = backend("triton", device).transcode
+    loader = ExpertLoader(base_manifest(), device, shelf.store.read, host, transcode=transcode)
+    digest = shelf.digests[0]
+    first = loader.load(digest).parcel
+    assert host._entries[digest].locked
+    assert kept(loader, digest).is_intact
+    again = loader.load(digest).parcel
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first.buffer, again.buffer)
+    assert host.stats().faults == 0
+    host.close()
