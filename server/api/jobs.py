@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Response
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
 from server.api.conditions import GIVEN, TRUE, Rules, has, when
 from server.api.errors import ErrorDetail
 from server.api.services import Asker, ReadyServices, Services
 from server.api.streaming import Events, EventStream
-from server.api.wire import Text, Wire
+from server.api.wire import Text, Wire, fault
 from server.api.words import METADATA, Author, Exemplar, License, MetadataValue, Name, Parents, Tags
 from server.jobs.inputs import inputs_of
 from server.jobs.job import Job, JobRequest
@@ -87,7 +87,16 @@ class JobBody(Wire):
     )
     widen: bool = Field(False, description="Where a floor is not met, try again with twice the size, five times.")
 
-    between: ClassVar[Rules] = (when(has(replace=TRUE), has(name=GIVEN)),)
+    between: ClassVar[Rules] = (
+        when(has(replace=TRUE), has(name=GIVEN)),
+        when(has(min_retention=GIVEN), has(labelled=GIVEN)),
+    )
+
+    @model_validator(mode="after")
+    def _check_floor(self) -> Self:
+        if self.min_retention is not None and self.labelled is None:
+            raise fault("min_retention", "is measured on `labelled`, prompts with their answers: give some")
+        return self
 
     def options(self) -> dict[str, Any]:
         """What `store.convert.compress` is given; the card as JSON has it.

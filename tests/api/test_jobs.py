@@ -287,6 +287,7 @@ async def test_old_ones_are_forgotten(strange: House, monkeypatch: pytest.Monkey
         ("model.safetensors", {"uploads": ["x"]}, "upload"),
         ("model.safetensors", {"density": 0}, "density"),
         ("model.safetensors", {"replace": True}, "name"),
+        ("model.safetensors", {"min_retention": 0.9}, "min_retention"),
         ("model.safetensors", {"exemplars": []}, "exemplars"),
         ("model.safetensors", {"out": "/etc/passwd"}, "out"),
     ],
