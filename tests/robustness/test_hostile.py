@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -204,9 +205,10 @@ def test_huge_prompts_are_refused(server: Running) -> None:
 
 def test_what_is_pipelined_after_a_request_is_no_request(server: Running) -> None:
     answer = talk(server, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\x00\xff garbage\r\n\r\n" * 50)
-    # Whoever sends garbage while an answer is on its way loses the connection, at worst before that answer.
-    assert answer == b"" or status(answer) == 200
-    assert answer.count(b"HTTP/1.1") <= 1
+    # The garbage is read while the answer is on its way, and may end the connection before it; or after it, and is told
+    # what it is. It is never answered like a request.
+    told = re.findall(rb"HTTP/1\.1 (\d+)", answer)
+    assert told in ([], [b"200"], [b"400"], [b"200", b"400"])
 
 
 @pytest.mark.parametrize(
