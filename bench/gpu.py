@@ -99,6 +99,7 @@ def measure(run: Run, kernels: Kernels, implementations: list[Kernels], real: tu
     run.section("a base of random weights", load)
     if bench:
         run.section("decode steps", on_base(gpu_steps.decode))
+        run.section("decode steps as CUDA graphs", on_base(gpu_steps.graphs))
         run.section("a hundred experts beside the base", on_base(gpu_steps.registered))
         run.section("cold experts", on_base(gpu_loads.cold))
         run.section("switches", on_base(gpu_steps.switch))

@@ -12,8 +12,10 @@ from bench.gpu_lab import Work, median_ms
 from bench.gpu_world import experts_of, matrices, parcel, weight_bytes
 from bench.report import Bar, Row, bar
 from server.engine.expert import DecodedExpert
+from server.engine.graphs import DecodeGraphs, GraphCapture, eagerly
 from server.engine.merged import MergedWeights
 from server.engine.parcel import Checksum, checksum
+from server.engine.scheduler import Batch
 from store.mix import BASE_MIX, Mix
 
 _GIB = 1 << 30
@@ -46,6 +48,36 @@ def decode(bench: Bench) -> tuple[list[Row], list[Bar]]:
         experts.clear()
         bench.lab.free()
     return rows, bars
+
+
+def graphs(bench: Bench) -> tuple[list[Row], list[Bar]]:
+    """Decode steps of the base kernel by kernel, and over fixed tensors as one CUDA graph; without a GPU the latter run
+    uncaptured, and the rows say so."""
+    on_gpu, device = bench.lab.on_gpu, bench.lab.device
+    form = "a CUDA graph" if on_gpu else "fixed tensors, not captured"
+    fixed = DecodeGraphs(bench.model, bench.cache, 32, GraphCapture(device) if on_gpu else eagerly)
+    rows: list[Row] = []
+    for count in (1, 8, 32):
+        batch = bench.batch([BASE_MIX] * count)
+
+        def step(graphs: DecodeGraphs | None, batch: Batch = batch) -> None:
+            bench.executor.graphs = graphs
+            try:
+                bench.executor.run(batch, {})
+            finally:
+                bench.executor.graphs = None
+
+        calls, before = bench.lab.effort.calls, fixed.replays
+        works: dict[str, list[Work]] = {"plain": [partial(step, None)] * calls, "fixed": [partial(step, fixed)] * calls}
+        taken = bench.lab.wall_seconds(works)
+        bench.end(batch)
+        if fixed.replays == before:
+            raise AssertionError("the steps could not be captured")
+        seconds = {name: statistics.median(times) for name, times in taken.items()}
+        rows.append({"what": "base", "rows": count, "form": form, "ms kernel by kernel": median_ms(taken["plain"]),
+                     "ms": median_ms(taken["fixed"]), "floor ms": 1e3 * bench.step_floor(count),
+                     "× kernel by kernel": seconds["fixed"] / seconds["plain"]})  # fmt: skip
+    return rows, []
 
 
 def _against_base(bench: Bench, count: int, experts: list[DecodedExpert]) -> dict[str, float]:

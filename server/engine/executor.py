@@ -71,8 +71,14 @@ class Executor:
         layout = lay_out(batch.work)
         if batch.mixed and any(not span.mix.is_base for span in layout.spans):
             self.merged.apply(BASE_MIX, {})
-            with self.mixed.carrying(layout.spans, layout.logit_spans, experts):
-                logits = self._forward(layout)
+            decoded = None
+            if self.graphs is not None and self.graphs.fits(layout):
+                terms = self.mixed.terms(layout.spans, layout.logit_spans, experts)
+                decoded = self.graphs.run(layout, self.merged.moved, terms)
+            if decoded is None:
+                with self.mixed.carrying(layout.spans, layout.logit_spans, experts):
+                    decoded = self._forward(layout)
+            logits = decoded
             self.mixed_steps += 1
         else:
             (span,) = layout.spans

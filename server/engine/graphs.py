@@ -5,7 +5,8 @@ tables. Batches are padded to a few sizes and block tables to a few widths, and 
 once and replayed with other contents from then on. Run without capturing it computes the same, which is what tests on
 a CPU do.
 
-Steps of the base alone have graphs of their own, with no trace of experts in them. In merged mode a graph belongs to
+Steps of the base alone have graphs of their own, with no trace of experts in them. Steps with experts beside the base
+find these in tensors that are rewritten in place (`server.engine.mixed_graphs`). In merged mode a graph belongs to
 the set of buffers that the parameters point at; mixes built in the same buffers, one after the other, share it.
 What is no plain decode step runs as ever: prompts, likelihoods of prompts, whatever cannot be captured.
 """
@@ -16,14 +17,18 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from server.engine.attention import Decodes, Segment, SlotBatch
+from server.engine.forwards import running
+from server.engine.kernels import Kernels
 from server.engine.kv_cache import BLOCK_TOKENS, NULL_BLOCK, KVCache
 from server.engine.layout import Layout
+from server.engine.mixed import Terms
+from server.engine.mixed_graphs import Form, HeldTerms, MixedForms
 from server.engine.model import BaseModel
 from server.engine.options import CudaGraphs
 
@@ -103,6 +108,7 @@ class Captured:
     """A step that can be run again and again, and the tensors that it reads."""
 
     inputs: StepInputs
+    held: HeldTerms | None
     replay: Step
 
 
@@ -114,8 +120,11 @@ class DecodeGraphs:
         captures: how often a step had to be captured.
     """
 
-    def __init__(self, model: BaseModel, cache: KVCache, max_batch: int, capture: Capture) -> None:
+    def __init__(
+        self, model: BaseModel, cache: KVCache, max_batch: int, capture: Capture, kernels: Kernels | None = None
+    ) -> None:
         """Args:
+        kernels: Triton's, if steps with experts are to be captured too.
         max_batch: most rows of a step.
         capture: `CudaGraphs`' on a GPU; `eagerly` runs the same steps without.
         """
@@ -123,30 +132,44 @@ class DecodeGraphs:
         self._cache = cache
         self._max_batch = max_batch
         self._capture: Capture | None = capture
+        self._forms = None if kernels is None else MixedForms(kernels)
         self._most_blocks = min(-(-model.context_length // BLOCK_TOKENS), cache.total_blocks)
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._logits = torch.empty(max_batch, model.vocabulary, dtype=torch.float32, device=model.device)
         self.replays = self.captures = 0
 
     @torch.inference_mode()
-    def run(self, layout: Layout, moved: frozenset[tuple[str, int]]) -> torch.Tensor | None:
+    def run(self, layout: Layout, moved: frozenset[tuple[str, int]], terms: Terms | None = None) -> torch.Tensor | None:
         """A decode step with the parameters as they are.
 
         Args:
             moved: names of the parameters that point elsewhere than at the pristine weights, and these addresses.
+            terms: what is added beside the weights.
 
         Returns:
             `[rows, vocabulary]` float32, until the next step; None if this is no such step, or none can be captured:
             nothing has changed then.
         """
-        if self._capture is None or not self._fits(layout):
+        if self._capture is None or not self.fits(layout):
             return None
         rows = padded_rows(len(layout.tokens), self._max_batch)
         width = padded_width(max(-(-s.length // BLOCK_TOKENS) for s in layout.segments), self._most_blocks)
-        captured = self._find(rows, width, moved, layout)
+        form: Form | None = None
+        if terms is not None:
+            form = None if self._forms is None else self._forms.of(terms, rows)
+            if form is None:
+                return None
+        key = (rows, width, moved, None if form is None else form.key)
+        captured = self._captured.get(key)
         if captured is None:
+            captured = self._hold(rows, width, terms, form)
+        captured.inputs.fill(layout.tokens, layout.segments)
+        if captured.held is not None and terms is not None and form is not None:
+            captured.held.fill(terms, form, captured.inputs.ids)
+        if key not in self._captured and not self._keep(key, captured):
             return None
-        captured.replay()
+        self._captured.move_to_end(key)
+        self._captured[key].replay()
         self.replays += 1
         return self._logits[: len(layout.tokens)]
 
@@ -154,42 +177,42 @@ class DecodeGraphs:
         """For people: graphs that are kept, captures and replays so far."""
         return {"kept": len(self._captured), "captures": self.captures, "replays": self.replays}
 
-    def _fits(self, layout: Layout) -> bool:
+    def fits(self, layout: Layout) -> bool:
         """Whether every row is a sequence's next token, and nothing but what follows it is asked for."""
         count = len(layout.tokens)
         return count == len(layout.segments) <= self._max_batch and layout.logit_rows == list(range(count))
 
-    def _find(self, rows: int, width: int, moved: frozenset[tuple[str, int]], layout: Layout) -> Captured | None:
-        """The step of that shape, its tensors filled."""
-        key = (rows, width, moved)
-        known = self._captured.get(key)
-        if known is not None:
-            self._captured.move_to_end(key)
-            known.inputs.fill(layout.tokens, layout.segments)
-            return known
-        inputs = StepInputs(rows, width, self._cache.scratch_slot, self._model.device)
-        inputs.fill(layout.tokens, layout.segments)
+    def _hold(self, rows: int, width: int, terms: Terms | None, form: Form | None) -> Captured:
+        """The tensors of a step of that shape, and the step as it is."""
+        device = self._model.device
+        inputs = StepInputs(rows, width, self._cache.scratch_slot, device)
+        held = None
+        if terms is not None and form is not None and self._forms is not None:
+            held = HeldTerms(terms, form, rows, self._forms.kernels, device)
+        plan = [] if held is None else held.plan
+
+        def step() -> None:
+            # Masks are kept in the layout: a new one each time, for they depend on the lengths.
+            batch = SlotBatch(self._cache, inputs.slots, Decodes(inputs.table, inputs.lengths))
+            with running(plan):
+                self._logits[:rows].copy_(self._model.decode(inputs.ids, inputs.positions, batch))
+
+        return Captured(inputs, held, step)
+
+    def _keep(self, key: Hashable, step: Captured) -> bool:
+        """Capture a step, its tensors filled; False if it cannot be."""
         assert self._capture is not None
         try:
-            made = Captured(inputs, self._capture(self._step(inputs, rows)))
+            self._captured[key] = replace(step, replay=self._capture(step.replay))
         except Exception:
             log.exception("a decode step could not be captured; from now on steps run kernel by kernel")
             self._capture = None
             self._captured.clear()
-            return None
+            return False
         self.captures += 1
-        self._captured[key] = made
         if len(self._captured) > _MOST_GRAPHS:
             self._captured.popitem(last=False)
-        return made
-
-    def _step(self, inputs: StepInputs, rows: int) -> Step:
-        def step() -> None:
-            # Masks are kept in the layout: a new one each time, for they depend on the lengths.
-            batch = SlotBatch(self._cache, inputs.slots, Decodes(inputs.table, inputs.lengths))
-            self._logits[:rows].copy_(self._model.decode(inputs.ids, inputs.positions, batch))
-
-        return step
+        return True
 
 
 def eagerly(step: Step) -> Step:
@@ -221,8 +244,11 @@ class GraphCapture:
             return graph.replay
 
 
-def decode_graphs(wanted: CudaGraphs, model: BaseModel, cache: KVCache, max_batch: int) -> DecodeGraphs | None:
+def decode_graphs(
+    wanted: CudaGraphs, model: BaseModel, cache: KVCache, max_batch: int, kernels: Kernels
+) -> DecodeGraphs | None:
     """What runs decode steps, where graphs are wanted and there is a GPU."""
     if wanted is CudaGraphs.OFF or model.device.type != "cuda":
         return None
-    return DecodeGraphs(model, cache, max_batch, GraphCapture(model.device))
+    tables = kernels if kernels.name == "triton" else None
+    return DecodeGraphs(model, cache, max_batch, GraphCapture(model.device), tables)

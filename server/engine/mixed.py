@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,24 +20,35 @@ import torch
 from torch import nn
 
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import Group, Kernels, Overwrites, Term, gather_rows
+from server.engine.forwards import Forward, Vectors, linear, looked_up, moved_rows, rowwise, running, spanwise
+from server.engine.kernels import Group, Kernels, Overwrites, Term
 from server.engine.layout import Span
 from server.engine.merged import terms_of
-from server.engine.sites import Kind, Site, per_row, swapped
+from server.engine.sites import Kind, Site
 from store.mix import Mix
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _VECTOR_MIXES = 64
 """Mixes whose merged norms and biases are kept, least recently used first out: vectors are small."""
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """The values of one module's vectors for the spans of a step: `choices[name][which[row]]`."""
+@dataclass(frozen=True, eq=False)
+class SiteTerms:
+    """What a step adds at one module.
 
-    choices: Mapping[str, torch.Tensor]
-    which: torch.Tensor
+    Attributes:
+        groups: rows with deltas of its matrix.
+        vectors: of a norm its vectors; of a linear layer what its bias is moved by; None where they are the base's.
+    """
+
+    groups: tuple[Group, ...]
+    vectors: Vectors | None
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a step adds, module by module."""
+
+    sites: tuple[tuple[Site, SiteTerms], ...] = ()
 
 
 class MixedWeights:
@@ -60,7 +71,8 @@ class MixedWeights:
         self._kernels = kernels
         self._merged_vectors: OrderedDict[Mix, dict[str, torch.Tensor]] = OrderedDict()
         self._planned_for: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
-        self._plan: list[tuple[nn.Module, Forward]] = []
+        self._terms: Terms = Terms()
+        self._plan: list[tuple[nn.Module, Forward]] | None = None
         self.seconds = 0.0
 
     def carries(self, expert: DecodedExpert) -> bool:
@@ -71,7 +83,7 @@ class MixedWeights:
 
     def forget(self) -> None:
         """Let go of the experts of the last step, so that they can leave memory."""
-        self._planned_for, self._plan = None, []
+        self._planned_for, self._terms, self._plan = None, Terms(), None
 
     @contextmanager
     def carrying(
@@ -84,21 +96,27 @@ class MixedWeights:
             logit_spans: the rows whose logits are wanted.
             experts: at least every expert of the spans' mixes, by digest.
         """
+        terms = self.terms(spans, logit_spans, experts)
+        if self._plan is None:
+            self._plan = [
+                (site.module, self._forward(site, found, (spans, logit_spans))) for site, found in terms.sites
+            ]
+        with running(self._plan):
+            yield
+
+    def terms(
+        self, spans: tuple[Span, ...], logit_spans: tuple[Span, ...], experts: Mapping[str, DecodedExpert]
+    ) -> Terms:
+        """What such a step adds: the same object as before, for the same rows."""
         if self._planned_for != (spans, logit_spans):
             self.forget()
-            self._plan = list(self._prepare(spans, logit_spans, experts))
+            self._terms = Terms(tuple(self._prepare(spans, logit_spans, experts)))
             self._planned_for = (spans, logit_spans)
-        try:
-            for module, forward in self._plan:
-                module.forward = forward
-            yield
-        finally:
-            for module, _ in self._plan:
-                module.__dict__.pop("forward", None)
+        return self._terms
 
     def _prepare(
         self, spans: Items[Span], logit_spans: Items[Span], experts: Mapping[str, DecodedExpert]
-    ) -> Iterator[tuple[nn.Module, Forward]]:
+    ) -> Iterator[tuple[Site, SiteTerms]]:
         for site in self._sites:
             here = logit_spans if site.head else spans
             digests = {digest for span in here for digest, _ in span.mix.parts}
@@ -106,23 +124,38 @@ class MixedWeights:
             if not moved:
                 continue
             if site.kind is Kind.VECTOR:
-                forward = self._vector(site, here, self._vectors(site, here, experts))
-            else:
-                weight = site.names["weight"]
-                groups = [
-                    Group(span.start, span.stop, tuple(terms))
-                    for span in here
-                    if (terms := _beside(span.mix, weight, experts))
-                ]
-                if site.kind is Kind.EMBEDDING:
-                    forward = self._embedding(site, groups)
-                else:
-                    biases = {a: n for a, n in site.names.items() if a != "weight"}
-                    vectors = self._vectors(site, here, experts) if moved & set(biases.values()) else None
-                    forward = self._linear(site, groups, vectors)
-            yield site.module, forward
+                yield site, SiteTerms((), self._vectors(site, here, experts))
+                continue
+            weight = site.names["weight"]
+            groups = tuple(
+                Group(span.start, span.stop, tuple(terms))
+                for span in here
+                if (terms := _beside(span.mix, weight, experts))
+            )
+            shift = None
+            if site.kind is Kind.LINEAR and moved - {weight}:
+                vectors = self._vectors(site, here, experts)
+                # The difference to the pristine bias, which the module adds by itself.
+                pristine = self._parameters[site.names["bias"]].data
+                shift = Vectors({"bias": vectors.choices["bias"] - pristine}, vectors.which)
+            yield site, SiteTerms(groups, shift)
 
-    def _linear(self, site: Site, groups: Items[Group], vectors: _Vectors | None) -> Forward:
+    def _forward(self, site: Site, found: SiteTerms, spans: tuple[Items[Span], Items[Span]]) -> Forward:
+        if site.kind is Kind.VECTOR:
+            assert found.vectors is not None
+            return rowwise(site, found.vectors) if site.broadcasts else spanwise(site, spans[site.head], found.vectors)
+        if site.kind is Kind.LINEAR:
+            return self._linear(site, found.groups, found.vectors)
+
+        def table(tokens: torch.Tensor) -> torch.Tensor:
+            started = time.perf_counter()
+            made = moved_rows(site.module, found.groups, tokens)
+            self.seconds += time.perf_counter() - started
+            return made
+
+        return looked_up(site, table)
+
+    def _linear(self, site: Site, groups: Items[Group], vectors: Vectors | None) -> Forward:
         module = site.module
         add, least = self._kernels.add_linear, self._kernels.fuse_rows
         plain: Forward = module.forward
@@ -131,21 +164,14 @@ class MixedWeights:
             if large:
                 plain = self._fused(module, large)
                 groups = [group for group in groups if group not in large]
-        # The difference to the pristine bias, which `plain` has added already.
-        shift = None if vectors is None else vectors.choices["bias"] - self._parameters[site.names["bias"]].data
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = plain(x)
+        def added(rows: torch.Tensor, x: torch.Tensor) -> None:
             started = time.perf_counter()
-            rows = y.view(-1, y.shape[-1])
-            if shift is not None and vectors is not None:
-                rows += shift.index_select(0, vectors.which)
             if groups:
-                add(rows, x.reshape(-1, x.shape[-1]), groups)
+                add(rows, x, groups)
             self.seconds += time.perf_counter() - started
-            return y
 
-        return forward
+        return linear(plain, added, vectors)
 
     def _fused(self, module: nn.Module, groups: Items[Group]) -> Forward:
         """The base's product with the deltas of these groups in their rows, whose products are not taken twice."""
@@ -170,64 +196,14 @@ class MixedWeights:
 
         return forward
 
-    def _embedding(self, site: Site, groups: Items[Group]) -> Forward:
-        """Looks up in a table of the step's own rows, moved: whatever the module does to what it finds still holds."""
-        module = site.module
-        assert isinstance(module, nn.Embedding)
-        plain, parameter = module.forward, module.get_parameter("weight")
-
-        def forward(ids: torch.Tensor) -> torch.Tensor:
-            started = time.perf_counter()
-            tokens = ids.view(-1)
-            table = parameter.data.index_select(0, tokens)
-            for group in groups:
-                rows = slice(group.start, group.stop)
-                moved = table[rows].float()
-                for weight, delta in group.terms:
-                    moved += weight * gather_rows(delta, tokens[rows])
-                table[rows] = moved.to(table.dtype)
-            self.seconds += time.perf_counter() - started
-            padding, module.padding_idx = (
-                module.padding_idx,
-                None,
-            )  # only gradients need it, and it may exceed the table
-            try:
-                with swapped({"weight": parameter}, {"weight": table}):
-                    found: torch.Tensor = plain(torch.arange(len(tokens), device=ids.device).view_as(ids))
-                return found
-            finally:
-                module.padding_idx = padding
-
-        return forward
-
-    def _vector(self, site: Site, spans: Items[Span], vectors: _Vectors) -> Forward:
-        plain, axis = site.module.forward, site.axis
-        parameters = {name: site.module.get_parameter(name) for name in site.names}
-        choices, which = vectors.choices, vectors.which
-
-        def rowwise(x: torch.Tensor) -> torch.Tensor:
-            values = {name: per_row(choice, which, axis, x.ndim) for name, choice in choices.items()}
-            with swapped(parameters, values):
-                result: torch.Tensor = plain(x)
-            return result
-
-        def spanwise(x: torch.Tensor) -> torch.Tensor:
-            parts = []
-            for place, span in enumerate(spans):
-                with swapped(parameters, {name: choice[place] for name, choice in choices.items()}):
-                    parts.append(plain(x.narrow(axis, span.start, span.stop - span.start)))
-            return torch.cat(parts, dim=axis)
-
-        return rowwise if site.broadcasts else spanwise
-
-    def _vectors(self, site: Site, spans: Items[Span], experts: Mapping[str, DecodedExpert]) -> _Vectors:
+    def _vectors(self, site: Site, spans: Items[Span], experts: Mapping[str, DecodedExpert]) -> Vectors:
         names = {attribute: name for attribute, name in site.names.items() if self._parameters[name].ndim == 1}
         merged = [self._merged(span.mix, names.values(), experts) for span in spans]
         device = next(self._parameters[name].device for name in names.values())
         lengths = torch.tensor([span.stop - span.start for span in spans])
         which = torch.repeat_interleave(torch.arange(len(spans)), lengths).to(device)
         choices = {a: torch.stack([values[name] for values in merged]) for a, name in names.items()}
-        return _Vectors(choices, which)
+        return Vectors(choices, which)
 
     def _merged(self, mix: Mix, names: Iterable[str], experts: Mapping[str, DecodedExpert]) -> dict[str, torch.Tensor]:
         """These vectors as the mix has them."""

@@ -58,7 +58,7 @@ class Worker:
         self._settings = settings
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
-        graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch)
+        graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
         self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs)
         self._host = loader.host
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)

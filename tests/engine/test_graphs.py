@@ -25,7 +25,7 @@ from server.engine.graphs import (
     padded_width,
 )
 from server.engine.host_tier import HostTier
-from server.engine.kernels import backend
+from server.engine.kernels import Kernels, backend
 from server.engine.kv_cache import NULL_BLOCK, KVCache
 from server.engine.layout import Layout, lay_out
 from server.engine.loader import ExpertLoader
@@ -199,7 +199,7 @@ async def test_an_engine_answers_through_graphs(library: Library, monkeypatch: p
     """Base and merged experts, in turns, while sequences come and go; prompts and their likelihoods beside them."""
     made: list[DecodeGraphs] = []
 
-    def graphs(wanted: CudaGraphs, model: BaseModel, cache: KVCache, max_batch: int) -> DecodeGraphs:
+    def graphs(wanted: CudaGraphs, model: BaseModel, cache: KVCache, max_batch: int, _kernels: Kernels) -> DecodeGraphs:
         assert wanted is CudaGraphs.AUTO
         made.append(DecodeGraphs(model, cache, max_batch, replayed))
         return made[0]
@@ -261,8 +261,8 @@ def test_a_value_of_the_step_that_goes_to_the_host_is_noticed() -> None:
 
 def test_there_are_graphs_on_gpus_alone(world: World) -> None:
     cache = KVCache(world.model.kv_shape, BLOCKS * world.model.kv_shape.block_bytes, CPU)
-    assert decode_graphs(CudaGraphs.AUTO, world.model, cache, MAX_BATCH) is None
-    assert decode_graphs(CudaGraphs.OFF, world.model, cache, MAX_BATCH) is None
+    assert decode_graphs(CudaGraphs.AUTO, world.model, cache, MAX_BATCH, backend("auto", CPU)) is None
+    assert decode_graphs(CudaGraphs.OFF, world.model, cache, MAX_BATCH, backend("auto", CPU)) is None
 
 
 def test_shapes_are_few() -> None:

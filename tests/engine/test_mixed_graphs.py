@@ -1,0 +1,123 @@
+"""Steps with experts beside the base, over fixed tensors: other experts are other contents of the same tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.attention import AttentionBatch
+from server.engine.expert import DecodedExpert
+from server.engine.graphs import Capture, DecodeGraphs, GraphCapture, eagerly
+from server.engine.host_tier import HostTier
+from server.engine.kernels import backend
+from server.engine.kv_cache import KVCache
+from server.engine.layout import lay_out
+from server.engine.loader import ExpertLoader
+from server.engine.mixed import MixedWeights
+from server.engine.model import BaseModel
+from server.engine.scheduler import Work
+from server.engine.sequence import Sequence
+from server.engine.sites import find_sites
+from server.engine.types import EngineRequest, SamplingParams
+from store.mix import BASE_MIX, Mix
+from tests.engine.conftest import Library
+from tests.engine.replaying import as_launch, replayed
+from tests.tiny import save_base
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+CPU = torch.device("cpu")
+MAX_BATCH = 9
+
+
+class World:
+    """A base, experts that move everything, and mixed mode twice: as ever on the reference's kernels, and captured."""
+
+    def __init__(self, folder: Path, architecture: str, device: torch.device = CPU) -> None:
+        self.device = device
+        library = Library(save_base(folder / "base", architecture), folder)
+        self.model = BaseModel(library.base, dtype=torch.float32, device=device, feature_layer=1, cache_dir=None)
+        found = find_sites(self.model.network, self.model.parameters, self.model.try_out)
+        self.kernels = backend("triton", device)
+        self.plain = MixedWeights(*found, self.model.parameters, backend("reference", device))
+        self.mixed = MixedWeights(*found, self.model.parameters, self.kernels)
+        self.loader = ExpertLoader(self.model.manifest, device, library.read, HostTier(0))
+        densities = (0.3, 0.02, 0.3, 0.02, 0.3)
+        self.digests = [library.add(seed, density=density) for seed, density in enumerate(densities, 1)]
+        self.experts: dict[str, DecodedExpert] = {digest: self.loader.load(digest) for digest in self.digests}
+        one, _, three, _, _ = self.digests
+        self.mixes = [BASE_MIX, *(Mix.of({digest: 1.0}) for digest in self.digests), Mix.of({one: 0.5, three: -0.7})]
+        shape = self.model.kv_shape
+        self.cache = KVCache(shape, 64 * shape.block_bytes, device)
+
+    def graphs(self, capture: Capture) -> DecodeGraphs:
+        return DecodeGraphs(self.model, self.cache, MAX_BATCH, capture, self.kernels)
+
+    def work(self, mixes: list[Mix]) -> list[Work]:
+        """The first token of a sequence each, those of a mix side by side."""
+        made = []
+        for number, mix in enumerate(sorted(mixes, key=lambda mix: (not mix.is_base, mix.digest))):
+            request = EngineRequest((7 * number % 256,), SamplingParams(1), mix)
+            sequence = Sequence(request, 1, emit=lambda _: None)
+            assert self.cache.grow(sequence, 1)
+            made.append(Work(sequence, 1))
+        return made
+
+    def check(self, graphs: DecodeGraphs, mixes: list[Mix]) -> bool:
+        """Whether the step ran over fixed tensors; if so, it must say what an ordinary one says."""
+        work = self.work(mixes)
+        layout = lay_out(work)
+        with self.plain.carrying(layout.spans, layout.logit_spans, self.experts):
+            batch = AttentionBatch(layout.segments, self.cache, self.device)
+            expected = self.model.forward(layout.tokens, batch, layout.logit_rows)
+        got = graphs.run(layout, frozenset(), self.mixed.terms(layout.spans, layout.logit_spans, self.experts))
+        for item in work:
+            self.cache.release(item.sequence)
+        self.mixed.forget()
+        self.plain.forget()
+        if got is None:
+            return False
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        return True
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 was not set, or there is a GPU")
+    from server.engine.kernels.gpu import TritonKernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonKernels, "_add", as_launch(TritonKernels._add))
+        yield World(tmp_path_factory.mktemp("world"), "qwen2")
+
+
+def test_one_capture_serves_other_experts(world: World) -> None:
+    """Planes and lists of nonzeros, norms, biases and embeddings. Only the first step is run, of the second
+    the operations on tensors alone."""
+    _, _, two, three, four, five, _ = world.mixes
+    graphs = world.graphs(replayed)
+    for mixes in ([two, three], [five, four]):
+        assert world.check(graphs, mixes)
+    assert (graphs.captures, graphs.replays) == (1, 2)
+
+
+def test_a_mix_whose_deltas_are_of_two_forms_runs_as_ever(world: World) -> None:
+    graphs = world.graphs(eagerly)
+    assert not world.check(graphs, [Mix.of(dict.fromkeys(world.digests[:2], 0.5))])
+    assert graphs.captures == 0
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_other_experts(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    world = World(tmp_path, "qwen2", device)
+    base, one, two, three, four, five, both = world.mixes
+    graphs = world.graphs(GraphCapture(device))
+    for mixes in ([one, three, base], [five, base, base, one], [two, three], [five, four], [both, base]):
+        assert world.check(graphs, mixes)
+    assert graphs.captures < graphs.replays
