@@ -13,6 +13,7 @@ from server.engine.expert import DecodedExpert
 from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
+from server.engine.paged_kernels import best_kernel
 from server.engine.scheduler import Batch
 from server.engine.scheduler import Work as Share
 from server.engine.sequence import Sequence
@@ -32,6 +33,7 @@ class Bench:
         self.lab = lab
         self.model: BaseModel = random_base(lab)
         self.cache = KVCache(self.model.kv_shape, lab.effort.kv_bytes, lab.device)
+        self.cache.attend = best_kernel(self.cache, self.model.query_heads)
         self.executor = Executor(self.model, self.cache, kernels)
         self.kernels = kernels
         self.experts: dict[str, DecodedExpert] = {}

@@ -6,6 +6,7 @@ step's layout through the forward call's keyword arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,11 @@ from transformers import AttentionInterface
 from server.engine.kv_cache import BLOCK_TOKENS, NULL_BLOCK, KVCache
 
 ATTENTION_NAME = "switchyard_paged"
+
+PagedKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, "Decodes", float | None, int | None, float | None], torch.Tensor
+]
+"""Attends to decodes: `gathered`, or what `server.engine.paged_kernels` finds."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Decodes:
     lengths: torch.Tensor
     rows: torch.Tensor | None = None
     _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
+    _narrow: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
 
     def mask(self, window: int | None) -> torch.Tensor:
         """`[decodes, 1, 1, keys]` bool: which cached keys each sees; the same for all layers of a window."""
@@ -57,6 +64,12 @@ class Decodes:
                 mask &= position >= self.lengths[:, None] - window
             self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
+
+    def narrow(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`table` and `lengths` as int32, the same for all layers."""
+        if self._narrow is None:
+            self._narrow = self.table.int(), self.lengths.int()
+        return self._narrow
 
 
 @dataclass
@@ -170,7 +183,7 @@ def paged_attention(
         values.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, value[0].transpose(0, 1))
     decodes = batch.decodes
     if decodes is not None and decodes.rows is None:
-        return _attend_decodes(query[0], keys, values, decodes, scaling, sliding_window, softcap)[None], None
+        return _attend_decodes(batch)(query[0], keys, values, decodes, scaling, sliding_window, softcap)[None], None
     output = torch.empty_like(query)
     for segment in batch.chunks:
         rows = slice(segment.start, segment.stop)
@@ -191,12 +204,16 @@ def paged_attention(
         )
     if decodes is not None:
         own = query[0][:, decodes.rows]
-        attended = _attend_decodes(own, keys, values, decodes, scaling, sliding_window, softcap)
+        attended = _attend_decodes(batch)(own, keys, values, decodes, scaling, sliding_window, softcap)
         output[0][:, decodes.rows] = attended.transpose(0, 1)
     return output.transpose(1, 2), None
 
 
-def _attend_decodes(
+def _attend_decodes(batch: AttentionBatch | SlotBatch) -> PagedKernel:
+    return gathered if batch.cache is None or batch.cache.attend is None else batch.cache.attend
+
+
+def gathered(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -206,7 +223,7 @@ def _attend_decodes(
     softcap: float | None,
 ) -> torch.Tensor:
     """`[decodes, heads, head_dim]` of a query `[heads, decodes, head_dim]` over a layer's cached blocks. Its shapes
-    depend on those of its arguments alone."""
+    depend on those of its arguments alone. A `PagedKernel`."""
     count, kv_heads, head_dim = len(decodes.table), keys.shape[2], keys.shape[3]
     k, v = (c[decodes.table].view(count, -1, kv_heads, head_dim).transpose(1, 2) for c in (keys, values))
     # Query heads of one group share a key head and see the same keys: they become that head's query rows.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,8 @@ class KVCache:
         self._storage = torch.zeros(size, dtype=shape.dtype, device=device)
         self.keys = [self._storage[layer, 0] for layer in range(shape.layers)]
         self.values = [self._storage[layer, 1] for layer in range(shape.layers)]
+        self.attend: Callable[..., torch.Tensor] | None = None
+        """What attends to it for single tokens, if not PyTorch to gathered blocks (`server.engine.paged_kernels`)."""
         self._pool = BlockPool(range(blocks - 1, NULL_BLOCK, -1))
         self._reuse = reuse_prefixes
         self._secret = secrets.token_bytes(32)

@@ -167,6 +167,7 @@ class BaseModel:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             dtype=self.dtype,
         )
+        self.query_heads: int = text.num_attention_heads
         self.stop_tokens = stop_tokens
         self.feature_layer = min(feature_layer, text.num_hidden_layers)
         self._early = self._early_layers(self.feature_layer)

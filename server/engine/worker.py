@@ -23,6 +23,7 @@ from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
 from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
+from server.engine.paged_kernels import best_kernel
 from server.engine.residency import Residency
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
@@ -61,6 +62,7 @@ class Worker:
         graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
         self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs)
         self._host = loader.host
+        self.cache.attend = best_kernel(self.cache, model.query_heads)
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
             self.cache,
