@@ -131,7 +131,7 @@ def _ask(page: Page, question: str) -> None:
 
 def library(page: Page) -> None:
     page.goto(f"{URL}/#library")
-    page.locator("tbody tr").first.wait_for()
+    page.locator("tbody button.name").first.wait_for()
 
 
 def expert(page: Page) -> None:

@@ -8,10 +8,14 @@ const COLOURS = 12;
 export const server = { base: "", version: "" };
 
 let experts = [];
+let loaded = false;
 const listeners = new Set();
 
 /** The experts as they were loaded last, by name. */
 export const all = () => experts;
+
+/** Whether they have been loaded at all. */
+export const areLoaded = () => loaded;
 
 /** Be told whenever they have been loaded. */
 export const subscribe = (listener) => listeners.add(listener);
@@ -30,6 +34,7 @@ export async function load(how = {}) {
     after = list.data.at(-1).id;
   }
   experts = found;
+  loaded = true;
   for (const listener of listeners) listener(experts);
   return experts;
 }

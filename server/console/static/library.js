@@ -1,7 +1,7 @@
 // The library: every expert that exists for this key, to be searched, sorted and opened.
 
 import { h, options, show } from "./dom.js";
-import { all, colour, load, retention, subscribe } from "./experts.js";
+import { all, areLoaded, colour, load, retention, subscribe } from "./experts.js";
 import { ago, bytes, count, digits, percent } from "./format.js";
 import { openExpert } from "./expert.js";
 import { refusal } from "./notices.js";
@@ -156,7 +156,7 @@ class Library {
     this.tag.hidden = !tags.length;
     const found = this.#matching();
     const size = found.reduce((sum, expert) => sum + expert.bytes, 0);
-    show(this.told, `${count(found.length)} of ${count(all().length)} · ${bytes(size)}`);
+    show(this.told, areLoaded() ? `${count(found.length)} of ${count(all().length)} · ${bytes(size)}` : "");
     show(
       this.head,
       COLUMNS.map((column) => this.#heading(column)),
@@ -175,7 +175,7 @@ class Library {
           h(
             "td",
             { colspan: COLUMNS.length, class: "empty" },
-            all().length ? "No expert is like that." : "No expert yet: drop one on the page “Upload”.",
+            nothing(),
           ),
         ),
       );
@@ -244,6 +244,12 @@ function nameCell(expert, open) {
         expert.tags.map((tag) => h("span", { class: "tag" }, tag)),
       ),
   ];
+}
+
+/** What stands where experts would, if there are none to show. */
+function nothing() {
+  if (!areLoaded()) return "Loading …";
+  return all().length ? "No expert is like that." : "No expert yet: drop one on the page “Upload”.";
 }
 
 function haystack(expert) {
