@@ -71,7 +71,7 @@ class Gauge(threading.Thread):
     def slope(self) -> float:
         """Growth of the resident memory after the warm-up in MiB per minute: the median over all pairs of samples.
 
-        A leak grows between most of them (Theil–Sen); one more thread with memory of its own makes a single step.
+        A leak grows between most of them (Theil–Sen); what is used for the first time makes a single step.
         """
         late = self.late()
         earlier, later = np.triu_indices(len(late), k=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
 from store.record import ExpertRecord
-from tests.api.house import BASE, CRON, House, error, events
+from tests.api.house import BASE, CRON, House, error, events, make_expert, open_house
 
 pytestmark = pytest.mark.anyio
 
@@ -273,16 +274,18 @@ async def test_auto_looks_at_the_last_user_message(house: House) -> None:
 
 
 async def test_an_expert_removed_while_it_is_looked_up_is_looked_up_again(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer is that of what is there then: no such model."""
-    get = house.registry.get
+    async with open_house(tmp_path) as house:
+        assert (await house.upload(make_expert(tmp_path / "gone", name="gone"))).status_code == 201
+        get = house.registry.get
 
-    def get_and_lose(name: str, *more: Any) -> ExpertRecord:
-        record = get(name, *more)
-        house.registry.remove(name)
-        return record
+        def get_and_lose(name: str, *more: Any) -> ExpertRecord:
+            record = get(name, *more)
+            house.registry.remove(name)
+            return record
 
-    monkeypatch.setattr(house.registry, "get", get_and_lose)
-    assert error(await house.chat(model="cron"), 404)["code"] == "model_not_found"
-    assert house.engine.open == 0
+        monkeypatch.setattr(house.registry, "get", get_and_lose)
+        assert error(await house.chat(model="gone"), 404)["code"] == "model_not_found"
+        assert house.engine.open == 0
