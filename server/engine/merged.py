@@ -95,8 +95,10 @@ class MergedWeights:
 
     def _build(self, mix: Mix, experts: Mapping[str, DecodedExpert]) -> None:
         names = {name for digest, _ in mix.parts for name in experts[digest].tensors}
-        buffers = self._take(names)
+        buffers: dict[str, torch.Tensor] = {}
         try:
+            for name in names:
+                buffers[name] = self._take(name, names)
             for name, buffer in buffers.items():
                 self._kernels.merge(buffer, self._pristine[name], terms_of(mix, name, experts))
         except BaseException:
@@ -105,23 +107,20 @@ class MergedWeights:
         self._built[mix] = buffers
         self.patches += 1
 
-    def _take(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """A buffer for each of these parameters; the mixes used longest ago are given up for them."""
-        taken: dict[str, torch.Tensor] = {}
-        for name in names:
-            size = self._pristine[name].nbytes
-            while not self._spare[name] and self.used_bytes + size > self._budget:
-                if not self._free(self._spare.keys() - names):
-                    if self._built:
-                        self._put_back(self._built.popitem(last=False)[1])
-                    else:
-                        self._free(self._spare.keys())
-            if self._spare[name]:
-                taken[name] = self._spare[name].pop()
-            else:
-                taken[name] = torch.empty_like(self._pristine[name])
-                self.used_bytes += size
-        return taken
+    def _take(self, name: str, names: Collection[str]) -> torch.Tensor:
+        """A buffer for one of the parameters that a mix changes; the mixes used longest ago are given up for it."""
+        size = self._pristine[name].nbytes
+        while not self._spare[name] and self.used_bytes + size > self._budget:
+            if not self._free(self._spare.keys() - names):
+                if self._built:
+                    self._put_back(self._built.popitem(last=False)[1])
+                else:
+                    self._free(self._spare.keys())
+        if self._spare[name]:
+            return self._spare[name].pop()
+        buffer = torch.empty_like(self._pristine[name])
+        self.used_bytes += size
+        return buffer
 
     def _free(self, names: Iterable[str]) -> bool:
         """Give up one spare buffer of these parameters, if there is one."""

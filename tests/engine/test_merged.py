@@ -186,3 +186,26 @@ def test_mixes_that_have_room_are_built_once_and_the_one_used_longest_ago_goes()
     assert merged.built == (a, c)
     merged.apply(a, library)
     assert (merged.patches, merged.built) == (3, (c, a))
+
+
+def test_memory_that_runs_out_half_way_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had been taken for a mix before there was no more is there for the next one."""
+    parameters = {name: nn.Parameter(torch.randn(40, 33), requires_grad=False) for name in "abc"}
+    tensors = {name: random_delta((40, 33), 0.3, ord(name)) for name in parameters}
+    library = {name: DecodedExpert(name, tensors) for name in ("one", "two")}
+    merged = MergedWeights(parameters, backend("auto", CPU))
+    empty_like, left = torch.empty_like, [2]
+
+    def scarce(tensor: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError
+        return empty_like(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", scarce)
+        for _ in range(3):
+            with pytest.raises(torch.OutOfMemoryError):
+                merged.apply(Mix.of({"one": 1.0}), library)
+    merged.apply(Mix.of({"two": 1.0}), library)
+    assert merged.used_bytes == sum(parameter.nbytes for parameter in parameters.values())
