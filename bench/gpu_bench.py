@@ -10,6 +10,7 @@ from bench.gpu_lab import Lab, Work
 from bench.gpu_world import random_base
 from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
+from server.engine.graphs import DecodeGraphs, GraphCapture, eagerly
 from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
@@ -20,12 +21,18 @@ from server.engine.sequence import Sequence
 from server.engine.types import EngineRequest, SamplingParams
 from store.mix import Mix
 
+MOST_ROWS = 32
+"""Of a decode step."""
+
 
 class Bench:
-    """A base of random weights and what runs it.
+    """A base of random weights and what runs it: as a server does, decode steps are CUDA graphs.
+
+    Without a GPU they run over the same fixed tensors, uncaptured.
 
     Attributes:
         experts: those on the device, by digest.
+        graphs: what runs decode steps.
         parameters_read: weights that a decode step reads at least once.
     """
 
@@ -34,7 +41,10 @@ class Bench:
         self.model: BaseModel = random_base(lab)
         self.cache = KVCache(self.model.kv_shape, lab.effort.kv_bytes, lab.device)
         self.cache.attend = best_kernel(self.cache, self.model.query_heads)
-        self.executor = Executor(self.model, self.cache, kernels)
+        capture = GraphCapture(lab.device) if lab.on_gpu else eagerly
+        tables = kernels if kernels.name == "triton" else None
+        self.graphs = DecodeGraphs(self.model, self.cache, MOST_ROWS, capture, tables)
+        self.executor = Executor(self.model, self.cache, kernels, graphs=self.graphs)
         self.kernels = kernels
         self.experts: dict[str, DecodedExpert] = {}
         table = self.model.network.get_input_embeddings().weight  # type: ignore[operator]
@@ -57,6 +67,30 @@ class Bench:
         """The same decode step again and again: its sequences do not advance."""
         known = self.experts if experts is None else experts
         return lambda: self.executor.run(batch, known)
+
+    def kernel_by_kernel(self, step: Work) -> Work:
+        """The same step without a graph."""
+
+        def run() -> None:
+            self.executor.graphs = None
+            try:
+                step()
+            finally:
+                self.executor.graphs = self.graphs
+
+        return run
+
+    def captured(self, step: Work) -> Work:
+        """The same step.
+
+        Raises:
+            AssertionError: it does not run as a graph.
+        """
+        before = self.graphs.replays
+        step()
+        if self.graphs.replays == before:
+            raise AssertionError("the step could not be captured")
+        return step
 
     def end(self, batch: Batch) -> None:
         """Give the batch's memory back, and let go of its experts."""

@@ -12,13 +12,13 @@ from bench.gpu_lab import Work, median_ms
 from bench.gpu_world import experts_of, matrices, parcel, weight_bytes
 from bench.report import Bar, Row, bar
 from server.engine.expert import DecodedExpert
-from server.engine.graphs import DecodeGraphs, GraphCapture, eagerly
 from server.engine.merged import MergedWeights
 from server.engine.parcel import Checksum, checksum
-from server.engine.scheduler import Batch
 from store.mix import BASE_MIX, Mix
 
 _GIB = 1 << 30
+_FEW_BITS = 0.1
+"""A density whose nonzeros are planes."""
 
 
 def mix_of(expert: DecodedExpert) -> Mix:
@@ -51,32 +51,30 @@ def decode(bench: Bench) -> tuple[list[Row], list[Bar]]:
 
 
 def graphs(bench: Bench) -> tuple[list[Row], list[Bar]]:
-    """Decode steps of the base kernel by kernel, and over fixed tensors as one CUDA graph; without a GPU the latter run
-    uncaptured, and the rows say so."""
-    on_gpu, device = bench.lab.on_gpu, bench.lab.device
-    form = "a CUDA graph" if on_gpu else "fixed tensors, not captured"
-    fixed = DecodeGraphs(bench.model, bench.cache, 32, GraphCapture(device) if on_gpu else eagerly)
+    """Steps of the base and of rows with experts kernel by kernel, next to those as one CUDA graph; and what the first
+    step of another batch costs, whose tables are made anew. Without a GPU nothing is captured, and the rows say so."""
+    form = "a CUDA graph" if bench.lab.on_gpu else "fixed tensors, not captured"
+    template = parcel(bench.model, _FEW_BITS)
+    experts = list(experts_of(template, 8, bench.lab.device))
+    bench.experts = {expert.digest: expert for expert in experts}
+    del template
     rows: list[Row] = []
-    for count in (1, 8, 32):
-        batch = bench.batch([BASE_MIX] * count)
-
-        def step(graphs: DecodeGraphs | None, batch: Batch = batch) -> None:
-            bench.executor.graphs = graphs
-            try:
-                bench.executor.run(batch, {})
-            finally:
-                bench.executor.graphs = None
-
-        calls, before = bench.lab.effort.calls, fixed.replays
-        works: dict[str, list[Work]] = {"plain": [partial(step, None)] * calls, "fixed": [partial(step, fixed)] * calls}
+    for count, used in ((1, 0), (8, 0), (32, 0), (1, 1), (8, 8), (32, 1)):
+        mixes = [mix_of(experts[row % used]) if used else BASE_MIX for row in range(count)]
+        batch, other = bench.batch(mixes), bench.batch([*mixes[1:], mixes[-1]])
+        step, calls = bench.step(batch), bench.lab.effort.calls
+        works: dict[str, list[Work]] = {"plain": [bench.kernel_by_kernel(step)] * calls, "fixed": [step] * calls}
         taken = bench.lab.wall_seconds(works)
+        changed = bench.lab.wall_seconds({"": [bench.step(other), step]})[""] if used > 1 else []
         bench.end(batch)
-        if fixed.replays == before:
-            raise AssertionError("the steps could not be captured")
+        bench.end(other)
         seconds = {name: statistics.median(times) for name, times in taken.items()}
-        rows.append({"what": "base", "rows": count, "form": form, "ms kernel by kernel": median_ms(taken["plain"]),
-                     "ms": median_ms(taken["fixed"]), "floor ms": 1e3 * bench.step_floor(count),
-                     "× kernel by kernel": seconds["fixed"] / seconds["plain"]})  # fmt: skip
+        rows.append({"what": "steps", "rows": count, "experts": used, "density": _FEW_BITS if used else None,
+                     "form": form, "ms kernel by kernel": median_ms(taken["plain"]), "ms": median_ms(taken["fixed"]),
+                     "floor ms": 1e3 * bench.step_floor(count, experts[:used]),
+                     "× kernel by kernel": seconds["fixed"] / seconds["plain"],
+                     "ms of a batch's first step": median_ms(changed) if changed else None})  # fmt: skip
+    bench.experts = {}
     return rows, []
 
 
@@ -84,7 +82,10 @@ def _against_base(bench: Bench, count: int, experts: list[DecodedExpert]) -> dic
     """A step of so many rows on those experts, in turns with one of the base alone."""
     base = bench.batch([BASE_MIX] * count)
     mixed = bench.batch([mix_of(experts[row % len(experts)]) for row in range(count)])
-    works = {"base": [bench.step(base)] * bench.lab.effort.calls, "mixed": [bench.step(mixed)] * bench.lab.effort.calls}
+    steps = {"base": bench.captured(bench.step(base)), "mixed": bench.step(mixed)}
+    if bench.kernels.name == "triton":
+        bench.captured(steps["mixed"])
+    works = {name: [step] * bench.lab.effort.calls for name, step in steps.items()}
     taken = bench.lab.wall_seconds(works)
     bench.end(base)
     bench.end(mixed)
