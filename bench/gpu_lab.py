@@ -12,8 +12,8 @@ import torch
 
 Work = Callable[[], object]
 
-_SLEEP_CYCLES = 60_000_000
-"""About 30 ms: the host queues what is to be timed meanwhile, so that its own time is not in the figure."""
+PAUSE = 60_000_000
+"""Cycles, about 30 ms: the host queues what is to be timed meanwhile, so that its own time is not in the figure."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ class Lab:
         carried: bytes per second of a copy from page-locked host memory to the device.
     """
 
-    def __init__(self, device: torch.device, effort: Effort, seconds: float) -> None:
+    def __init__(self, device: torch.device, effort: Effort, seconds: float, pause: int = PAUSE) -> None:
         """Args:
         seconds: after which no further section begins.
+        pause: cycles that the device waits before what is timed.
         """
+        self.pause = pause
         self.device = device
         self.effort = effort
         self.dtype = torch.bfloat16
@@ -133,7 +135,7 @@ class Lab:
             return self._wall_timed(calls)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self.sync()
-        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(self.pause)  # type: ignore[no-untyped-call]
         begin.record()
         for call in calls:
             call()

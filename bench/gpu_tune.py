@@ -26,10 +26,15 @@ from bench.gpu_lab import DRY, FULL, Lab, Work, cycled
 from bench.gpu_world import layer_shapes, random_delta
 from bench.report import RESULTS, Row, show, write
 from server.engine.kernels import Group, gpu, gpu_variants
-from server.engine.kernels.gpu_beside import add_planes, add_sparse
+from server.engine.kernels.gpu_bytes import add_bytes, split_rows
+from server.engine.kernels.gpu_lists import add_lists, add_sparse
 
 _TIMES = {"q": 2, "k": 2, "gate": 2, "down": 1}
 """How often a layer has such a matrix."""
+
+_LISTS = 0.05
+"""Densities up to which deltas are lists of nonzeros."""
+_PAUSE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -60,26 +65,28 @@ BATCHES = (
 
 def candidates(lab: Lab, batch: Batch) -> list[Tile]:
     """Tiles for a batch; on a CPU two of them."""
-    if batch.density > 0.05:
-        shapes = ((64, 4), (64, 8), (128, 4), (128, 8))
+    if batch.density > _LISTS:
+        shapes = ((64, 4), (128, 4), (128, 8), (256, 8))
         found = [
             Tile(wide, long, warps, stages, blocks)
-            for (wide, warps), long, stages, blocks in itertools.product(shapes, (4, 8), (2, 3, 4), (1, 2, 4))
+            for (wide, warps), long, stages, blocks in itertools.product(shapes, (4, 8), (2, 3, 4), (1, 2))
         ]
+    elif batch.rows == batch.experts:
+        sizes = itertools.product((8, 16, 32, 64, 128), (8, 16, 32), (1, 2, 4, 8))
+        found = [Tile(*size) for size in sizes if 64 * size[2] <= size[0] * size[1] <= 1024 * size[2]]
     else:
-        sizes = itertools.product((4, 8, 16, 32), (16, 32, 64, 128), (1, 2, 4, 8))
-        rows = min(16, batch.rows // batch.experts)
-        found = [Tile(*size) for size in sizes if 32 * size[2] <= size[0] * size[1] * rows <= 16384 * 2]
+        sizes = itertools.product((4, 8, 16), (8, 16, 32, 64), (2, 4, 8))
+        found = [Tile(*size) for size in sizes if size[0] * size[1] <= 128 * size[2]]
     return found if lab.on_gpu else found[:2]
 
 
 @contextmanager
-def trying(tile: Tile, sparse: bool, kernels: gpu.TritonKernels | None = None) -> Iterator[None]:
+def trying(tile: Tile, batch: Batch, kernels: gpu.TritonKernels | None = None) -> Iterator[None]:
     """Within, launches take that tile."""
     if kernels is not None:
         kernels._devices.clear()  # its scratch memory is for as many blocks as there were
-    known = (gpu_variants.planes, gpu_variants.sparse, gpu._BLOCKS_PER_PROCESSOR)
-    planes, lists, _ = known
+    known = (gpu_variants.in_bytes, gpu_variants.sparse, gpu_variants.SPLIT, gpu._BLOCKS_PER_PROCESSOR, gpu._TILE_SUMS)
+    planes, lists, *_ = known
 
     def other_planes(*given: Any) -> gpu_variants.Fixed:
         return {**planes(*given), "N": tile.wide, "J": tile.long, "STAGES": tile.stages, "num_warps": tile.warps}
@@ -87,13 +94,16 @@ def trying(tile: Tile, sparse: bool, kernels: gpu.TritonKernels | None = None) -
     def other_lists(*given: Any) -> gpu_variants.Fixed:
         return {**lists(*given), "N": tile.wide, "E": tile.long, "num_warps": tile.warps}
 
-    gpu_variants.planes, gpu_variants.sparse = other_planes, other_lists  # type: ignore[assignment]
-    if not sparse:
-        gpu._BLOCKS_PER_PROCESSOR = tile.blocks
+    gpu_variants.in_bytes, gpu_variants.sparse = other_planes, other_lists  # type: ignore[assignment]
+    if batch.density > _LISTS:
+        gpu_variants.SPLIT = {**gpu_variants.SPLIT, "J": tile.long}
+        gpu._BLOCKS_PER_PROCESSOR, gpu._TILE_SUMS = tile.blocks, 256 * 32
     try:
         yield
     finally:
-        gpu_variants.planes, gpu_variants.sparse, gpu._BLOCKS_PER_PROCESSOR = known
+        (
+            gpu_variants.in_bytes, gpu_variants.sparse, gpu_variants.SPLIT, gpu._BLOCKS_PER_PROCESSOR, gpu._TILE_SUMS
+        ) = known  # fmt: skip
 
 
 def compile_share(share: int, of: int) -> None:
@@ -107,14 +117,17 @@ def compile_share(share: int, of: int) -> None:
     fixed: list[tuple[Any, gpu_variants.Fixed]] = []
     for batch in BATCHES:
         for tile in candidates(lab, batch):
-            with trying(tile, batch.density < 0.05):
-                if batch.density > 0.05:
-                    side = 16 if batch.rows == batch.experts else 32
+            with trying(tile, batch):
+                if batch.density > _LISTS:
+                    side = 8 if batch.rows == batch.experts else 32
+                    fixed.append((split_rows, gpu_variants.SPLIT))
                     for splits in gpu_variants.SPLITS:
-                        fixed.append((add_planes, gpu_variants.planes(torch.bfloat16, side, 4096, splits)))
+                        fixed.append((add_bytes, gpu_variants.in_bytes(side, 4096, splits)))
+                elif batch.rows == batch.experts:
+                    for width in (4096, 14336):
+                        fixed.append((add_lists, gpu_variants.sparse(1, width, True, False)))
                 else:
-                    side = 1 if batch.rows == batch.experts else 16
-                    fixed.append((add_sparse, gpu_variants.sparse(side, True, False)))
+                    fixed.append((add_sparse, gpu_variants.sparse(32, 4096, True, False)))
     distinct = {(kernel.__name__, *sorted(map(str, one.items()))): (kernel, one) for kernel, one in fixed}
     for kernel, one in list(distinct.values())[share::of]:
         gpu_variants.Variant(kernel, torch.bfloat16, one).compile()
@@ -157,7 +170,7 @@ def tune(lab: Lab, batch: Batch, kernels: gpu.TritonKernels, rounds: int) -> lis
         if lab.seconds_left < 0:
             break
         try:
-            with trying(tile, batch.density < 0.05, kernels):
+            with trying(tile, batch, kernels):
                 seconds = seconds_of(lab, calls, rounds)
         except Exception as error:  # too much shared memory, say
             found.append({**what, "tile": str(tile), "note": str(error)[:80]})
@@ -179,7 +192,7 @@ def main() -> int:
         compile_share(*map(int, arguments.compile.split("/")))
         return 0
     device = torch.device("cpu") if arguments.dry_run else torch.empty(0, device="cuda").device
-    lab = Lab(device, DRY if arguments.dry_run else replace(FULL, spread_bytes=128 << 20), arguments.seconds)
+    lab = Lab(device, DRY if arguments.dry_run else replace(FULL, spread_bytes=128 << 20), arguments.seconds, _PAUSE)
     kernels = gpu.TritonKernels()
     rows: list[Row] = []
     with torch.no_grad():

@@ -12,8 +12,10 @@ import torch
 import triton
 
 from server.engine.kernels import gpu_transcode, gpu_variants
-from server.engine.kernels.gpu_beside import add_planes, add_sparse, stage_rows
+from server.engine.kernels.gpu_beside import add_planes
+from server.engine.kernels.gpu_bytes import add_bytes, split_rows
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
+from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
 from server.engine.kernels.gpu_rounding import INTERPRETED
 from server.engine.kernels.gpu_tables import Launch, Plans, term_fields
@@ -41,10 +43,10 @@ _log = logging.getLogger(__name__)
 FUSE_ROWS = 128
 """Rows from which a product with moved weights is faster than two products: a full tile of them shares one decoding."""
 
-_TILE_SUMS = 64 * 64
-"""Most sums of a tile of `add_planes`."""
-_WORDS_PER_SPLIT = 2 * gpu_variants.PLANES_WORDS
-_BLOCKS_PER_PROCESSOR = 2
+_TILE_SUMS = 128 * 32
+"""Most sums of a tile of `add_bytes` or `add_planes`."""
+_WORDS_PER_SPLIT = 2 * gpu_variants.BYTES_WORDS
+_BLOCKS_PER_PROCESSOR = 1
 """What it takes to keep memory busy; columns are split for it."""
 _SLAB_BYTES = 16 << 20
 """Of what is put together before it is rounded, or multiplied with: it stays in the L2 cache."""
@@ -58,6 +60,19 @@ class _Device:
     processors: int
     partial: torch.Tensor
     arrived: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A batch as `split_rows` makes it; holding on to `x` keeps its memory from becoming that of another one."""
+
+    x: torch.Tensor
+    halves: torch.Tensor
+    scales: torch.Tensor
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        same = (x.data_ptr(), x.shape, x.dtype) == (self.x.data_ptr(), self.x.shape, self.x.dtype)
+        return same and x.device == self.x.device
 
 
 class TritonKernels:
@@ -77,6 +92,7 @@ class TritonKernels:
         self._plain = ReferenceKernels()
         self._plans = Plans()
         self._devices: dict[torch.device, _Device] = {}
+        self._last: _Split | None = None
         self._terms: WeakKeyDictionary[LoadedDelta, dict[tuple[float, int], torch.Tensor]] = WeakKeyDictionary()
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -90,6 +106,7 @@ class TritonKernels:
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         _check(y, x)
+        self._last = None  # its caller may have written to x since
         if x.shape[1] == 1:  # a size that is made a constant, and that `add_planes` does not compile with
             for group in groups:
                 check_group(group, len(y), (y.shape[1], 1))
@@ -139,24 +156,43 @@ class TritonKernels:
         return pack(tensor.decode(name), device)
 
     def _add(self, launch: Launch, y: torch.Tensor, x: torch.Tensor) -> None:
-        out, width = y.shape[1], x.shape[1]
-        chunks, terms, tile = launch.table, launch.terms, launch.tile
+        """Launches on one x, one after the other, share what is made of it: x must not be written to in between."""
+        out, width, chunks = y.shape[1], x.shape[1], launch.table
         if launch.sparse:
-            fixed = gpu_variants.sparse(tile, launch.one, launch.levels)
-            if tile == gpu_variants.STAGED:
-                packed = x.new_empty(launch.chunks, width, tile)
-                grid = (triton.cdiv(width, gpu_variants.STAGE["COLUMNS"]), launch.chunks)
-                stage_rows[grid](packed, x, chunks, width, **gpu_variants.STAGE)
-                x = packed
-            add_sparse[(triton.cdiv(out, fixed["N"]), launch.chunks)](y, x, chunks, terms, out, width, **fixed)
+            fixed = gpu_variants.sparse(launch.tile, width, launch.one, launch.levels)
+            grid = (triton.cdiv(out, fixed["N"]), launch.chunks)
+            if launch.tile == 1:
+                add_lists[grid](y, x, chunks, launch.terms, out, width, **fixed)
+                return
+            staged = x.new_empty(launch.chunks, width, launch.tile)
+            stage_grid = (triton.cdiv(width, gpu_variants.STAGE["COLUMNS"]), launch.chunks)
+            stage_rows[stage_grid](staged, x, chunks, width, M=launch.tile, **gpu_variants.STAGE)
+            add_sparse[grid](y, staged, chunks, launch.terms, out, width, **fixed)
             return
         device = self._device(y.device)
-        across = triton.cdiv(out, gpu_variants.planes(x.dtype, tile, out, 1)["N"])
+        exact = x.dtype is torch.float32
+        fixed = gpu_variants.planes(launch.tile, 1) if exact else gpu_variants.in_bytes(launch.tile, out, 1)
+        across = triton.cdiv(out, fixed["N"])
         splits = _splits(across * launch.chunks, width, device.processors * _BLOCKS_PER_PROCESSOR)
-        add_planes[(across, launch.chunks, splits)](
-            y, x, chunks, terms, device.partial, device.arrived, out, width,
-            **gpu_variants.planes(x.dtype, tile, out, splits),
+        blocks, fixed = (across, launch.chunks, splits), {**fixed, "SPLITS": splits}
+        if exact:
+            add_planes[blocks](y, x, chunks, launch.terms, device.partial, device.arrived, out, width, **fixed)
+            return
+        split = self._split(x)
+        add_bytes[blocks](
+            y, split.halves, split.scales, chunks, launch.terms, device.partial, device.arrived, out, width,
+            split.halves.shape[2], **fixed,
         )  # fmt: skip
+
+    def _split(self, x: torch.Tensor) -> _Split:
+        if self._last is None or not self._last.is_of(x):
+            (rows, width), columns = x.shape, gpu_variants.SPLIT["COLUMNS"]
+            pieces = triton.cdiv(width, columns)
+            halves = x.new_empty(rows, 2, pieces * columns, dtype=torch.int8)
+            scales = x.new_empty(rows, dtype=torch.float32)
+            split_rows[(pieces, rows)](halves, scales, x, width, pieces * columns, **gpu_variants.SPLIT)
+            self._last = _Split(x, halves, scales)
+        return self._last
 
     def _fuse(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]

@@ -1,4 +1,4 @@
-"""Triton kernels that add deltas beside the base: y += Σ weight · x Δᵀ, for the rows of a decode step."""
+"""Triton kernels that add planes beside the base: y += Σ weight · x Δᵀ, for the rows of a decode step."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ def folded(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def add_planes(  # type: ignore[no-untyped-def]
     y_ptr, x_ptr, chunk_ptr, term_ptr, partial_ptr, arrived_ptr, out, width,
-    M: tl.constexpr, N: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: up to M batch rows of one group × N weight rows, all terms of the group one after the other.
+    """One tile of y: up to M batch rows of one group × N weight rows, all terms of the group one after the other, in
+    float32; `gpu_bytes` has what is faster for 16 bits.
 
-    Weights are the left operand, so that they go from registers into the tensor cores and the few batch rows waste no
-    more than a multiple of 8. Grid: tiles of weight rows, chunks, splits of the columns. With splits, whoever comes
-    last adds up what all of them have left in `partial`, in their order, so that results do not depend on chance.
+    Weights are the left operand, so that they go from registers into the product. Grid: tiles of weight rows, chunks,
+    splits of the columns. With splits, whoever comes last adds up what all of them have left in `partial`, in their
+    order, so that results do not depend on chance.
 
     Args:
         chunk_ptr, term_ptr: see `server.engine.kernels.gpu_tables`.
@@ -87,10 +88,21 @@ def add_planes(  # type: ignore[no-untyped-def]
                 x = x_rows + columns[None, :]
                 low = tl.load(x, mask=valid[:, None] & (columns < width)[None, :], other=0.0)
                 high = tl.load(x + 16, mask=valid[:, None] & (columns + 16 < width)[None, :], other=0.0)
-                batch = tl.trans(folded(low.to(DOT), high.to(DOT), M, J))
-                sums = tl.dot(ternary_tile(plus, minus, N, J, DOT), batch, sums, input_precision="ieee")
+                batch = tl.trans(folded(low, high, M, J))
+                sums = tl.dot(ternary_tile(plus, minus, N, J, tl.float32), batch, sums, input_precision="ieee")
             total += power * sums
             power = power * 3
+    is_last, total = summed(total, partial_ptr, arrived_ptr, M, N, SPLITS)
+    if is_last:
+        accumulate(y_ptr, rows, lanes, valid, inside, total, out)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def summed(  # type: ignore[no-untyped-def]
+    total, partial_ptr, arrived_ptr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Whether the caller is the last of its tile's splits, and then the sum of what all of them have."""
+    is_last = True
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         cell = tl.arange(0, N)[:, None] * M + tl.arange(0, M)[None, :]
@@ -98,99 +110,19 @@ def add_planes(  # type: ignore[no-untyped-def]
         tl.store(mine + tl.program_id(2) * (N * M), total)
         # Every thread's stores before the one atomic, and it before every thread's loads, which pass the L1 by.
         tl.debug_barrier()
-        before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if before == SPLITS - 1:
+        is_last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if is_last:
             total = tl.zeros((N, M), dtype=tl.float32)
             for split in range(0, SPLITS):
                 total += tl.load(mine + split * (N * M), cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
-            _accumulate(y_ptr, rows, lanes, valid, inside, total, out)
-    else:
-        _accumulate(y_ptr, rows, lanes, valid, inside, total, out)
+    return is_last, total
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _accumulate(y_ptr, rows, lanes, valid, inside, total, out):  # type: ignore[no-untyped-def]
+def accumulate(y_ptr, rows, lanes, valid, inside, total, out):  # type: ignore[no-untyped-def]
     """y += total, `[N, M]`, rounded once."""
     target = y_ptr + rows.to(tl.int64)[:, None] * out + lanes[None, :]
     mask = valid[:, None] & inside[None, :]
     before = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, rounded(before + tl.trans(total), y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def stage_rows(  # type: ignore[no-untyped-def]
-    staged_ptr, x_ptr, chunk_ptr, width, M: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """x → `[chunks, width, M]`, the rows of each chunk side by side, zeros where it has fewer than M."""
-    chunk = chunk_ptr + tl.program_id(1) * 4
-    rows = tl.load(chunk) + tl.arange(0, M)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    mask = (rows < tl.load(chunk + 1))[:, None] & inside[None, :]
-    x = tl.load(x_ptr + rows[:, None] * width + columns[None, :], mask=mask, other=0.0)
-    staged = staged_ptr + tl.program_id(1).to(tl.int64) * width * M
-    tl.store(staged + columns[:, None] * M + tl.arange(0, M)[None, :], tl.trans(x), mask=inside[:, None])
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def add_sparse(  # type: ignore[no-untyped-def]
-    y_ptr, x_ptr, chunk_ptr, term_ptr, out, width,
-    M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, STAGED: tl.constexpr, ONE: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """One tile of y: up to M batch rows of one group × N weight rows. E entries of each row at a time, side by side.
-
-    Grid: tiles of weight rows (N divides 32), chunks. Where every group has ONE term, a tile is of N lists in their own
-    order, which are of about one length; else each row looks up its list in each term's order. Without LEVELS, all
-    levels are 1. What an entry of few
-    rows is multiplied with is gathered from x; for many it is one piece of what `stage_rows` made of x.
-    """
-    chunk = chunk_ptr + tl.program_id(1) * 4
-    rows = tl.load(chunk).to(tl.int32) + tl.arange(0, M)
-    valid = rows < tl.load(chunk + 1).to(tl.int32)
-    lanes = tl.program_id(0) * N + tl.arange(0, N)
-    inside = lanes < out
-    targets = lanes
-    if STAGED:
-        x_rows = x_ptr + tl.program_id(1).to(tl.int64) * width * M + tl.arange(0, M)[None, None, :]
-    else:
-        x_rows = x_ptr + rows.to(tl.int64)[None, None, :] * width
-    # Added up along the entries at the very end: until then nobody waits for anybody.
-    sums = tl.zeros((N, E, M), dtype=tl.float32)
-    for t in range(tl.load(chunk + 2).to(tl.int32), tl.load(chunk + 3).to(tl.int32)):
-        term = term_ptr + t * 8
-        factor = tl.load(term + 1).to(tl.int32).to(tl.float32, bitcast=True)
-        order = tl.load(term + 4).to(tl.pointer_type(tl.int32))
-        starts = tl.load(term + 5).to(tl.pointer_type(tl.int32))
-        entries = tl.load(term + 6).to(tl.pointer_type(tl.int16))
-        levels = tl.load(term + 7)
-        if ONE:
-            targets = tl.load(order + lanes, mask=inside, other=0)
-            lists = lanes
-        else:
-            candidates = (lanes // 32 * 32)[:, None] + tl.arange(0, 32)[None, :]
-            owners = tl.load(order + candidates, mask=candidates < out, other=-1)
-            lists = tl.sum(tl.where(owners == lanes[:, None], candidates, 0), axis=1)
-        start = tl.load(starts + lists, mask=inside, other=0)
-        count = tl.load(starts + lists + 1, mask=inside, other=0) - start
-        for i in range(0, tl.max(count, axis=0), E):
-            number = i + tl.arange(0, E)[None, :]
-            present = number < count[:, None]
-            place = start[:, None] + number
-            entry = tl.load(entries + place, mask=present, other=0).to(tl.int32) & 0xFFFF
-            value = tl.where((entry & 1) == 1, -factor, factor)
-            if LEVELS:  # noqa: SIM102 (decided at compile time, the other one in the loop)
-                if levels != 0:
-                    level = tl.load(levels.to(tl.pointer_type(tl.uint8)) + place, mask=present, other=0)
-                    value = value * level.to(tl.float32)
-            column = (entry >> 1)[:, :, None]
-            if STAGED:
-                x = tl.load(x_rows + column * M, mask=present[:, :, None], other=0.0)
-            else:
-                x = tl.load(x_rows + column, mask=present[:, :, None] & valid[None, None, :], other=0.0)
-            sums += value[:, :, None] * x.to(tl.float32)
-    total = tl.sum(sums, axis=1)
-    target = y_ptr + rows.to(tl.int64)[None, :] * out + targets[:, None]
-    mask = inside[:, None] & valid[None, :]
-    before = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, rounded(before + total, y_ptr.dtype.element_ty), mask=mask)

@@ -29,10 +29,12 @@ from server.engine.kernels.types import (
 )
 
 CHUNK_FIELDS, TERM_FIELDS = 4, 8
-PLANES_TILES = (16, 32, 64)
-"""Batch rows of a tile of `add_planes`: 16 is the least that fills a tensor core's operand."""
-SPARSE_TILES = (1, 4, 16)
-"""Batch rows of a tile of `add_sparse`; what is not a single row costs what a full tile does."""
+PLANES_TILES = (8, 16, 32)
+"""Batch rows of a tile of `add_bytes`, whose two halves fill a tensor core's operand, and of `add_planes`."""
+SPARSE_TILES = (1, 16, 32)
+"""Batch rows of a tile of `add_lists`, which takes one, and of `add_sparse`, where they cost what a full tile does."""
+_SINGLY = 4
+"""Batch rows of a group that are taken one by one: that many readings of its lists are faster than a tile."""
 
 Shape = tuple[int, int]
 
@@ -151,6 +153,8 @@ def _launches(groups: Sequence[Group], device: torch.device) -> tuple[Launch, ..
         tiles = SPARSE_TILES if sparse else PLANES_TILES
         size = group.stop - group.start
         tile = next((tile for tile in tiles if size <= tile), tiles[-1])
+        if sparse and size <= _SINGLY:
+            tile = 1
         sorted_out.setdefault((sparse, tile), []).append(group)
     return tuple(_launch(sparse, tile, some, device) for (sparse, tile), some in sorted_out.items())
 

@@ -10,11 +10,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from server.engine.kernels import gpu_transcode
-from server.engine.kernels.gpu_beside import add_planes, add_sparse, stage_rows
+from server.engine.kernels.gpu_beside import add_planes
+from server.engine.kernels.gpu_bytes import add_bytes, split_rows
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
+from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
 from server.engine.kernels.gpu_rounding import INTERPRETED
 from server.engine.kernels.gpu_tables import PLANES_TILES, SPARSE_TILES
@@ -25,14 +28,17 @@ Fixed = Mapping[str, Any]
 
 PLANES_WORDS = 4
 """Words of a row that `add_planes` takes at a time, one for each of the threads that share it."""
+BYTES_WORDS = 8
+"""The same of `add_bytes`."""
 SPLITS = (1, 2, 4, 8)
-"""Into how many parts the columns of `add_planes` may be cut."""
-STAGED = SPARSE_TILES[-1]
-"""Batch rows from which `add_sparse` wants them side by side."""
-STAGE: Fixed = {"M": STAGED, "COLUMNS": 128}
+"""Into how many parts columns may be cut."""
+SPLIT: Fixed = {"J": BYTES_WORDS, "COLUMNS": 1024}
+STAGE: Fixed = {"COLUMNS": 128}
 FOLD: Fixed = {"M": 16, "J": 2}
-_SPARSE_SHAPES = {1: (16, 64), 4: (16, 32), STAGED: (8, 32)}
-"""Batch rows of a chunk → weight rows of a tile, entries at a time."""
+_SPARSE_SHAPES = {1: (32, 16, 4), 16: (8, 32, 4), 32: (8, 32, 4)}
+"""Batch rows of a chunk → weight rows of a tile, entries at a time, warps."""
+LIST_WIDTHS = tuple(1 << power for power in range(10, 16))
+"""Widths up to which batch rows of `add_lists` are padded; no delta with more columns is one of lists."""
 _UNFUSED: Fixed = {} if INTERPRETED.value else {"enable_fp_fusion": False}
 """Fused multiply-adds round once where the reference rounds twice."""
 _INTEGERS = (
@@ -40,27 +46,29 @@ _INTEGERS = (
     *("sums_ptr", "indices_ptr", "planes_ptr", "mask_ptr", "signs_ptr"),
 )
 _POINTERS = dict.fromkeys(_INTEGERS, torch.int32) | {"chunk_ptr": torch.int64, "term_ptr": torch.int64}
-_POINTERS["partial_ptr"] = torch.float32
+_POINTERS |= {"partial_ptr": torch.float32, "scale_ptr": torch.float32, "bytes_ptr": torch.int8}
 
 
 @cache
-def planes(dtype: torch.dtype, tile: int, out: int, splits: int) -> Fixed:
-    """Of `add_planes`. More weight rows share what it takes to bring the batch into the tensor cores' order, as long as
-    the sums fit the registers; 32-bit numbers take more of these."""
-    wide, warps = 64, 4
-    if dtype is torch.float32:
-        warps = 8 if tile == PLANES_TILES[-1] else 4
-    elif tile < PLANES_TILES[-1] and out > 64:
-        wide = 128
-    constants = {"M": tile, "N": wide, "J": PLANES_WORDS, "SPLITS": splits, "DOT": _dot(dtype), "STAGES": 3}
-    return constants | {"num_warps": warps}
+def planes(tile: int, splits: int) -> Fixed:
+    """Of `add_planes`, which takes no fewer than 16 batch rows."""
+    constants = {"M": max(16, tile), "N": 64, "J": PLANES_WORDS, "SPLITS": splits, "STAGES": 3}
+    return constants | {"num_warps": 4}
 
 
 @cache
-def sparse(tile: int, one: bool, levels: bool) -> Fixed:
-    """Of `add_sparse`."""
-    lists, entries = _SPARSE_SHAPES[tile]
-    return {"M": tile, "N": lists, "E": entries, "STAGED": tile == STAGED, "ONE": one, "LEVELS": levels}
+def in_bytes(tile: int, out: int, splits: int) -> Fixed:
+    """Of `add_bytes`."""
+    constants = {"M": tile, "N": 64 if out <= 64 else 128, "J": BYTES_WORDS, "SPLITS": splits, "STAGES": 3}
+    return constants | {"num_warps": 4}
+
+
+@cache
+def sparse(tile: int, width: int, one: bool, levels: bool) -> Fixed:
+    """Of `add_lists`, for a tile of one batch row, and of `add_sparse`."""
+    lists, entries, warps = _SPARSE_SHAPES[tile]
+    own = {"W": max(LIST_WIDTHS[0], triton.next_power_of_2(width))} if tile == 1 else {"M": tile}
+    return own | {"N": lists, "E": entries, "ONE": one, "LEVELS": levels, "num_warps": warps}
 
 
 @cache
@@ -124,12 +132,21 @@ class Variant:
 
 def every(dtype: torch.dtype) -> Iterator[Variant]:
     """All variants that launches on weights of that type take, but for mixes of several forms, which are rare."""
-    for tile, out, splits in itertools.product(PLANES_TILES, (64, 4096), SPLITS):
-        if out == 64 or planes(dtype, tile, out, splits) != planes(dtype, tile, 64, splits):
-            yield Variant(add_planes, dtype, planes(dtype, tile, out, splits))
-    for tile, one, levels in itertools.product(SPARSE_TILES, (True, False), (False, True)):
-        yield Variant(add_sparse, dtype, sparse(tile, one, levels))
-    yield Variant(stage_rows, dtype, STAGE)
+    for tile, splits in itertools.product(PLANES_TILES, SPLITS):
+        if dtype is torch.float32:
+            yield Variant(add_planes, dtype, planes(tile, splits))
+            continue
+        for out in (64, 4096):
+            yield Variant(add_bytes, dtype, in_bytes(tile, out, splits))
+    if dtype is not torch.float32:
+        yield Variant(split_rows, dtype, SPLIT)
+    for one, levels in itertools.product((True, False), (False, True)):
+        for width in LIST_WIDTHS:
+            yield Variant(add_lists, dtype, sparse(1, width, one, levels))
+        for tile in SPARSE_TILES[1:]:
+            yield Variant(add_sparse, dtype, sparse(tile, 0, one, levels))
+    for tile in SPARSE_TILES[1:]:
+        yield Variant(stage_rows, dtype, {"M": tile, **STAGE})
     yield Variant(fold_rows, dtype, FOLD)
     for large, bias in itertools.product((False,) if dtype is torch.float32 else (False, True), (False, True)):
         yield Variant(fused_product, dtype, fused(dtype, large, bias))

@@ -21,13 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.engine.kernels.gpu_beside import add_planes
+from server.engine.kernels.gpu_bytes import add_bytes
 from server.engine.kernels.gpu_variants import Variant, every
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 HOPPER = GPUTarget("cuda", 90, 32)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TYPES = {"*" + name: dtype for name, dtype in _DTYPES.items()} | {"*i32": torch.int32, "*i64": torch.int64}
+_WHOLE = {"*i8": torch.int8, "*i32": torch.int32, "*i64": torch.int64}
+_TYPES = {"*" + name: dtype for name, dtype in _DTYPES.items()} | _WHOLE
 _POINTERS = {dtype: name for name, dtype in _TYPES.items()}
 
 
@@ -77,7 +78,7 @@ def variants() -> dict[str, Sizes]:
             if own == "bf16" and not name.endswith("several"):
                 found[f"{name} odd"] = Sizes(variant, aligned=False)
                 for one in {"width", "out"} & set(variant.kernel.arg_names):
-                    if (variant.kernel, one) != (add_planes, "width"):
+                    if (variant.kernel, one) != (add_bytes, "width"):
                         found[f"{name} {one}=1"] = Sizes(variant, aligned=False, one=one)
     return found
 

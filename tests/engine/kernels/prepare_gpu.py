@@ -20,7 +20,10 @@ from server.engine.kernels.gpu_variants import every
 from tests.engine.kernels.builders import sparse_delta
 
 CPU = torch.device("cpu")
-LAUNCHED = ("add_planes", "add_sparse", "stage_rows", "fold_rows", "fused_product", "merge_tiles", "merge_lists")
+LAUNCHED = (
+    *("add_bytes", "split_rows", "add_lists", "add_sparse", "stage_rows"),
+    *("fold_rows", "fused_product", "merge_tiles", "merge_lists"),
+)
 
 
 class Absent:

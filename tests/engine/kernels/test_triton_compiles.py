@@ -19,12 +19,14 @@ if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a block may have on an H100."""
-ON_TENSOR_CORES = {"add_planes bf16 16 128 4 8 3 4", "fused_product bf16 128 128 2 8 1 3 8"}
+ON_TENSOR_CORES = {"add_bytes bf16 8 128 8 8 3 4", "fused_product bf16 128 128 2 8 1 3 8"}
 EVERY_KERNEL = {
     *ON_TENSOR_CORES,
     *(
-        "add_sparse bf16 1 16 64 0 1 0",
-        "add_sparse bf16 16 8 32 1 0 1",
+        "add_planes fp32 16 64 4 8 3 4",
+        "split_rows bf16 8 1024",
+        "add_lists bf16 4096 32 16 1 0 4",
+        "add_sparse bf16 16 8 32 0 1 4",
         "stage_rows bf16 16 128",
         "fold_rows bf16 16 2",
     ),
@@ -61,7 +63,7 @@ def test_every_variant_compiles_for_hopper() -> None:
     for name, made in report.items():
         if "fp32" not in name and not name.endswith(("odd", "=1")):
             assert made["spilled"] <= 16, name
-            assert made["wgmma"] == name.startswith(("add_planes", "fused_product")), name
+            assert made["wgmma"] == name.startswith(("add_bytes", "fused_product")), name
 
 
 def test_what_a_server_compiles_when_it_starts_is_all_that_launches_need() -> None:
