@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +37,25 @@ SECONDS = 480.0
 
 @dataclass
 class Run:
-    """What has come out so far."""
+    """What has come out so far.
+
+    Attributes:
+        only: a pattern that titles of sections must have in them.
+    """
 
     lab: Lab
+    only: str = ""
     rows: list[Row] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def section(self, title: str, measure: Callable[[], tuple[list[Row], list[Bar]]]) -> None:
+    def wants(self, title: str) -> bool:
+        return re.search(self.only, title) is not None
+
+    def section(self, title: str, measure: Callable[[], tuple[list[Row], list[Bar]]], *, always: bool = False) -> None:
         """Measure, print and keep; a section that fails is told, and does not take the others with it."""
+        if not (always or self.wants(title)):
+            return
         if self.lab.seconds_left < 0:
             self.failures.append(f"{title}: left out, there was no time")
             return
@@ -88,23 +99,25 @@ def measure(run: Run, kernels: Kernels, implementations: list[Kernels], real: tu
         return  # the time of a wrong kernel is worth nothing
     bench: list[Bench] = []
 
-    def on_base(section: Callable[[Bench], tuple[list[Row], list[Bar]]]) -> Callable[[], tuple[list[Row], list[Bar]]]:
-        return lambda: section(bench[0])
-
     def load() -> tuple[list[Row], list[Bar]]:
         bench.append(Bench(lab, kernels))
         weights = sum(p.numel() for p in bench[0].model.parameters.values())
         return [{"what": "base", "weights, billions": weights / 1e9}], []
 
-    run.section("a base of random weights", load)
+    on_base: dict[str, Callable[[Bench], tuple[list[Row], list[Bar]]]] = {
+        "decode steps": gpu_steps.decode,
+        "decode steps as CUDA graphs": gpu_steps.graphs,
+        "a hundred experts beside the base": gpu_steps.registered,
+        "cold experts": gpu_loads.cold,
+        "switches": gpu_steps.switch,
+        "against transformers' continuous batching": gpu_peers.peers,
+        "experts that fit": gpu_steps.resident,
+    }
+    if any(run.wants(title) for title in on_base):
+        run.section("a base of random weights", load, always=True)
     if bench:
-        run.section("decode steps", on_base(gpu_steps.decode))
-        run.section("decode steps as CUDA graphs", on_base(gpu_steps.graphs))
-        run.section("a hundred experts beside the base", on_base(gpu_steps.registered))
-        run.section("cold experts", on_base(gpu_loads.cold))
-        run.section("switches", on_base(gpu_steps.switch))
-        run.section("against transformers' continuous batching", on_base(gpu_peers.peers))
-        run.section("experts that fit", on_base(gpu_steps.resident))
+        for title, section in on_base.items():
+            run.section(title, partial(section, bench[0]))
         bench.clear()
     run.section("kernel by kernel: merged", lambda: (gpu_kernels.merge_rows(lab, implementations[-1]), []))
     run.section("kernel by kernel: mixed", lambda: (gpu_kernels.linear_rows(lab, implementations[-1]), []))
@@ -129,6 +142,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; proves that every line runs")
     parser.add_argument("--base", type=Path, default=gpu_real.base_at_hand(), help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--experts", type=Path, default=gpu_real.EXPERTS, help="folder of its experts")
+    parser.add_argument("--only", default="", help="sections whose titles have this pattern in them (default all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which nothing new begins (default 480)")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default bench/results; of a dry run: nowhere)")
     arguments = parser.parse_args()
@@ -145,7 +159,7 @@ def main() -> int:
     card = torch.cuda.get_device_name(device) if lab.on_gpu else "CPU, a dry run"
     print(f"{card}: copies {lab.copied / 1e9:.0f} GB/s, multiplies {lab.multiplied / 1e12:.2f} TFLOP/s in {lab.dtype}, "
           f"takes {lab.carried / 1e9:.0f} GB/s from the host")  # fmt: skip
-    run = Run(lab)
+    run = Run(lab, arguments.only)
     measure(run, kernels, implementations, (arguments.base, arguments.experts) if arguments.base else None)
     for failure in run.failures:
         print(f"FAILED {failure}")
