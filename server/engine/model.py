@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment, SlotBatch
+from server.engine.fused import fuse
 from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
 from server.engine.options import BaseWeights
@@ -122,7 +123,8 @@ class BaseModel:
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the base: {error}", param="base") from error
         nn.Module.to(model, device)
-        self._take_over(model, manifest, _stop_tokens(folder, config.get_text_config()), feature_layer, weights)
+        stop_tokens = _stop_tokens(folder, config.get_text_config())
+        self._take_over(model, manifest, stop_tokens, feature_layer, weights, cache_dir)
 
     @classmethod
     def of_network(cls, network: PreTrainedModel, manifest: BaseManifest, *, feature_layer: int) -> BaseModel:
@@ -133,7 +135,7 @@ class BaseModel:
         """
         base = cls.__new__(cls)
         nn.Module.eval(network)
-        base._take_over(network, manifest, frozenset(), feature_layer, BaseWeights.FULL)
+        base._take_over(network, manifest, frozenset(), feature_layer, BaseWeights.FULL, None)
         return base
 
     def _take_over(
@@ -143,6 +145,7 @@ class BaseModel:
         stop_tokens: frozenset[int],
         feature_layer: int,
         weights: BaseWeights,
+        cache_dir: Path | None,
     ) -> None:
         self.manifest = manifest
         self.device, self.dtype = model.device, model.dtype
@@ -171,6 +174,7 @@ class BaseModel:
         self.stop_tokens = stop_tokens
         self.feature_layer = min(feature_layer, text.num_hidden_layers)
         self._early = self._early_layers(self.feature_layer)
+        fuse(self._model, self.kv_shape.head_dim, cache_dir)
         self._check_attention()
 
     @property
@@ -267,8 +271,7 @@ class BaseModel:
     def _check_attention(self) -> None:
         """Compare our ragged attention with transformers' own on a short prompt, so that an architecture which
         ignores the attention interface is refused at start instead of answering wrongly."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, self.vocabulary, (_PROBE_TOKENS,), generator=generator).tolist()
+        tokens = torch.randint(self.vocabulary, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         layout = AttentionBatch([Segment(0, len(tokens), 0, ())], None, self.device)
         ours = self.forward(tokens, layout, [len(tokens) - 1])
         self._model.set_attn_implementation("eager")
@@ -293,8 +296,5 @@ def _stop_tokens(folder: Path, config: object) -> frozenset[int]:
         declared = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         declared = None
-    if declared is None:
-        declared = getattr(config, "eos_token_id", None)
-    if declared is None:
-        return frozenset()
-    return frozenset([declared] if isinstance(declared, int) else declared)
+    declared = getattr(config, "eos_token_id", None) if declared is None else declared
+    return frozenset([declared] if isinstance(declared, int) else declared or ())
