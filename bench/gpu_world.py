@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -135,7 +136,7 @@ def mapped(delta: PackedDelta, change: Callable[[torch.Tensor], torch.Tensor]) -
 def parcel(model: BaseModel, density: float) -> Parcel:
     """A whole expert of that density in one buffer on the CPU; it moves every matrix of the decoder's layers."""
     shapes = matrices(model)
-    made = {shape: random_delta(shape, density) for shape in dict.fromkeys(shapes.values())}
+    made = {shape: _made(shape, density) for shape in dict.fromkeys(shapes.values())}
     fields = (
         value.nbytes
         for shape in shapes.values()
@@ -143,6 +144,10 @@ def parcel(model: BaseModel, density: float) -> Parcel:
         if isinstance(value := getattr(made[shape], field.name), torch.Tensor)
     )
     return wrap(f"{density}", parcel_bytes(fields), ((name, made[shape]) for name, shape in shapes.items()))
+
+
+_made = functools.cache(random_delta)
+"""Drawing takes longer than putting together, and every section asks for the same ones."""
 
 
 def experts_of(template: Parcel, count: int, device: torch.device) -> Iterator[DecodedExpert]:

@@ -28,7 +28,6 @@ from bench import report
 from deploy.affinity import Holdings, ranked
 from server.engine.host_tier import HostTier
 from server.engine.loader import ExpertLoader
-from server.engine.parcel import Parcel
 from server.engine.residency import Residency
 from server.popularity import divided_hit_rate, zipf
 from store.backends.disk import DiskStore
@@ -74,9 +73,6 @@ class ApartLoader(ExpertLoader):
     def __init__(self, read: Callable[[str], bytes], host: HostTier) -> None:
         super().__init__(BASE, CPU, read, host)
         self._in_place = False
-
-    def _copy(self, parcel: Parcel) -> Parcel:
-        return Parcel(parcel.digest, parcel.buffer.clone(), parcel.checksum, parcel.pieces)
 
 
 class Replica:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from store.tiers import Tier, TierMeter, TierStats
 
 @dataclass(eq=False)
 class _Entry:
+    """A parcel, how many read it (who locks its pages is one of them), and whether its pages are locked."""
+
     parcel: Parcel
     readers: int = 0
     locked: bool = False
@@ -22,6 +25,9 @@ class _Entry:
 
 class HostTier:
     """Parcels by digest. Thread-safe; nothing here waits for anything but the lock, which is held for microseconds.
+
+    Locking the pages of a large expert takes a good part of a second, and so does unlocking them: a thread of its own
+    does both, one after the other, and until it has come to an expert its copies are slower ones.
 
     Args:
         limit_bytes: most bytes in it, those being read included; 0 keeps nothing.
@@ -31,7 +37,7 @@ class HostTier:
     def __init__(self, limit_bytes: int, *, page_locked: bool = False) -> None:
         self.limit_bytes = limit_bytes
         self.meter = TierMeter(Tier.HOST)
-        self._page_locked = page_locked
+        self._locker = ThreadPoolExecutor(1, thread_name_prefix="page-locker") if page_locked else None
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._used = 0
@@ -72,12 +78,7 @@ class HostTier:
             yield None if entry is None else entry.parcel
         finally:
             if entry is not None:
-                with self._lock:
-                    entry.readers -= 1
-                    gone = entry.readers == 0 and self._entries.get(digest) is not entry
-                    self._used -= entry.parcel.nbytes if gone else 0
-                if gone:
-                    _let_go(entry)
+                self._end_reading(entry)
 
     def take(self, digest: str) -> Parcel | None:
         """Look an expert up and forget it, in one step: whoever takes it has its bytes from now on."""
@@ -101,14 +102,14 @@ class HostTier:
             victims = self._victims(parcel.nbytes)
             if victims is None:
                 return False
-            gone = [self._entries.pop(digest) for digest in victims]
+            gone = [self._entries.pop(victim) for victim in victims]
             self._used += parcel.nbytes - sum(entry.parcel.nbytes for entry in gone)
-        for entry in gone:  # locking and unlocking pages takes milliseconds: not while others wait
-            _let_go(entry)
+            entry = self._entries[parcel.digest] = _Entry(parcel, readers=0 if self._locker is None else 1)
+        for other in gone:
+            self._let_go(other)
             self.meter.evicted()
-        entry = _Entry(parcel, locked=self._page_locked and pin(parcel.buffer))
-        with self._lock:
-            self._entries[parcel.digest] = entry
+        if self._locker is not None:
+            self._locker.submit(self._lock_pages, entry)
         self.meter.loaded(seconds)
         return True
 
@@ -125,12 +126,20 @@ class HostTier:
             idle = entry is not None and entry.readers == 0
             self._used -= entry.parcel.nbytes if entry is not None and idle else 0
         if entry is not None and idle:
-            _let_go(entry)
+            self._let_go(entry)
+
+    def settle(self) -> None:
+        """Wait until the pages of all that has been put here are locked, and of what has left unlocked."""
+        if self._locker is not None:
+            self._locker.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Forget everything."""
+        """Forget everything. Nobody may read any more."""
         for digest in list(self._entries):
             self.drop(digest)
+        self.settle()  # what was being locked has asked to be unlocked
+        if self._locker is not None:
+            self._locker.shutdown()
 
     def _victims(self, nbytes: int) -> list[str] | None:
         """Who must go for so many bytes, the least recently used first; None if that would not be enough."""
@@ -144,7 +153,21 @@ class HostTier:
                 missing -= entry.parcel.nbytes
         return victims if missing <= 0 else None
 
+    def _end_reading(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.readers -= 1
+            gone = entry.readers == 0 and self._entries.get(entry.parcel.digest) is not entry
+            self._used -= entry.parcel.nbytes if gone else 0
+        if gone:
+            self._let_go(entry)
 
-def _let_go(entry: _Entry) -> None:
-    if entry.locked:
-        unpin(entry.parcel.buffer)
+    def _let_go(self, entry: _Entry) -> None:
+        if entry.locked and self._locker is not None:
+            self._locker.submit(unpin, entry.parcel.buffer)
+
+    def _lock_pages(self, entry: _Entry) -> None:
+        try:
+            if self._entries.get(entry.parcel.digest) is entry:  # not gone already
+                entry.locked = pin(entry.parcel.buffer)
+        finally:
+            self._end_reading(entry)

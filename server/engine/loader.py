@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from server.engine.bus import Bus, on
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
 from server.engine.kernels import LoadedDelta, Overwrites, PackedDelta, pack, packed_fields
@@ -36,8 +37,8 @@ class ExpertLoader:
     """`ExpertSource` over expert files and a tier in host memory.
 
     The files were validated when they came in and are checked again here: bytes can rot between upload and load. What
-    comes from host memory is checked after the copy, on the device, by the checksum made when it was decoded. Where the
-    device decodes, only what is stored crosses the bus.
+    comes from host memory is checked on the device, piece by piece as it arrives, by the checksum made when it was
+    decoded. Where the device decodes, only what is stored crosses the bus.
 
     For a GPU the host tier holds what was loaded last, that on the device included: dropping an expert from the device
     costs nothing, and loading it again is one copy over the bus. For a CPU, whose device memory is host memory, a
@@ -70,7 +71,7 @@ class ExpertLoader:
         self._in_place = device.type == "cpu"
         self._claimed: dict[str, Parcel | None] = {}
         """What the host tier had of experts whose loads are about to run."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._bus = Bus(device)
 
     def decoded_bytes(self, digest: str) -> int:
         """See `ExpertSource.decoded_bytes`. What host memory holds need not be looked for in the store."""
@@ -95,8 +96,8 @@ class ExpertLoader:
         began = time.perf_counter()
         decoded = self._decode(digest)
         if not self._in_place and decoded.nbytes <= self.host.limit_bytes:
-            with self._own_stream():
-                copy = decoded.to(_CPU)
+            with on(self._bus.stream):
+                copy = decoded.on_host()
             self.host.put(copy, time.perf_counter() - began)
         parcel = self._moved(decoded)
         if parcel is None:
@@ -137,7 +138,7 @@ class ExpertLoader:
         data = self._read(digest)
         if self._transcode is not None:
             try:
-                with self._own_stream():
+                with on(self._bus.stream):
                     return self._packed(digest, data, self._transcode)
             except torch.OutOfMemoryError:
                 _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
@@ -166,23 +167,16 @@ class ExpertLoader:
         return Overwrites(delta.shape, torch.from_numpy(delta.indices), new.view(_HALVES[delta.half]))
 
     def _moved(self, parcel: Parcel) -> Parcel | None:
-        """On the device; None if it is not there what it was when it had been decoded.
-
-        Copied and summed up on a stream of its own, so that the engine computes meanwhile, and waited for.
-        """
-        with self._own_stream():
-            moved = self._copy(parcel)
-            is_intact = moved.is_intact
-        if self._stream is not None:
+        """On the device; None if it is not there what it was when it had been decoded."""
+        if self._in_place or parcel.buffer.is_cuda:
+            with on(self._bus.stream):
+                moved = parcel if parcel.is_intact else None
+        else:
+            moved = self._bus.carry(parcel)
+        if moved is not None and self._bus.stream is not None:
             # The allocator must not give the memory to the next copy while the engine's stream still reads it.
             moved.buffer.record_stream(torch.cuda.default_stream(self._device))
-        return moved if is_intact else None
-
-    def _own_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def _copy(self, parcel: Parcel) -> Parcel:
-        return parcel.to(self._device)
+        return moved
 
 
 def _decoded_bytes(header: ExpertHeader) -> int:

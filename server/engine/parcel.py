@@ -1,9 +1,9 @@
-"""A decoded expert in one piece: one buffer that moves between host and device in one copy, with a checksum."""
+"""A decoded expert in one piece: one buffer that moves between host and device as it is, with a checksum."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from server.engine.kernels import LoadedDelta
 ALIGNMENT = 64
 """Every tensor starts at a multiple of so many bytes: a cache line, and what vector loads like."""
 _CHUNK = 1 << 18
-"""Words that are summed up at once: bounds the memory that checking takes."""
+"""Words of a chunk, for which the checksum is defined."""
+_TOGETHER = 16
+"""Chunks that a GPU sums up at once: 32 MiB, so that a large expert takes some hundred launches and not thousands, and
+checking takes as much memory besides. A CPU does one at a time, which stays in its cache."""
 
 _CPU = torch.device("cpu")
 
@@ -65,11 +68,11 @@ class Parcel:
         """Whether every byte is what it was."""
         return checksum(self.buffer) == self.checksum
 
-    def to(self, device: torch.device) -> Parcel:
-        """The same on a device, in one copy; itself if it is there already."""
-        # To the host it is waited for. Otherwise torch gives the copy out before it has arrived, in page-locked memory
-        # of its own, rounded up and never returned; and what is locked already `pin` cannot lock.
-        return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=device.type != "cpu"))
+    def on_host(self) -> Parcel:
+        """The same in host memory; itself if it is there already."""
+        # Waited for. Otherwise torch gives the copy out before it has arrived, in page-locked memory of its own,
+        # rounded up and never returned; and what is locked already `pin` cannot lock.
+        return dataclasses.replace(self, buffer=self.buffer.to(_CPU, non_blocking=False))
 
     def tensors(self) -> dict[str, LoadedDelta]:
         """The packed deltas by name: views into the buffer."""
@@ -132,17 +135,63 @@ def checksum(buffer: torch.Tensor) -> Checksum:
     Args:
         buffer: `[bytes]` uint8, a multiple of 8 of them.
     """
-    words = buffer.view(torch.int64)
-    odd = torch.arange(min(_CHUNK, len(words)), device=buffer.device).mul_(2).add_(1)
-    products = torch.empty_like(odd)
-    plain = torch.zeros((), dtype=torch.int64, device=buffer.device)
-    weighted = torch.zeros_like(plain)
-    for index, start in enumerate(range(0, len(words), _CHUNK)):
-        part = words[start : start + _CHUNK]
-        plain += part.sum()
-        own = torch.mul(part, odd[: len(part)], out=products[: len(part)])
-        weighted += own.sum() * (2 * index + 1)
-    return int(plain), int(weighted)
+    sums = RunningChecksum(buffer.nbytes, buffer.device)
+    for piece in pieces_of(buffer.nbytes):
+        sums.add(piece.start, buffer[piece])
+    return sums.result()
+
+
+def pieces_of(nbytes: int) -> Iterator[slice]:
+    """A buffer in pieces of whole chunks: what is copied, and summed up, at once."""
+    size = 8 * _CHUNK * _TOGETHER
+    return (slice(start, min(start + size, nbytes)) for start in range(0, nbytes, size))
+
+
+class RunningChecksum:
+    """The `checksum` of a buffer that is not there yet. Only `result` waits for the device.
+
+    For 1.74 GB on a GPU: some 5 launches for each of 52 pieces. Its memory is read twice, and products are written and
+    read: 7 GB, or 3 ms at 2.5 TB/s.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, together: int | None = None) -> None:
+        """Args:
+        nbytes: of the whole buffer.
+        together: chunks that are summed up at once, if not as many as suit the device.
+        """
+        words = nbytes // 8
+        chunks = -(-words // _CHUNK)
+        self._together = together or (1 if device.type == "cpu" else _TOGETHER)
+        self._odd = torch.arange(max(min(_CHUNK, words), chunks), device=device).mul_(2).add_(1)
+        self._products = torch.empty(min(self._together * _CHUNK, words), dtype=torch.int64, device=device)
+        self._plain, self._weighted = torch.zeros(2, chunks, dtype=torch.int64, device=device)
+
+    def add(self, start: int, piece: torch.Tensor) -> None:
+        """Take in a piece.
+
+        Args:
+            start: its first byte's place, that of a chunk.
+            piece: `[bytes]` uint8: whole chunks, or the end of the buffer.
+        """
+        words = piece.view(torch.int64)
+        whole = len(words) // _CHUNK * _CHUNK
+        chunks = words[:whole].view(-1, _CHUNK)
+        parts = [chunks[index : index + self._together] for index in range(0, len(chunks), self._together)]
+        parts += [words[whole:][None]] if whole < len(words) else []
+        first = start // (8 * _CHUNK)
+        for part in parts:
+            last = first + len(part)
+            products = self._products[: part.numel()].view(part.shape)
+            torch.mul(part, self._odd[: part.shape[1]], out=products)
+            torch.sum(part, 1, out=self._plain[first:last])
+            torch.sum(products, 1, out=self._weighted[first:last])
+            first = last
+
+    def result(self) -> Checksum:
+        """The checksum, once all of the buffer has been taken in."""
+        weighted = self._weighted * self._odd[: len(self._weighted)]
+        first, second = torch.stack((self._plain.sum(), weighted.sum())).tolist()
+        return first, second
 
 
 def _aligned(nbytes: int) -> int:

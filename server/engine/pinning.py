@@ -16,6 +16,10 @@ def pin(buffer: torch.Tensor) -> bool:
     Registered rather than allocated by torch, whose allocator rounds up to powers of two and keeps what is freed: a
     tier that is bounded in bytes must know what it holds.
 
+    To be called on a thread that does nothing else on the GPU. It takes a good part of a second per GB; and where it
+    fails, CUDA keeps the error for the thread's next call, which torch would take for the failure of an innocent
+    kernel.
+
     Args:
         buffer: contiguous, on the CPU. It must outlive the lock.
     """

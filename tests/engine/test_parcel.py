@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import dense, pack, packed_fields
 from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
-from server.engine.parcel import ALIGNMENT, checksum, parcel_bytes, wrap
+from server.engine.parcel import ALIGNMENT, Checksum, RunningChecksum, checksum, parcel_bytes, pieces_of, wrap
 from store.deltas import Delta, DenseDelta, SparseDelta
 
 CPU = torch.device("cpu")
@@ -85,3 +85,42 @@ def test_words_that_change_places_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.parcel._CHUNK", 1)
     assert checksum(buffer)[0] == checksum(swapped)[0]
     assert checksum(buffer)[1] != checksum(swapped)[1], "from chunk to chunk too"
+
+
+def by_definition(data: bytes, chunk: int) -> Checksum:
+    """The two sums in Python's integers."""
+    words = np.frombuffer(data, dtype=np.int64).tolist()
+    plain, weighted = sum(words), 0
+    for place, word in enumerate(words):
+        weighted += word * (2 * (place % chunk) + 1) * (2 * (place // chunk) + 1)
+    first, second = ((total + 2**63) % 2**64 - 2**63 for total in (plain, weighted))
+    return first, second
+
+
+@given(st.binary(max_size=800).map(lambda data: data[: len(data) // 8 * 8]), st.data())
+def test_however_many_chunks_are_summed_up_at_once_the_checksum_is_the_same(data: bytes, draw: st.DataObject) -> None:
+    """A host takes one at a time, a GPU many."""
+    chunk = draw.draw(st.integers(1, 12), "words of a chunk")
+    in_piece, together = draw.draw(st.integers(1, 6)), draw.draw(st.integers(1, 6))
+    buffer = torch.frombuffer(bytearray(data or bytes(8)), dtype=torch.uint8)[: len(data)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("server.engine.parcel._CHUNK", chunk)
+        patched.setattr("server.engine.parcel._TOGETHER", in_piece)
+        sums = RunningChecksum(len(data), CPU, together)
+        for piece in draw.draw(st.permutations(list(pieces_of(len(data)))), "pieces"):
+            sums.add(piece.start, buffer[piece])
+        assert sums.result() == checksum(buffer) == by_definition(data, chunk)
+
+
+@pytest.mark.parametrize("words", [0, 1, (1 << 18) - 1, 1 << 18, (5 << 18) + 3])
+def test_chunks_of_their_real_size_are_summed_up_together(words: int) -> None:
+    buffer = torch.randint(-(2**62), 2**62, (words,)).view(torch.uint8)
+    sums = RunningChecksum(buffer.nbytes, CPU, 4)
+    sums.add(0, buffer)
+    assert sums.result() == checksum(buffer) == by_definition(buffer.numpy().tobytes(), 1 << 18)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same_checksum() -> None:
+    buffer = torch.randint(-(2**62), 2**62, ((50 << 18) + 3,)).view(torch.uint8)
+    assert checksum(buffer.to("cuda")) == checksum(buffer)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.bus import Bus
 from server.engine.host_tier import HostTier
 from server.engine.kernels import PackedDelta, backend, dense, pack
 from server.engine.loader import ExpertLoader, Transcode
-from server.engine.parcel import Parcel
+from server.engine.parcel import Parcel, pieces_of
 from server.engine.residency import Residency
 from store.backends.disk import DiskStore
 from store.errors import ExpertUnavailableError, SwitchyardError
@@ -32,9 +33,6 @@ class ApartLoader(ExpertLoader):
     def __init__(self, read: Callable[[str], bytes], host: HostTier, transcode: Transcode | None = None) -> None:
         super().__init__(base_manifest(), CPU, read, host, transcode=transcode)
         self._in_place = False
-
-    def _copy(self, parcel: Parcel) -> Parcel:
-        return Parcel(parcel.digest, parcel.buffer.clone(), parcel.checksum, parcel.pieces)
 
 
 class Shelf:
@@ -136,14 +134,46 @@ def test_damage_that_nothing_heals_reaches_nobody(tmp_path: Path) -> None:
     shelf.store.close()
 
 
-def test_bytes_damaged_on_the_way_to_the_device_are_refused(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    class BadBus(ApartLoader):
-        def _copy(self, parcel: Parcel) -> Parcel:
-            moved = super()._copy(parcel)
-            flip(moved, 7)
-            return moved
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are larger than a piece, as real ones are."""
+    monkeypatch.setattr("server.engine.parcel._CHUNK", 8)
+    monkeypatch.setattr("server.engine.parcel._TOGETHER", 3)
 
-    loader = BadBus(shelf.store.read, HostTier(0))
+
+@pytest.mark.usefixtures("small_pieces")
+def test_an_expert_arrives_in_pieces(shelf: Shelf) -> None:
+    sent: list[int] = []
+
+    class Watched(Bus):
+        def _sent(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+            sent.append(target.nbytes)
+            return super()._sent(target, source)
+
+    loader = shelf.loader(10 * shelf.size, apart=True)
+    loader._bus = Watched(CPU)
+    expert = loader.load(shelf.digests[0])
+    assert expert.parcel is not None
+    assert set(sent[:-1]) == {3 * 8 * 8}
+    assert sum(sent) == expert.nbytes
+    assert torch.equal(expert.parcel.buffer, kept(loader, shelf.digests[0]).buffer)
+    assert expert.parcel.buffer.data_ptr() != kept(loader, shelf.digests[0]).buffer.data_ptr()
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("piece", [0, 3, -1])
+def test_bytes_damaged_on_the_way_to_the_device_are_refused(shelf: Shelf, piece: int) -> None:
+    damaged = list(pieces_of(shelf.size))[piece]
+
+    class BadBus(Bus):
+        def _sent(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+            arrived = super()._sent(target, source)
+            if target.storage_offset() == damaged.start:
+                target[-1] ^= 4
+            return arrived
+
+    loader = shelf.loader(0, apart=True)
+    loader._bus = BadBus(CPU)
     with pytest.raises(ExpertUnavailableError, match="on its way"):
         loader.load(shelf.digests[0])
 
@@ -153,14 +183,16 @@ def test_the_engine_goes_on_while_an_expert_is_under_way_and_computes_with_it_on
 ) -> None:
     under_way, go = threading.Event(), threading.Event()
 
-    class SlowBus(ApartLoader):
-        def _copy(self, parcel: Parcel) -> Parcel:
+    class SlowBus(Bus):
+        def carry(self, parcel: Parcel) -> Parcel | None:
             under_way.set()
             assert go.wait(60)
-            return super()._copy(parcel)
+            return super().carry(parcel)
 
     posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-    residency = Residency(SlowBus(shelf.store.read, HostTier(shelf.size)), 10 * shelf.size, posted.put)
+    loader = shelf.loader(shelf.size, apart=True)
+    loader._bus = SlowBus(CPU)
+    residency = Residency(loader, 10 * shelf.size, posted.put)
     digest = shelf.digests[0]
     granted: list[object] = []
     try:
@@ -184,8 +216,7 @@ def test_the_engine_goes_on_while_an_expert_is_under_way_and_computes_with_it_on
         residency.close()
 
 
-@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
-def test_only_a_copy_to_the_host_is_waited_for(device: str, waits: bool) -> None:
+def test_a_copy_to_the_host_is_waited_for() -> None:
     """What the host tier keeps must be there, and in memory that is the tier's own to lock."""
     asked: list[tuple[str, bool]] = []
 
@@ -194,8 +225,8 @@ def test_only_a_copy_to_the_host_is_waited_for(device: str, waits: bool) -> None
             asked.append((device.type, not non_blocking))
             return self
 
-    Parcel("d", Buffer(), (0, 0), {}).to(torch.device(device))  # type: ignore[arg-type]
-    assert asked == [(device, waits)]
+    Parcel("d", Buffer(), (0, 0), {}).on_host()  # type: ignore[arg-type]
+    assert asked == [("cpu", True)]
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -316,6 +347,7 @@ def test_a_gpu_loads_from_page_locked_memory(shelf: Shelf) -> None:
     loader = ExpertLoader(base_manifest(), device, shelf.store.read, host)
     digest = shelf.digests[0]
     first = loader.load(digest)
+    host.settle()
     assert kept(loader, digest).buffer.is_pinned()
     again = loader.load(digest)
     assert host.stats().hits == 2
@@ -337,6 +369,7 @@ def test_what_a_gpu_has_decoded_is_kept_in_memory_that_the_tier_has_locked(shelf
     loader = ExpertLoader(base_manifest(), device, shelf.store.read, host, transcode=transcode)
     digest = shelf.digests[0]
     first = loader.load(digest).parcel
+    host.settle()
     assert host._entries[digest].locked
     assert kept(loader, digest).is_intact
     again = loader.load(digest).parcel

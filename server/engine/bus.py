@@ -1,0 +1,65 @@
+"""From host memory to the device: in pieces, each checked while the next one is on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from server.engine.parcel import Parcel, RunningChecksum, pieces_of
+
+
+class Bus:
+    """Copies parcels to a device, on streams of their own: one copies, one checks, and neither the engine's thread nor
+    its stream waits for them.
+
+    Copying in pieces leaves room between them for the small copies that every step needs, which one long copy would
+    keep waiting until its end. Checked behind the copy, 1.74 GB would take 3 ms more than the 32 ms of a bus that
+    carries 54 GB/s; checked piece by piece, the last piece alone counts: 0.1 ms.
+
+    Attributes:
+        stream: the one that copies, on which the memory is allocated; None where the device is a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.stream = _stream(device)
+        self._checking = _stream(device)
+
+    def carry(self, parcel: Parcel) -> Parcel | None:
+        """The same on the device, in memory of its own, waited for; None if not every byte is what it was.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it.
+        """
+        pieces = list(pieces_of(parcel.nbytes))
+        try:
+            with on(self.stream):
+                buffer = torch.empty(parcel.nbytes, dtype=torch.uint8, device=self._device)
+                arrivals = [self._sent(buffer[piece], parcel.buffer[piece]) for piece in pieces]
+            with on(self._checking):
+                sums = RunningChecksum(parcel.nbytes, self._device)
+                for piece, arrived in zip(pieces, arrivals, strict=True):
+                    if arrived is not None:
+                        arrived.wait()
+                    sums.add(piece.start, buffer[piece])
+                is_intact = sums.result() == parcel.checksum
+        finally:
+            if self.stream is not None:
+                self.stream.synchronize()  # whatever happened, nothing may be read that its owner is about to free
+        return dataclasses.replace(parcel, buffer=buffer) if is_intact else None
+
+    def _sent(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+        """Copy a piece, without waiting; what to wait for."""
+        target.copy_(source, non_blocking=True)
+        return None if self.stream is None else self.stream.record_event()
+
+
+def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Within, this thread's work goes to the stream, if there is one."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
