@@ -1,7 +1,8 @@
 """A cold expert in page-locked host memory, until the first token of a request for it, while other streams run.
 
 As the engine does it, the load runs beside the others' steps, and the request begins with the first step after it has
-ended. Next to it what a load that is waited for would cost: the others stand still, and the request begins at once.
+ended, for which a step is held back that would begin just before. Next to it what a load that is waited for would cost:
+the others stand still, and the request begins at once.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ class _House:
         """Say so at once, with the seconds since the beginning: who runs out of time sees where it went."""
         print(f"  {time.perf_counter() - self._began:5.1f} s: {done}", flush=True)
 
+    def receive(self, step_seconds: float) -> None:
+        """Run what was posted, and wait for a load that is about to end, as the engine's thread does between steps."""
+        while True:
+            patience = self.loader.bus.patience(step_seconds)
+            try:
+                command = self.commands.get(block=patience > 0, timeout=patience or None)
+            except queue.Empty:
+                return
+            command()
+
     def _read(self, digest: str) -> bytes:
         raise ExpertUnavailableError(f"{digest} is in host memory only")
 
@@ -86,18 +97,19 @@ def cold(bench: Bench) -> tuple[list[Row], list[Bar]]:
         streams = bench.batch([BASE_MIX] * _STREAMS)
         bench.executor.run(streams, {})
         alone = [_timed(bench.step(streams, {})) for _ in range(10)]
-        added, during, blocked, still = [], [], [], []
+        added, during, held, blocked, still = [], [], [], [], []
         mix, other = (Mix.of({digest: 1.0}) for digest in house.digests)
         began = time.perf_counter()
         try:
             for number in range(_WARM_UPS + bench.lab.effort.rounds):
-                first, steps = _first_token(bench, house, streams, mix)
-                warm, _ = _first_token(bench, house, streams, mix)
-                waiting, stopped = _first_token(bench, house, streams, other, overlapped=False)
+                first, steps, held_back = _first_token(bench, house, streams, mix)
+                warm, _, _ = _first_token(bench, house, streams, mix)
+                waiting, stopped, _ = _first_token(bench, house, streams, other, overlapped=False)
                 if number < _WARM_UPS:
                     continue
                 added.append(first - warm)
                 during += steps
+                held.append(held_back)
                 blocked.append(waiting - warm)
                 still += stopped
                 if time.perf_counter() - began > _SECONDS:
@@ -114,6 +126,7 @@ def cold(bench: Bench) -> tuple[list[Row], list[Bar]]:
                      "load GB/s": house.nbytes / 1e9 / statistics.median(beside),
                      "steps meanwhile": len(during) / len(added), "step alone ms": 1e3 * statistics.median(alone),
                      "step meanwhile ms": 1e3 * statistics.median(during) if during else None,
+                     "step held back ms": 1e3 * statistics.median(held),
                      "added ms, waited for": 1e3 * statistics.median(blocked),
                      "load ms, waited for": 1e3 * statistics.median(apart),
                      "others' pause ms, waited for": 1e3 * statistics.median(still)})  # fmt: skip
@@ -135,19 +148,20 @@ def _of_different_sizes(bench: Bench) -> list[float]:
 
 def _first_token(
     bench: Bench, house: _House, streams: Batch, mix: Mix, *, overlapped: bool = True
-) -> tuple[float, list[float]]:
-    """Seconds from the request until its first token, and those of the other streams' steps until it could begin; if
-    the load is not overlapped but waited for, those that the other streams stood still."""
+) -> tuple[float, list[float], float]:
+    """Seconds from the request until its first token, those of the other streams' steps until it could begin, and for
+    which a step was held back; if the load is not overlapped but waited for, all that the other streams stood still."""
     outcome: list[SwitchyardError | None] = []
     began = time.perf_counter()
     house.residency.request(mix, outcome.append)
-    steps = []
-    while True:
-        while not house.commands.empty():
-            house.commands.get()()
-        if outcome:
-            break
-        steps.append(_timed(bench.step(streams, {}) if overlapped else lambda: house.commands.get()()))
+    steps: list[float] = []
+    held_back = _timed(lambda: house.receive(0.0))
+    while not outcome:
+        if overlapped:
+            steps.append(_timed(bench.step(streams, {})))
+            held_back += _timed(lambda: house.receive(steps[-1]))
+        else:
+            steps.append(_timed(lambda: house.commands.get()()))
     if outcome[0] is not None:
         raise outcome[0]
     batch = bench.batch([mix])
@@ -155,7 +169,7 @@ def _first_token(
     taken = time.perf_counter() - began
     bench.end(batch)
     house.residency.release(mix)
-    return taken, steps if overlapped else [sum(steps)]
+    return taken, steps if overlapped else [sum(steps)], held_back
 
 
 def _timed(run: Callable[[], object]) -> float:

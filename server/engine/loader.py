@@ -71,7 +71,7 @@ class ExpertLoader:
         self._in_place = device.type == "cpu"
         self._claimed: dict[str, Parcel | None] = {}
         """What the host tier had of experts whose loads are about to run."""
-        self._bus = Bus(device)
+        self.bus = Bus(device)
 
     def decoded_bytes(self, digest: str) -> int:
         """See `ExpertSource.decoded_bytes`. What host memory holds need not be looked for in the store."""
@@ -96,7 +96,7 @@ class ExpertLoader:
         began = time.perf_counter()
         decoded = self._decode(digest)
         if not self._in_place and decoded.nbytes <= self.host.limit_bytes:
-            with on(self._bus.stream):
+            with on(self.bus.stream):
                 copy = decoded.on_host()
             self.host.put(copy, time.perf_counter() - began)
         parcel = self._moved(decoded)
@@ -138,7 +138,7 @@ class ExpertLoader:
         data = self._read(digest)
         if self._transcode is not None:
             try:
-                with on(self._bus.stream):
+                with on(self.bus.stream):
                     return self._packed(digest, data, self._transcode)
             except torch.OutOfMemoryError:
                 _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
@@ -169,11 +169,11 @@ class ExpertLoader:
     def _moved(self, parcel: Parcel) -> Parcel | None:
         """On the device; None if it is not there what it was when it had been decoded."""
         if self._in_place or parcel.buffer.is_cuda:
-            with on(self._bus.stream):
+            with on(self.bus.stream):
                 moved = parcel if parcel.is_intact else None
         else:
-            moved = self._bus.carry(parcel)
-        if moved is not None and self._bus.stream is not None:
+            moved = self.bus.carry(parcel)
+        if moved is not None and self.bus.stream is not None:
             # The allocator must not give the memory to the next copy while the engine's stream still reads it.
             moved.buffer.record_stream(torch.cuda.default_stream(self._device))
         return moved

@@ -61,7 +61,7 @@ class Worker:
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
         graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
         self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs)
-        self._host = loader.host
+        self._host, self._bus = loader.host, loader.bus
         self.cache.attend = best_kernel(self.cache, model.query_heads)
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
@@ -85,6 +85,8 @@ class Worker:
         self._busy_since: float | None = None
         """When the present step began, routing features before it included."""
         self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self._step_seconds = 0.0
+        """What the last step took."""
         self.stats = self._snapshot()
 
     @property
@@ -157,11 +159,12 @@ class Worker:
         self._outbox.flush()
 
     def _receive(self) -> None:
-        """Run what was posted; sleep while there is nothing else to do."""
+        """Run what was posted; sleep while there is nothing else to do, and until a load that is about to end has."""
         idle = self.features.empty and self.scheduler.idle and self._outbox.empty
         while True:
+            patience = 0.0 if idle else self._bus.patience(self._step_seconds)
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=idle or patience > 0, timeout=patience or None)
             except queue.Empty:
                 return
             idle = False
@@ -233,6 +236,7 @@ class Worker:
                 self.end(item.sequence, SwitchyardError("the engine failed on this batch; see the server's log"))
             return
         self._steps += 1
+        self._step_seconds = time.monotonic() - began
         patched = self.executor.merged.seconds - patched
         for item in batch.work:
             if not item.sequence.is_timed:

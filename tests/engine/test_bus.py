@@ -111,6 +111,53 @@ def test_a_copy_is_over_before_its_source_may_be_freed(monkeypatch: pytest.Monke
     assert bus.under_way == 0
 
 
+class Slow(Bus):
+    """A bus on which a byte takes a millisecond."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        super().__init__(CPU, lambda: self.now)
+        self.asked: list[tuple[float, list[float]]] = []
+
+    def _sent(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+        self.asked.append((self.now, [round(self.patience(step), 6) for step in (0.1, 0.2, 1.0)]))
+        self.now += 0.001 * target.nbytes
+        return super()._sent(target, source)
+
+
+def test_what_is_due_within_half_a_step_is_worth_waiting_for() -> None:
+    bus = Slow()
+    assert bus.carry(parcel(3 * PIECE)) is not None
+    assert [waits for _, waits in bus.asked] == [[0.0] * 3] * 3, "nobody knows how fast it is"
+    bus.asked.clear()
+    bus.now = 200.0
+    assert bus.carry(parcel(3 * PIECE)) is not None
+    due = 200 + 1.05 * 0.576
+    first, second, third = ([round(due - now, 6)] for now, _ in bus.asked)
+    assert [waits for _, waits in bus.asked] == [[0, 0, 0], [0, 0, *second], [0, 0, *third]]
+    assert first > [0.5] >= second > third > [0.1], "half of the longest step is half a second"
+    bus.asked.clear()
+    assert bus.carry(parcel(64)) is not None
+    assert [waits for _, waits in bus.asked] == [[0, 0.0672, 0.0672]]
+    assert bus.patience(1e9) == 0.0, "nothing is on its way"
+
+
+def test_nobody_waits_for_what_is_late() -> None:
+    bus = Slow()
+    assert bus.carry(parcel(3 * PIECE)) is not None
+    late: list[float] = []
+
+    class Late(Slow):
+        def _sent(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+            self.now += 1
+            late.append(self.patience(1e9))
+            return super()._sent(target, source)
+
+    bus.__class__ = Late
+    assert bus.carry(parcel(3 * PIECE)) is not None
+    assert late == [0.0] * 3
+
+
 def test_what_is_not_what_it_was_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     bus, sent = LateBus(monkeypatch), parcel(3 * PIECE)
     sent.buffer[PIECE] ^= 1

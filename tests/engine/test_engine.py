@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -318,6 +319,24 @@ def test_a_request_that_meets_the_end_of_the_thread_does_not_hang(
                 await engine.features(["hello"])
 
     run(body())
+
+
+def test_a_step_is_held_back_for_a_load_that_is_about_to_end(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it brings is taken in before the step."""
+    engine = TransformersEngine(library.base, name="tiny", settings=SETTINGS, read_expert=library.read)
+    worker = engine._worker
+    done: list[str] = []
+
+    def patience(step_seconds: float) -> float:
+        if done == ["a request"]:
+            threading.Timer(0.2, worker.post, [lambda: done.append("its expert")]).start()
+            return 60.0
+        return 0.0
+
+    monkeypatch.setattr(worker._bus, "patience", patience)
+    worker.post(lambda: done.append("a request"))
+    worker._receive()
+    assert done == ["a request", "its expert"]
 
 
 def test_stopping_ends_open_streams(library: Library) -> None:

@@ -151,7 +151,7 @@ def test_an_expert_arrives_in_pieces(shelf: Shelf) -> None:
             return super()._sent(target, source)
 
     loader = shelf.loader(10 * shelf.size, apart=True)
-    loader._bus = Watched(CPU)
+    loader.bus = Watched(CPU)
     expert = loader.load(shelf.digests[0])
     assert expert.parcel is not None
     assert set(sent[:-1]) == {3 * 8 * 8}
@@ -173,7 +173,7 @@ def test_bytes_damaged_on_the_way_to_the_device_are_refused(shelf: Shelf, piece:
             return arrived
 
     loader = shelf.loader(0, apart=True)
-    loader._bus = BadBus(CPU)
+    loader.bus = BadBus(CPU)
     with pytest.raises(ExpertUnavailableError, match="on its way"):
         loader.load(shelf.digests[0])
 
@@ -191,7 +191,7 @@ def test_the_engine_goes_on_while_an_expert_is_under_way_and_computes_with_it_on
 
     posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     loader = shelf.loader(shelf.size, apart=True)
-    loader._bus = SlowBus(CPU)
+    loader.bus = SlowBus(CPU)
     residency = Residency(loader, 10 * shelf.size, posted.put)
     digest = shelf.digests[0]
     granted: list[object] = []
