@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,9 @@ class ExpertLoader:
         self._claimed: dict[str, Parcel | None] = {}
         """What the host tier had of experts whose loads are about to run."""
         self.bus = Bus(device)
+        self._lock = threading.Lock()
+        self._unkept: dict[str, tuple[Parcel, float]] = {}
+        """What the device has decoded and the host has no copy of yet, and the seconds that it took."""
 
     def decoded_bytes(self, digest: str) -> int:
         """See `ExpertSource.decoded_bytes`. What host memory holds need not be looked for in the store."""
@@ -94,17 +98,36 @@ class ExpertLoader:
                 self.host.meter.damaged(digest)
                 self.host.drop(digest)
         began = time.perf_counter()
-        decoded = self._decode(digest)
-        if not self._in_place and decoded.nbytes <= self.host.limit_bytes:
-            with on(self.bus.stream):
-                copy = decoded.on_host()
-            self.host.put(copy, time.perf_counter() - began)
+        decoded, by_device = self._decode(digest)
+        seconds = time.perf_counter() - began
+        if not self._in_place and not by_device:
+            self.host.put(decoded, seconds)
         parcel = self._moved(decoded)
         if parcel is None:
             raise ExpertUnavailableError(f"expert {digest[:12]} was damaged on its way to the device; try again")
+        if by_device and parcel.nbytes <= self.host.limit_bytes:
+            with self._lock:
+                self._unkept[digest] = (parcel, seconds)
         if damaged:
             self.host.meter.healed(digest, Tier.STORE)
         return DecodedExpert(digest, parcel.tensors(), parcel)
+
+    def keep(self, digest: str) -> None:
+        """See `ExpertSource.keep`."""
+        parcel, seconds = self._unkept.get(digest, (None, 0.0))
+        if parcel is None:
+            return
+        began = time.perf_counter()
+        try:
+            with on(self.bus.stream):
+                copy = parcel.on_host()
+        except Exception:
+            _log.exception("expert %s is not kept in host memory", digest[:12])
+            self._forget(digest)
+            return
+        with self._lock:
+            if self._unkept.pop(digest, None) is not None:
+                self.host.put(copy, seconds + time.perf_counter() - began)
 
     def claim(self, digest: str) -> None:
         """See `ExpertSource.claim`. Two experts that change places need no room for a third."""
@@ -114,13 +137,19 @@ class ExpertLoader:
     def evicted(self, expert: DecodedExpert) -> None:
         """See `ExpertSource.evicted`."""
         if not self._in_place:
+            self._forget(expert.digest)  # whose memory is needed
             self.host.touch(expert.digest)
         elif expert.parcel is not None:
             self.host.put(expert.parcel, 0.0)
 
     def drop(self, digest: str) -> None:
         """See `ExpertSource.drop`."""
+        self._forget(digest)
         self.host.drop(digest)
+
+    def _forget(self, digest: str) -> None:
+        with self._lock:
+            self._unkept.pop(digest, None)
 
     @contextmanager
     def _kept(self, digest: str) -> Iterator[Parcel | None]:
@@ -133,16 +162,16 @@ class ExpertLoader:
         else:
             yield self.host.take(digest)
 
-    def _decode(self, digest: str) -> Parcel:
-        """On the device, if it decodes and has the memory; else on the host."""
+    def _decode(self, digest: str) -> tuple[Parcel, bool]:
+        """On the device, if it decodes and has the memory; else on the host. And whether the device did."""
         data = self._read(digest)
         if self._transcode is not None:
             try:
                 with on(self.bus.stream):
-                    return self._packed(digest, data, self._transcode)
+                    return self._packed(digest, data, self._transcode), True
             except torch.OutOfMemoryError:
                 _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
-        return self._packed(digest, data, None)
+        return self._packed(digest, data, None), False
 
     def _packed(self, digest: str, data: bytes, transcode: Transcode | None) -> Parcel:
         device = _CPU if transcode is None else self._device

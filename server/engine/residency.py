@@ -25,28 +25,27 @@ Ready = Callable[[SwitchyardError | None], None]
 
 
 class ExpertSource(Protocol):
-    """Where decoded experts come from. The first two are called on the residency's own thread and may block."""
+    """Where decoded experts come from. The first three are called on the residency's own thread and may block."""
 
     def decoded_bytes(self, digest: str) -> int:
         """Bytes that `load` will take on the device, known without decoding."""
-        ...
 
     def load(self, digest: str) -> DecodedExpert: ...
+
+    def keep(self, digest: str) -> None:
+        """What `load` gave has been handed out: now is the time for what nobody waits for. Must not raise."""
 
     def claim(self, digest: str) -> None:
         """A `load` will follow, whose bytes the device has room for now: what is kept of it need not be kept any more.
 
         Called on the engine's thread, before `evicted` for those that make the room; must not block.
         """
-        ...
 
     def evicted(self, expert: DecodedExpert) -> None:
         """The device gives an expert up that may be asked for again. Called on the engine's thread; must not block."""
-        ...
 
     def drop(self, digest: str) -> None:
         """Nobody is to be given this expert any more. Called on the engine's thread; must not block."""
-        ...
 
 
 @dataclass
@@ -274,6 +273,7 @@ class Residency:
         if error is None:
             slot.expert = self._experts[digest] = done.result()
             self.meter.loaded(time.perf_counter() - started)
+            self._pool.submit(self._source.keep, digest)
             for ticket in waiters:
                 ticket.missing.discard(digest)
                 if not ticket.missing:

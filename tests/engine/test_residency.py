@@ -26,6 +26,7 @@ class Source:
         self.gates: dict[str, threading.Event] = {}
         self.broken: set[str] = set()
         self.loaded: list[str] = []
+        self.kept: list[str] = []
         self.let_go: list[str] = []
         self.claimed: list[tuple[str, int]] = []
         """Digests, and how many had been let go before."""
@@ -43,6 +44,9 @@ class Source:
             raise RuntimeError("unreadable")
         self.loaded.append(digest)
         return DecodedExpert(digest, {"w": DenseValues(torch.zeros(100 * int(digest[-1])))})
+
+    def keep(self, digest: str) -> None:
+        self.kept.append(digest)
 
     def claim(self, digest: str) -> None:
         self.claimed.append((digest, len(self.let_go)))
@@ -100,6 +104,15 @@ def bench() -> Iterator[Bench]:
 def test_the_base_needs_nothing(bench: Bench) -> None:
     bench.request()
     assert bench.granted == [BASE_MIX]
+
+
+def test_what_has_been_handed_out_is_kept_afterwards_and_what_failed_is_not(bench: Bench) -> None:
+    bench.source.broken.add("b1")
+    for digest in ("a1", "b1", "c1"):
+        bench.request(digest)
+    bench.settle(lambda: len(bench.granted) == 2 and len(bench.refused) == 1)
+    bench.residency._pool.submit(lambda: None).result(timeout=60)
+    assert bench.source.loaded == bench.source.kept == ["a1", "c1"]
 
 
 def test_one_load_serves_all_who_wait_for_it(bench: Bench) -> None:

@@ -304,6 +304,8 @@ def test_a_device_that_decodes_is_given_what_is_stored(shelf: Shelf) -> None:
     loader = ApartLoader(shelf.store.read, HostTier(10 * shelf.size), transcode)
     digest = shelf.digests[1]
     expert, plain = loader.load(digest), shelf.loader(0).load(digest)
+    assert loader.host.used_bytes == 0, "whoever waits for it does not wait for a copy in host memory"
+    loader.keep(digest)
     stored = dict(read_packed(shelf.store.read(digest), base_manifest()))
     assert decoded == [name for name, tensor in stored.items() if isinstance(tensor, PackedTernary)]
     assert decoded
@@ -314,6 +316,70 @@ def test_a_device_that_decodes_is_given_what_is_stored(shelf: Shelf) -> None:
     decoded.clear()
     loader.load(digest)
     assert not decoded, "it came from host memory"
+
+
+def by_device(shelf: Shelf, host: HostTier) -> ApartLoader:
+    """A loader whose device decodes."""
+    return ApartLoader(shelf.store.read, host, lambda name, tensor, device: pack(tensor.decode(name), device))
+
+
+def test_what_a_device_has_decoded_is_kept_in_host_memory_once_it_has_been_handed_out(shelf: Shelf) -> None:
+    loader = by_device(shelf, HostTier(10 * shelf.size))
+    posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    residency = Residency(loader, 10 * shelf.size, posted.put)
+    granted: list[object] = []
+    residency.request(Mix.of({shelf.digests[0]: 1.0}), granted.append)
+    while not granted:
+        assert loader.host.used_bytes == 0
+        posted.get(timeout=60)()
+    residency._pool.submit(lambda: None).result(timeout=60)
+    assert loader.host.digests() == {shelf.digests[0]}
+    residency.close()
+
+
+@pytest.mark.parametrize("end", ["evicted", "dropped"])
+def test_nothing_is_kept_in_host_memory_of_what_has_left_the_device_before(shelf: Shelf, end: str) -> None:
+    """Its memory on the device is another's by then; or nobody is to be given it any more."""
+    loader = by_device(shelf, HostTier(10 * shelf.size))
+    digest = shelf.digests[0]
+    expert = loader.load(digest)
+    if end == "evicted":
+        loader.evicted(expert)
+    else:
+        loader.drop(digest)
+    loader.keep(digest)
+    assert not loader._unkept
+    assert loader.host.used_bytes == 0
+
+
+def test_what_is_dropped_while_it_is_copied_to_the_host_is_not_kept(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, digest = by_device(shelf, HostTier(10 * shelf.size)), shelf.digests[0]
+    loader.load(digest)
+
+    def meanwhile(parcel: Parcel) -> Parcel:
+        loader.drop(parcel.digest)
+        return parcel
+
+    monkeypatch.setattr(Parcel, "on_host", meanwhile)
+    loader.keep(digest)
+    assert loader.host.used_bytes == 0
+
+
+def test_a_host_without_memory_for_a_copy_lets_go_of_the_device_s(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader, digest = by_device(shelf, HostTier(10 * shelf.size)), shelf.digests[0]
+    loader.load(digest)
+
+    def full(parcel: Parcel) -> Parcel:
+        raise MemoryError
+
+    monkeypatch.setattr(Parcel, "on_host", full)
+    loader.keep(digest)
+    assert not loader._unkept
+    assert "is not kept in host memory" in caplog.text
 
 
 def test_without_memory_to_decode_in_the_host_decodes(shelf: Shelf) -> None:
@@ -369,6 +435,7 @@ def test_what_a_gpu_has_decoded_is_kept_in_memory_that_the_tier_has_locked(shelf
     loader = ExpertLoader(base_manifest(), device, shelf.store.read, host, transcode=transcode)
     digest = shelf.digests[0]
     first = loader.load(digest).parcel
+    loader.keep(digest)
     host.settle()
     assert host._entries[digest].locked
     assert kept(loader, digest).is_intact
