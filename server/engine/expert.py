@@ -9,9 +9,10 @@ from server.engine.kernels import LoadedDelta
 from server.engine.parcel import Parcel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodedExpert:
-    """All deltas of one expert on the device, by the name of the parameter they move.
+    """All deltas of one expert on the device, by the name of the parameter they move. Identity is the object's: loaded
+    again, it lies elsewhere.
 
     Attributes:
         parcel: the one buffer that the tensors are views of, if they are.

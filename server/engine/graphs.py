@@ -132,7 +132,7 @@ class DecodeGraphs:
         self._cache = cache
         self._max_batch = max_batch
         self._capture: Capture | None = capture
-        self._forms = None if kernels is None else MixedForms(kernels)
+        self._forms = None if kernels is None else MixedForms(kernels, max_batch)
         self._most_blocks = min(-(-model.context_length // BLOCK_TOKENS), cache.total_blocks)
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._logits = torch.empty(max_batch, model.vocabulary, dtype=torch.float32, device=model.device)
@@ -156,7 +156,7 @@ class DecodeGraphs:
         width = padded_width(max(-(-s.length // BLOCK_TOKENS) for s in layout.segments), self._most_blocks)
         form: Form | None = None
         if terms is not None:
-            form = None if self._forms is None else self._forms.of(terms, rows)
+            form = None if self._forms is None else self._forms.of(terms)
             if form is None:
                 return None
         key = (rows, width, moved, None if form is None else form.key)
@@ -188,7 +188,7 @@ class DecodeGraphs:
         inputs = StepInputs(rows, width, self._cache.scratch_slot, device)
         held = None
         if terms is not None and form is not None and self._forms is not None:
-            held = HeldTerms(terms, form, rows, self._forms.kernels, device)
+            held = HeldTerms(terms, form, rows, self._forms, device)
         plan = [] if held is None else held.plan
 
         def step() -> None:

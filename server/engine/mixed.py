@@ -10,12 +10,12 @@ it was loaded.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,37 +24,55 @@ from server.engine.forwards import Forward, Vectors, linear, looked_up, moved_ro
 from server.engine.kernels import Group, Kernels, Overwrites, Term
 from server.engine.layout import Span
 from server.engine.merged import terms_of
+from server.engine.mixed_tables import MatrixTables
+from server.engine.mixed_vectors import Flags, PackedVectors, rows_of
 from server.engine.sites import Kind, Site
 from store.mix import Mix
-
-_VECTOR_MIXES = 64
-"""Mixes whose merged norms and biases are kept, least recently used first out: vectors are small."""
-
-
-@dataclass(frozen=True, eq=False)
-class SiteTerms:
-    """What a step adds at one module.
-
-    Attributes:
-        groups: rows with deltas of its matrix.
-        vectors: of a norm its vectors; of a linear layer what its bias is moved by; None where they are the base's.
-    """
-
-    groups: tuple[Group, ...]
-    vectors: Vectors | None
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """What a step adds, module by module."""
+    """What a step adds: its rows, their mixes, and the experts of these.
 
-    sites: tuple[tuple[Site, SiteTerms], ...] = ()
+    Attributes:
+        spans: all rows of the step.
+        logit_spans: the rows whose logits are wanted.
+        experts: every expert of the spans' mixes, by digest.
+        weights: what they are added to.
+    """
+
+    spans: tuple[Span, ...]
+    logit_spans: tuple[Span, ...]
+    experts: Mapping[str, DecodedExpert]
+    weights: MixedWeights
+
+    def groups(self, site: Site) -> tuple[Group, ...]:
+        """Rows with deltas of a site's matrix."""
+        return tuple(
+            Group(span.start, span.stop, tuple(terms))
+            for span in (self.logit_spans if site.head else self.spans)
+            if (terms := _beside(span.mix, site.names["weight"], self.experts))
+        )
+
+    def moved(self) -> Flags:
+        """`[sites]`: where vectors are moved, or rows of embeddings."""
+        moved = np.zeros(len(self.weights.sites), np.bool_)
+        for expert in self.experts.values():
+            moved |= self.weights.vectors.moved(expert)
+        for index in self.weights.embeddings:
+            name = self.weights.sites[index].names["weight"]
+            moved[index] = any(name in expert.tensors for expert in self.experts.values())
+        return moved
 
 
 class MixedWeights:
     """Applies mixes beside the weights, which must be the pristine ones.
 
     Attributes:
+        sites: where.
+        embeddings: the places of embeddings among these.
+        vectors: norms and biases of mixes.
+        tables: what kernels' tables say of experts.
         seconds: time spent on deltas. On a GPU, time to launch them.
     """
 
@@ -65,13 +83,13 @@ class MixedWeights:
         sites, unserved: as `find_sites` gives them for the model.
         parameters: checkpoint name → parameter.
         """
-        self._sites = sites
+        self.sites = sites
+        self.embeddings = [index for index, site in enumerate(sites) if site.kind is Kind.EMBEDDING]
+        self.vectors = PackedVectors(sites, parameters, kernels)
+        self.tables = MatrixTables(sites)
         self._unserved = unserved
-        self._parameters = parameters
         self._kernels = kernels
-        self._merged_vectors: OrderedDict[Mix, dict[str, torch.Tensor]] = OrderedDict()
-        self._planned_for: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
-        self._terms: Terms = Terms()
+        self._terms: Terms | None = None
         self._plan: list[tuple[nn.Module, Forward]] | None = None
         self.seconds = 0.0
 
@@ -83,7 +101,7 @@ class MixedWeights:
 
     def forget(self) -> None:
         """Let go of the experts of the last step, so that they can leave memory."""
-        self._planned_for, self._terms, self._plan = None, Terms(), None
+        self._terms = self._plan = None
 
     @contextmanager
     def carrying(
@@ -98,9 +116,7 @@ class MixedWeights:
         """
         terms = self.terms(spans, logit_spans, experts)
         if self._plan is None:
-            self._plan = [
-                (site.module, self._forward(site, found, (spans, logit_spans))) for site, found in terms.sites
-            ]
+            self._plan = list(self._prepare(terms))
         with running(self._plan):
             yield
 
@@ -108,48 +124,43 @@ class MixedWeights:
         self, spans: tuple[Span, ...], logit_spans: tuple[Span, ...], experts: Mapping[str, DecodedExpert]
     ) -> Terms:
         """What such a step adds: the same object as before, for the same rows."""
-        if self._planned_for != (spans, logit_spans):
+        known = self._terms
+        if known is None or (known.spans, known.logit_spans) != (spans, logit_spans):
             self.forget()
-            self._terms = Terms(tuple(self._prepare(spans, logit_spans, experts)))
-            self._planned_for = (spans, logit_spans)
-        return self._terms
+            own = {digest: experts[digest] for span in (*spans, *logit_spans) for digest, _ in span.mix.parts}
+            known = self._terms = Terms(spans, logit_spans, own, self)
+        return known
 
-    def _prepare(
-        self, spans: Items[Span], logit_spans: Items[Span], experts: Mapping[str, DecodedExpert]
-    ) -> Iterator[tuple[Site, SiteTerms]]:
-        for site in self._sites:
-            here = logit_spans if site.head else spans
-            digests = {digest for span in here for digest, _ in span.mix.parts}
-            moved = {n for n in site.names.values() if any(n in experts[digest].tensors for digest in digests)}
-            if not moved:
+    def _prepare(self, terms: Terms) -> Iterator[tuple[nn.Module, Forward]]:
+        moved = terms.moved()
+        both = ((False, terms.spans), (True, terms.logit_spans))
+        stacked = {head: self._stacked(spans, terms) for head, spans in both if spans and moved.any()}
+        for index, site in enumerate(self.sites):
+            spans = terms.logit_spans if site.head else terms.spans
+            if not spans:
                 continue
+            vectors = None
+            if moved[index] and site.kind is not Kind.EMBEDDING:
+                vectors = self.vectors.at(index, *stacked[site.head])
             if site.kind is Kind.VECTOR:
-                yield site, SiteTerms((), self._vectors(site, here, experts))
+                if vectors is not None:
+                    made = rowwise(site, vectors) if site.broadcasts else spanwise(site, spans, vectors)
+                    yield site.module, made
                 continue
-            weight = site.names["weight"]
-            groups = tuple(
-                Group(span.start, span.stop, tuple(terms))
-                for span in here
-                if (terms := _beside(span.mix, weight, experts))
-            )
-            shift = None
-            if site.kind is Kind.LINEAR and moved - {weight}:
-                vectors = self._vectors(site, here, experts)
-                # The difference to the pristine bias, which the module adds by itself.
-                pristine = self._parameters[site.names["bias"]].data
-                shift = Vectors({"bias": vectors.choices["bias"] - pristine}, vectors.which)
-            yield site, SiteTerms(groups, shift)
+            groups = terms.groups(site)
+            if site.kind is Kind.EMBEDDING and groups:
+                yield site.module, self._embedding(site, groups)
+            elif groups or vectors is not None:
+                yield site.module, self._linear(site, groups, vectors)
 
-    def _forward(self, site: Site, found: SiteTerms, spans: tuple[Items[Span], Items[Span]]) -> Forward:
-        if site.kind is Kind.VECTOR:
-            assert found.vectors is not None
-            return rowwise(site, found.vectors) if site.broadcasts else spanwise(site, spans[site.head], found.vectors)
-        if site.kind is Kind.LINEAR:
-            return self._linear(site, found.groups, found.vectors)
+    def _stacked(self, spans: Items[Span], terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+        stacked = self.vectors.stacked(spans, terms.experts)
+        return stacked, torch.from_numpy(rows_of(spans)).to(stacked.device, non_blocking=True)
 
+    def _embedding(self, site: Site, groups: Items[Group]) -> Forward:
         def table(tokens: torch.Tensor) -> torch.Tensor:
             started = time.perf_counter()
-            made = moved_rows(site.module, found.groups, tokens)
+            made = moved_rows(site.module, groups, tokens)
             self.seconds += time.perf_counter() - started
             return made
 
@@ -195,32 +206,6 @@ class MixedWeights:
             return y.view(*x.shape[:-1], -1)
 
         return forward
-
-    def _vectors(self, site: Site, spans: Items[Span], experts: Mapping[str, DecodedExpert]) -> Vectors:
-        names = {attribute: name for attribute, name in site.names.items() if self._parameters[name].ndim == 1}
-        merged = [self._merged(span.mix, names.values(), experts) for span in spans]
-        device = next(self._parameters[name].device for name in names.values())
-        lengths = torch.tensor([span.stop - span.start for span in spans])
-        which = torch.repeat_interleave(torch.arange(len(spans)), lengths).to(device)
-        choices = {a: torch.stack([values[name] for values in merged]) for a, name in names.items()}
-        return Vectors(choices, which)
-
-    def _merged(self, mix: Mix, names: Iterable[str], experts: Mapping[str, DecodedExpert]) -> dict[str, torch.Tensor]:
-        """These vectors as the mix has them."""
-        known = self._merged_vectors.setdefault(mix, {})
-        self._merged_vectors.move_to_end(mix)
-        if len(self._merged_vectors) > _VECTOR_MIXES:
-            self._merged_vectors.popitem(last=False)
-        for name in names:
-            if name not in known:
-                pristine = self._parameters[name].data
-                terms = terms_of(mix, name, experts)
-                if terms:
-                    known[name] = torch.empty_like(pristine)
-                    self._kernels.merge(known[name], pristine, terms)
-                else:
-                    known[name] = pristine
-        return known
 
 
 def _beside(mix: Mix, name: str, experts: Mapping[str, DecodedExpert]) -> list[Term]:

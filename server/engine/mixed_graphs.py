@@ -14,96 +14,89 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
 from server.engine.forwards import Forward, Vectors, linear, looked_up, moved_rows, rowwise
 from server.engine.kernels import Kernels
-from server.engine.mixed import SiteTerms, Terms
+from server.engine.kernels.gpu_batches import BatchTables
+from server.engine.kernels.gpu_tables import Launch
+from server.engine.mixed import MixedWeights, Terms
+from server.engine.mixed_vectors import Flags, rows_of
 from server.engine.sites import Kind, Site
-
-if TYPE_CHECKING:
-    from server.engine.kernels.gpu_tables import Launch
-
-_CPU = torch.device("cpu")
-Launches = tuple[tuple["Launch", ...], ...]
-"""Of every site, with padded tables on the CPU."""
+from store.mix import Mix
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """How a step's terms are launched: steps of one key differ in the contents of their tables alone."""
+    """How a step's terms are launched: steps of one key differ in the contents of their tables alone.
+
+    Attributes:
+        moved: `[sites]`, where there are vectors or embeddings of experts.
+    """
 
     key: Hashable
-    launches: Launches
+    tables: BatchTables
+    moved: Flags
 
 
 class MixedForms:
     """Finds the forms of steps, for the kernels that read their tables from the device."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, most_rows: int) -> None:
         """Args:
         kernels: `TritonKernels`.
+        most_rows: of a step.
         """
         self.kernels: Any = kernels
-        self._known: WeakKeyDictionary[Terms, tuple[int, Form | None]] = WeakKeyDictionary()
+        self.room = VectorRoom(most_rows)
+        self._known: WeakKeyDictionary[Terms, Form | None] = WeakKeyDictionary()
 
-    def of(self, terms: Terms, rows: int) -> Form | None:
-        """The form of a step whose batch is padded to so many rows; None if it cannot be captured."""
-        known = self._known.get(terms)
-        if known is None or known[0] != rows:
-            known = self._known[terms] = (rows, self._form(terms, rows))
-        return known[1]
+    def of(self, terms: Terms) -> Form | None:
+        """The form of a decode step; None if it cannot be captured."""
+        if terms not in self._known:
+            self._known[terms] = self._form(terms)
+        return self._known[terms]
 
-    def _form(self, terms: Terms, rows: int) -> Form | None:
-        keys: list[Hashable] = []
-        launches: list[tuple[Launch, ...]] = []
-        for site, found in terms.sites:
-            own = self._launches(site, found, rows)
-            if own is None:
-                return None
-            kinds = [(launch.sparse, launch.tile, launch.chunks, launch.one, launch.levels) for launch in own]
-            sizes = [len(launch.table) for launch in own]
-            keys.append((id(site), found.vectors is None, *kinds, *sizes))
-            launches.append(own)
-        return Form(tuple(keys), tuple(launches))
-
-    def _launches(self, site: Site, found: SiteTerms, rows: int) -> tuple[Launch, ...] | None:
-        from server.engine.kernels.gpu_tables import make_plan
-
-        if site.kind is Kind.VECTOR:
-            return () if site.broadcasts else None
-        if site.kind is Kind.EMBEDDING or not found.groups:
-            return ()
-        shape = found.groups[0].terms[0][1].shape
-        fused = self.kernels.fuse_rows
-        if shape[1] == 1 or any(fused is not None and g.stop - g.start >= fused for g in found.groups):
+    def _form(self, terms: Terms) -> Form | None:
+        sites, fused = terms.weights.sites, self.kernels.fuse_rows
+        if any(not s.mix.is_base and fused is not None and s.stop - s.start >= fused for s in terms.spans):
             return None
-        plan = make_plan(found.groups, rows, (shape[0], shape[1]), _CPU)
-        # In an order that does not depend on who comes first: they add to different rows.
-        ordered = sorted(plan.launches, key=lambda launch: (launch.sparse, launch.tile))
-        return None if plan.wide else tuple(padded(launch) for launch in ordered)
+        moved = terms.moved()
+        if any(sites[i].kind is Kind.VECTOR and not sites[i].broadcasts for i in np.flatnonzero(moved).tolist()):
+            return None
+        tables = terms.weights.tables.of(terms.spans, terms.experts, padded=True)
+        return Form((tables.key, moved.tobytes()), tables, moved) if tables.complete else None
 
 
-def padded(launch: Launch) -> Launch:
-    """The same launch with chunks of no rows and terms that no chunk has, to one of few sizes."""
-    from server.engine.kernels.gpu_tables import CHUNK_FIELDS, TERM_FIELDS
+class VectorRoom:
+    """Where all captured steps find the norms and biases of their mixes, one after the other: no two run at once."""
 
-    terms = launch.terms
-    chunks = _power(launch.chunks)
-    count = _power(len(terms) // TERM_FIELDS)
-    table = torch.zeros(chunks * CHUNK_FIELDS + count * TERM_FIELDS, dtype=torch.int64)
-    table[: launch.chunks * CHUNK_FIELDS] = launch.table[: launch.chunks * CHUNK_FIELDS]
-    table[chunks * CHUNK_FIELDS :][: len(terms)] = terms
-    return replace(launch, chunks=chunks, table=table)
+    def __init__(self, most_mixes: int) -> None:
+        self._most_mixes = most_mixes
+        self._stacked: torch.Tensor | None = None
+        self._mixes: list[Mix] = []
 
+    def stacked(self, weights: MixedWeights) -> torch.Tensor:
+        """`[most mixes, bytes]` uint8, at the same address every time."""
+        if self._stacked is None:
+            own = weights.vectors
+            self._stacked = torch.zeros(self._most_mixes, own.nbytes, dtype=torch.uint8, device=own.device)
+        return self._stacked
 
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    def fill(self, terms: Terms) -> None:
+        """Take in the vectors of a step's mixes."""
+        mixes = [span.mix for span in terms.spans]
+        if mixes != self._mixes:
+            # Nothing is certain if this fails half-way.
+            self._mixes = []
+            terms.weights.vectors.stacked(terms.spans, terms.experts, self.stacked(terms.weights)[: len(mixes)])
+            self._mixes = mixes
 
 
 class HeldTerms:
@@ -113,41 +106,37 @@ class HeldTerms:
         plan: modules and what they compute in that step, from these tensors.
     """
 
-    def __init__(self, terms: Terms, form: Form, rows: int, kernels: Any, device: torch.device) -> None:
-        size = sum(len(launch.table) for own in form.launches for launch in own)
+    def __init__(self, terms: Terms, form: Form, rows: int, forms: MixedForms, device: torch.device) -> None:
+        size = form.tables.size + rows
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._tables = torch.zeros(size, dtype=torch.int64, device=device)
-        self._kernels = kernels
-        self._vectors: list[Vectors | None] = []
-        self._moved: list[torch.Tensor | None] = []
+        self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._which = self._device[form.tables.size :]
+        self._kernels = forms.kernels
+        self._room = forms.room
+        self._embeddings: list[tuple[Site, torch.Tensor]] = []
         self._filled: Form | None = None
         self.plan: list[tuple[nn.Module, Forward]] = []
-        start = 0
-        for (site, found), own in zip(terms.sites, form.launches, strict=True):
-            fixed = []
-            for launch in own:
-                stop = start + len(launch.table)
-                fixed.append(replace(launch, table=self._tables[start:stop]))
-                start = stop
-            self.plan.append((site.module, self._forward(site, found, fixed, rows)))
+        weights = terms.weights
+        launches = dict(zip(weights.tables.sites, form.tables.launches(self._device), strict=True))
+        for index, site in enumerate(weights.sites):
+            vectors = None
+            if form.moved[index] and site.kind is not Kind.EMBEDDING:
+                vectors = weights.vectors.at(index, self._room.stacked(weights), self._which)
+            if form.moved[index] or launches.get(index):
+                self.plan.append((site.module, self._forward(site, vectors, launches.get(index) or (), rows)))
 
-    def _forward(self, site: Site, found: SiteTerms, launches: Items[Launch], rows: int) -> Forward:
-        vectors = None if found.vectors is None else _room(found.vectors, rows)
-        self._vectors.append(vectors)
-        table = None
+    def _forward(self, site: Site, vectors: Vectors | None, launches: Items[Launch], rows: int) -> Forward:
         if site.kind is Kind.EMBEDDING:
             weight = site.module.get_parameter("weight")
             table = weight.data.new_zeros(rows, weight.shape[1])
-        self._moved.append(table)
-        if table is not None:
+            self._embeddings.append((site, table))
             return looked_up(site, lambda _: table)
         if site.kind is Kind.VECTOR:
             assert vectors is not None
             return rowwise(site, vectors)
 
         def add(y: torch.Tensor, x: torch.Tensor) -> None:
-            for launch in launches:
-                self._kernels._add(launch, y, x)
+            self._kernels.add_launches(y, x, launches)
 
         return linear(site.module.forward, add, vectors)
 
@@ -157,24 +146,16 @@ class HeldTerms:
         Args:
             ids: `[rows]` int64, its tokens.
         """
-        for (site, found), table in zip(terms.sites, self._moved, strict=True):
-            if table is not None:
-                table.copy_(moved_rows(site.module, found.groups, ids))
+        for site, table in self._embeddings:
+            table.copy_(moved_rows(site.module, terms.groups(site), ids))
+        if form.moved.any():
+            self._room.fill(terms)
         if self._filled is form:
             return
-        for (_, found), vectors in zip(terms.sites, self._vectors, strict=True):
-            if vectors is not None and found.vectors is not None:
-                for name, choices in found.vectors.choices.items():
-                    vectors.choices[name][: len(choices)] = choices
-                vectors.which[: len(found.vectors.which)] = found.vectors.which
-                vectors.which[len(found.vectors.which) :] = 0
-        if len(self._host):
-            torch.cat([launch.table for own in form.launches for launch in own], out=self._host)
-            self._tables.copy_(self._host, non_blocking=True)
+        tables, size = self._host.numpy(), form.tables.size
+        form.tables.fill(tables[:size])
+        which = rows_of(terms.spans)
+        tables[size : size + len(which)] = which
+        tables[size + len(which) :] = 0
+        self._device.copy_(self._host, non_blocking=True)
         self._filled = form
-
-
-def _room(vectors: Vectors, rows: int) -> Vectors:
-    """For as many mixes as there may be in so many rows."""
-    choices = {name: choice.new_zeros(rows, choice.shape[1]) for name, choice in vectors.choices.items()}
-    return Vectors(choices, vectors.which.new_zeros(rows))

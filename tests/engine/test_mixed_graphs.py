@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +18,12 @@ from server.engine.expert import DecodedExpert
 from server.engine.graphs import Capture, DecodeGraphs, GraphCapture, eagerly
 from server.engine.host_tier import HostTier
 from server.engine.kernels import backend
+from server.engine.kernels.types import BitPlanes, SparseRows
 from server.engine.kv_cache import KVCache
-from server.engine.layout import lay_out
+from server.engine.layout import Span, lay_out
 from server.engine.loader import ExpertLoader
 from server.engine.mixed import MixedWeights
+from server.engine.mixed_graphs import Form, HeldTerms, MixedForms
 from server.engine.model import BaseModel
 from server.engine.scheduler import Work
 from server.engine.sequence import Sequence
@@ -92,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from server.engine.kernels.gpu import TritonKernels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonKernels, "_add", as_launch(TritonKernels._add))
+        patch.setattr(TritonKernels, "add_launches", as_launch(TritonKernels.add_launches))
         yield World(tmp_path_factory.mktemp("world"), "qwen2")
 
 
@@ -110,6 +116,56 @@ def test_a_mix_whose_deltas_are_of_two_forms_runs_as_ever(world: World) -> None:
     graphs = world.graphs(eagerly)
     assert not world.check(graphs, [Mix.of(dict.fromkeys(world.digests[:2], 0.5))])
     assert graphs.captures == 0
+
+
+def held_by(world: World, experts: dict[str, DecodedExpert], mixes: list[Mix]) -> tuple[Form, HeldTerms]:
+    """The tensors of a captured step with a row for each mix, filled; the step itself is forgotten."""
+    spans = tuple(Span(mix, row, row + 1) for row, mix in enumerate(mixes))
+    forms = MixedForms(world.kernels, MAX_BATCH)
+    terms = world.mixed.terms(spans, spans, experts)
+    form = forms.of(terms)
+    assert form is not None
+    held = HeldTerms(terms, form, len(mixes), forms, world.device)
+    held.fill(terms, form, torch.arange(len(mixes)))
+    world.mixed.forget()
+    return form, held
+
+
+def written(form: Form) -> set[int]:
+    """What stands in the tables: addresses, among other numbers."""
+    tables = np.zeros(form.tables.size, np.int64)
+    form.tables.fill(tables)
+    return set(tables.tolist())
+
+
+def matrices(expert: DecodedExpert) -> set[int]:
+    """Where the expert's deltas of linear layers lie."""
+    deltas = [delta for name, delta in expert.tensors.items() if "_proj.weight" in name]
+    assert all(isinstance(delta, BitPlanes | SparseRows) for delta in deltas)
+    fields = [getattr(delta, field.name) for delta in deltas for field in dataclasses.fields(delta)]
+    return {field.data_ptr() for field in fields if isinstance(field, torch.Tensor)}
+
+
+def test_an_evicted_expert_leaves_memory_and_is_found_anew_when_it_comes_back(world: World) -> None:
+    """Although a captured step still has tables that say where it was, and its digest is the same."""
+    mixes, digest = world.mixes[1:3], world.digests[0]
+    experts = {**world.experts, digest: world.loader.load(digest)}
+    form, held = held_by(world, experts, mixes)
+    first = matrices(experts[digest])
+    assert first <= written(form)
+    parcel = experts[digest].parcel
+    assert parcel is not None
+    memory, stays = weakref.ref(parcel.buffer), parcel.buffer.untyped_storage()
+    del parcel, experts[digest]
+    gc.collect()
+    assert memory() is None
+    experts[digest] = world.loader.load(digest)  # elsewhere, for that place is not free yet
+    assert stays.nbytes()
+    assert held.plan
+    later, _ = held_by(world, experts, mixes)
+    assert matrices(experts[digest]) <= written(later)
+    assert first.isdisjoint(written(later))
+    assert later.key == form.key
 
 
 @pytest.mark.gpu

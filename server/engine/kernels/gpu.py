@@ -124,6 +124,18 @@ class TritonKernels:
                 self._plain.add_linear(total, own, [Group(0, len(total), wide.dense)])
             y[rows] = total.to(y.dtype)
 
+    def add_launches(self, y: torch.Tensor, x: torch.Tensor, launches: Sequence[Launch]) -> None:
+        """`add_linear` by tables that are there already. Calls on one x, one after the other, share what is made of it:
+        x must not be written to in between.
+
+        Args:
+            y, x: as for `add_linear`; x has more than one column.
+            launches: on rows within the batch, and deltas of the shape; what their tables name must outlive them.
+        """
+        _check(y, x)
+        for launch in launches:
+            self._add(launch, y, x)
+
     def fused_linear(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
     ) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 
 from server.engine.kernels.types import (
@@ -145,17 +146,20 @@ def term_fields(weight: float, delta: PackedDelta, first_row: int = 0) -> tuple[
     return (1, factor, 0, 0, *lists, delta.entries.data_ptr(), levels)
 
 
+def tile_of(sparse: bool, rows: int) -> int:
+    """Batch rows of the tiles that so many rows of a group are cut into."""
+    if sparse and rows <= _SINGLY:
+        return 1
+    tiles = SPARSE_TILES if sparse else PLANES_TILES
+    return next((tile for tile in tiles if rows <= tile), tiles[-1])
+
+
 def _launches(groups: Sequence[Group], device: torch.device) -> tuple[Launch, ...]:
     """By form and tile; each group's terms must be of one form."""
     sorted_out: dict[tuple[bool, int], list[Group]] = {}
     for group in groups:
         sparse = isinstance(group.terms[0][1], SparseRows)
-        tiles = SPARSE_TILES if sparse else PLANES_TILES
-        size = group.stop - group.start
-        tile = next((tile for tile in tiles if size <= tile), tiles[-1])
-        if sparse and size <= _SINGLY:
-            tile = 1
-        sorted_out.setdefault((sparse, tile), []).append(group)
+        sorted_out.setdefault((sparse, tile_of(sparse, group.stop - group.start)), []).append(group)
     return tuple(_launch(sparse, tile, some, device) for (sparse, tile), some in sorted_out.items())
 
 
@@ -186,4 +190,5 @@ def _dense(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 def _bits(value: float) -> int:
     """A float32's bits as a signed integer."""
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    with np.errstate(over="ignore"):
+        return int(np.float64(value).astype(np.float32).view(np.int32))
