@@ -14,7 +14,7 @@ from server.engine.graphs import DecodeGraphs, GraphCapture, eagerly
 from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
-from server.engine.paged_kernels import best_kernel
+from server.engine.paged_kernels import best_kernel, best_writer
 from server.engine.scheduler import Batch
 from server.engine.scheduler import Work as Share
 from server.engine.sequence import Sequence
@@ -41,6 +41,7 @@ class Bench:
         self.model: BaseModel = random_base(lab)
         self.cache = KVCache(self.model.kv_shape, lab.effort.kv_bytes, lab.device)
         self.cache.attend = best_kernel(self.cache, self.model.query_heads)
+        self.cache.write = best_writer(self.cache)
         capture = GraphCapture(lab.device) if lab.on_gpu else eagerly
         tables = kernels if kernels.name == "triton" else None
         self.graphs = DecodeGraphs(self.model, self.cache, MOST_ROWS, capture, tables)

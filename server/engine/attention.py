@@ -23,6 +23,9 @@ PagedKernel = Callable[
 ]
 """Attends to decodes: `gathered`, or what `server.engine.paged_kernels` finds."""
 
+CacheWriter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Writes a step's keys and values to a layer's cache: `copied`, or what `server.engine.paged_kernels` finds."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -54,6 +57,7 @@ class Decodes:
     rows: torch.Tensor | None = None
     _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
     _narrow: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
+    _arrived: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor:
         """`[decodes, 1, 1, keys]` bool: which cached keys each sees; the same for all layers of a window."""
@@ -70,6 +74,12 @@ class Decodes:
         if self._narrow is None:
             self._narrow = self.table.int(), self.lengths.int()
         return self._narrow
+
+    def arrived(self, count: int) -> torch.Tensor:
+        """`[count]` int32 zeros, the same for all layers: counters of programs, which set them back."""
+        if count not in self._arrived:
+            self._arrived[count] = torch.zeros(count, dtype=torch.int32, device=self.table.device)
+        return self._arrived[count]
 
 
 @dataclass
@@ -179,8 +189,7 @@ def paged_attention(
     if batch.cache is not None:
         layer: int = module.layer_idx  # type: ignore[assignment]
         keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-        keys.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, key[0].transpose(0, 1))
-        values.view(-1, kv_heads, head_dim).index_copy_(0, batch.slots, value[0].transpose(0, 1))
+        (batch.cache.write or copied)(keys, values, key[0], value[0], batch.slots)
     decodes = batch.decodes
     if decodes is not None and decodes.rows is None:
         return _attend_decodes(batch)(query[0], keys, values, decodes, scaling, sliding_window, softcap)[None], None
@@ -211,6 +220,14 @@ def paged_attention(
 
 def _attend_decodes(batch: AttentionBatch | SlotBatch) -> PagedKernel:
     return gathered if batch.cache is None or batch.cache.attend is None else batch.cache.attend
+
+
+def copied(
+    keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """`key` and `value` `[kv_heads, rows, head_dim]` to their slots `[rows]` of a layer's blocks. A `CacheWriter`."""
+    for cached, new in ((keys, key), (values, value)):
+        cached.view(-1, *cached.shape[2:]).index_copy_(0, slots, new.transpose(0, 1))
 
 
 def gathered(

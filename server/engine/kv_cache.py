@@ -66,6 +66,8 @@ class KVCache:
         self.values = [self._storage[layer, 1] for layer in range(shape.layers)]
         self.attend: Callable[..., torch.Tensor] | None = None
         """What attends to it for single tokens, if not PyTorch to gathered blocks (`server.engine.paged_kernels`)."""
+        self.write: Callable[..., None] | None = None
+        """What writes a step's keys and values to it, if not PyTorch."""
         self._pool = BlockPool(range(blocks - 1, NULL_BLOCK, -1))
         self._reuse = reuse_prefixes
         self._secret = secrets.token_bytes(32)

@@ -23,7 +23,7 @@ from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
 from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
-from server.engine.paged_kernels import best_kernel
+from server.engine.paged_kernels import best_kernel, best_writer
 from server.engine.residency import Residency
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
@@ -63,6 +63,7 @@ class Worker:
         self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs)
         self._host, self._bus = loader.host, loader.bus
         self.cache.attend = best_kernel(self.cache, model.query_heads)
+        self.cache.write = best_writer(self.cache)
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
         self.scheduler = Scheduler(
             self.cache,

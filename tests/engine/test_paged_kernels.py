@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from server.engine import paged_kernels
-from server.engine.attention import Decodes, gathered
+from server.engine.attention import Decodes, copied, gathered
 from server.engine.kv_cache import KVCache, KVShape
-from server.engine.paged_kernels import attends_rightly, best_kernel, flash
+from server.engine.paged_kernels import attends_rightly, best_kernel, best_writer, flash, writes_rightly
 
 LIKE = torch.zeros(1)
 SIZES = (2, 6, 8)
+OWN = "server.engine.gpu_attention"
 
 
 def with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -90,15 +91,22 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if name not in functions:
             raise ImportError(name)
         found = ModuleType(name)
-        found.flash_attn_with_kvcache = functions[name]  # type: ignore[attr-defined]
+        for function in ("flash_attn_with_kvcache", "for_device", "store"):
+            setattr(found, function, functions[name])
         return found
 
     monkeypatch.setattr(paged_kernels, "import_module", module)
-    right = attends_rightly
+    right, like = attends_rightly, torch.zeros(1, dtype=torch.bfloat16)
     monkeypatch.setattr(
         paged_kernels,
         "attends_rightly",
-        lambda kernel, kv, heads, dim, like: right(kernel, kv, heads, dim, torch.zeros(1, dtype=torch.bfloat16)),
+        lambda kernel, kv, heads, dim, _, caps: right(kernel, kv, heads, dim, torch.zeros(1, dtype=like.dtype), caps),
+    )
+    right_writes = writes_rightly
+    monkeypatch.setattr(
+        paged_kernels,
+        "writes_rightly",
+        lambda write, kv, dim, _: right_writes(write, kv, dim, torch.zeros(1, dtype=like.dtype)),
     )
     return functions
 
@@ -119,15 +127,43 @@ def test_a_library_is_used_where_it_is_right_and_the_next_one_where_it_is_not(
     assert best_kernel(cache, SIZES[1]) is not gathered
     installed["flash_attn_interface"] = lambda q, *_, **__: q
     assert best_kernel(cache, SIZES[1]) is gathered
-    assert "flash_attn_interface is not used: it attends to the paged cache otherwise" in caplog.text
+    assert "flash_attn_interface is not used: it treats the paged cache otherwise" in caplog.text
+
+
+def test_where_no_library_is_right_our_own_kernel_is_if_it_is(
+    installed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache: Any = OnGpu(torch.bfloat16)
+    own = flash(with_kvcache, "page_table")
+    installed[OWN] = lambda device: own
+    assert best_kernel(cache, SIZES[1]) is own
+    installed["flash_attn_interface"] = lambda q, *_, **__: q
+    assert best_kernel(cache, SIZES[1]) is own
+    installed["flash_attn_interface"] = with_kvcache
+    assert best_kernel(cache, SIZES[1]) is not own, "a library goes first"
+    del installed["flash_attn_interface"]
+    installed[OWN] = lambda device: lambda *args: own(*args[:-1], None)
+    assert best_kernel(cache, SIZES[1]) is gathered, "its scores are not capped"
+    assert "the kernel in Triton is not used: it treats the paged cache otherwise" in caplog.text
+
+
+def test_keys_and_values_are_written_by_what_writes_rightly(installed: dict[str, Any]) -> None:
+    cache: Any = OnGpu(torch.float32)
+    assert best_writer(cache) is copied, "Triton is not installed"
+    installed[OWN] = right = lambda *args: copied(*args)
+    assert best_writer(cache) is right
+    installed[OWN] = lambda *args: copied(*args[:-1], args[-1] ^ 1)
+    assert best_writer(cache) is copied
 
 
 def test_a_cpu_and_full_precision_gather(installed: dict[str, Any]) -> None:
     installed["flash_attn_interface"] = with_kvcache
+    installed[OWN] = lambda device: flash(with_kvcache, "page_table")
     single: Any = OnGpu(torch.float32)
     assert best_kernel(single, SIZES[1]) is gathered
     shape = KVShape(1, SIZES[0], SIZES[2], torch.bfloat16)
     assert best_kernel(KVCache(shape, 4 * shape.block_bytes, torch.device("cpu")), SIZES[1]) is gathered
+    assert best_writer(KVCache(shape, 4 * shape.block_bytes, torch.device("cpu"))) is copied
     assert "flash_attn_interface" not in sys.modules
 
 
