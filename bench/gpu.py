@@ -25,7 +25,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import gpu_checks, gpu_kernels, gpu_loads, gpu_peers, gpu_quantised, gpu_real, gpu_search, gpu_steps
+from bench import (
+    gpu_attention,
+    gpu_checks,
+    gpu_kernels,
+    gpu_loads,
+    gpu_peers,
+    gpu_quantised,
+    gpu_real,
+    gpu_search,
+    gpu_steps,
+)
 from bench.gpu_bench import Bench
 from bench.gpu_lab import DRY, FULL, Lab
 from bench.report import RESULTS, Bar, Row, show, write
@@ -124,6 +134,7 @@ def measure(run: Run, kernels: Kernels, implementations: list[Kernels], real: tu
     run.section("kernel by kernel: prompts", lambda: (gpu_kernels.fused_rows(lab, implementations[-1]), []))
     run.section("kernel by kernel: loads", lambda: (gpu_kernels.transcode_rows(lab, implementations[-1]), []))
     run.section("the base in eight and four bits", lambda: (gpu_quantised.product_rows(lab), []))
+    run.section("attention over the paged cache", lambda: (gpu_attention.attention_rows(lab), []))
     run.section("prompts among the centres of experts", lambda: (gpu_search.search_rows(lab), []))
     if real is not None:
         run.section("a real base with real experts", lambda: (gpu_real.real(lab, *real, kernels.name), []))

@@ -47,7 +47,7 @@ def test_the_gpu_benchmark_runs_dry_where_there_is_no_web_stack(tmp_path: Path) 
     assert "Error" not in done.stderr
     (path,) = (tmp_path / "out").iterdir()
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert len({row["section"] for row in result["rows"]}) == 17, "the card and sixteen sections"
+    assert len({row["section"] for row in result["rows"]}) == 18, "the card and seventeen sections"
     assert {bar["id"].rpartition(".0.")[0] or bar["id"] for bar in result["bars"]} == {
         *("gpu.one_expert", "gpu.eight_experts", "gpu.thirty_two", "gpu.thirty_two_sparse", "gpu.switch"),
         *("gpu.registered", "gpu.cold", "gpu.resident", "gpu.end_to_end"),
