@@ -29,8 +29,12 @@ _COMBINED = 8192
 """Sums of other programs that the last one reads at a time, in all of its registers together."""
 _PROGRAMS_PER_PROCESSOR = 3
 """As many as its shared memory has room for."""
-_TOKENS_PER_SPLIT = 2048
-"""Wider tables are cut further than it takes to fill the device, for rows of very unequal lengths."""
+_LONG = 512
+"""Tokens of a split from which a context is cut further than it takes to fill the device, so that a long one among
+short ones does not end long after them."""
+_FURTHER = 8
+"""Into how many parts at most, but for very wide tables: programs that nothing is left for take time too."""
+_VERY_LONG = 4096
 _INTERPRETED_PROCESSORS = 4
 _EVERYTHING = 2**31 - 1
 _LOG2_E = math.log2(math.e)
@@ -39,15 +43,15 @@ _LOG2_E = math.log2(math.e)
 @triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
     do_not_specialize=[
         *("query_ptr", "table_ptr", "lengths_ptr"),
-        *("head_stride", "row_stride", "width", "window"),
+        *("head_stride", "row_stride", "width", "window", "fill"),
     ]
 )
 def attend_splits(  # type: ignore[no-untyped-def]
     out_ptr, query_ptr, keys_ptr, values_ptr, table_ptr, lengths_ptr, sums_ptr, peaks_ptr, arrived_ptr,
-    head_stride, row_stride, width, window, scale, cap,
+    head_stride, row_stride, width, window, fill, scale, cap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr, AT_ONCE: tl.constexpr,
-    CAPPED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, LONG: tl.constexpr, KEPT: tl.constexpr,
+    AT_ONCE: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Up to M query heads of one key head over one split of one row's context, whole tiles of TILE tokens.
 
@@ -63,6 +67,7 @@ def attend_splits(  # type: ignore[no-untyped-def]
         peaks_ptr: `[2, rows, grid 0, splits, KEPT]` float32: their largest scores, and sums of weights.
         arrived_ptr: `[rows, grid 0]` int32, zeros before and after.
         window: how many of the latest tokens are seen.
+        fill: into how many splits a row is cut for the device's sake; more where these were longer than LONG tiles.
         scale, cap: scores are `scale · q·k`, or capped `cap · tanh(½ ln 2 · scale · q·k)`; powers of two are taken.
     """
     part, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -78,7 +83,7 @@ def attend_splits(  # type: ignore[no-untyped-def]
     least = tl.maximum(length - window, 0)
     first = least // TILE
     tiles = tl.cdiv(length, TILE) - first
-    share = tl.cdiv(tiles, splits)
+    share = tl.maximum(tl.cdiv(tiles, splits), tl.minimum(tl.cdiv(tiles, fill), LONG))
     begin = first + split * share
     end = tl.minimum(begin + share, first + tiles)
     if begin >= end:
@@ -209,6 +214,7 @@ def fixed(dtype: torch.dtype, kv_heads: int, heads: int, head_dim: int, capped: 
     """Constants of `attend_splits`, and options of its compiler, for caches and queries of these sizes."""
     group = heads // kv_heads
     wide = max(16, triton.next_power_of_2(head_dim))
+    tile = min(128, max(32, _TILE_BYTES // (wide * dtype.itemsize)))
     kept = triton.next_power_of_2(min(group, _MEMBERS))
     half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return {
@@ -218,7 +224,8 @@ def fixed(dtype: torch.dtype, kv_heads: int, heads: int, head_dim: int, capped: 
         "BLOCK": BLOCK_TOKENS,
         "M": _MEMBERS,
         "D": wide,
-        "TILE": min(128, max(32, _TILE_BYTES // (wide * dtype.itemsize))),
+        "TILE": tile,
+        "LONG": _LONG // tile,
         "KEPT": kept,
         "AT_ONCE": max(1, _COMBINED // (kept * wide)),
         "CAPPED": capped,
@@ -262,8 +269,9 @@ def _attend(
     width = decodes.table.shape[1]
     parts = kv_heads * triton.cdiv(constants["GROUP"], _MEMBERS)
     tokens = width * BLOCK_TOKENS
-    wanted = max(triton.cdiv(programs, rows * parts), triton.cdiv(tokens, _TOKENS_PER_SPLIT))
-    splits = min(wanted, triton.cdiv(tokens, constants["TILE"]))
+    fill = max(1, programs // (rows * parts))
+    further = max(min(_FURTHER, triton.cdiv(tokens, _LONG)), triton.cdiv(tokens, _VERY_LONG))
+    splits = min(max(fill, further), triton.cdiv(tokens, constants["TILE"]))
     scale = head_dim**-0.5 if scaling is None else scaling
     out = query.new_empty(rows, heads, head_dim)
     cells = rows * parts * splits * constants["KEPT"]
@@ -271,7 +279,7 @@ def _attend(
     attend_splits[(parts, splits, rows)](
         out, query, keys, values, decodes.table, decodes.lengths, sums, peaks, decodes.arrived(rows * parts),
         query.stride(0), query.stride(1), width,
-        _EVERYTHING if window is None else window,
+        _EVERYTHING if window is None else window, fill,
         scale * _LOG2_E if softcap is None else 2 * scale * _LOG2_E / softcap,
         0.0 if softcap is None else softcap * _LOG2_E,
         **constants,
