@@ -12,7 +12,7 @@ forms, dense matrices), and norms that cannot be computed row by row, is not cap
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,7 @@ class MixedForms:
         """
         self.kernels: Any = kernels
         self.room = VectorRoom(most_rows)
+        self.aside = Aside(most_rows)
         self._known: WeakKeyDictionary[Terms, Form | None] = WeakKeyDictionary()
 
     def of(self, terms: Terms) -> Form | None:
@@ -72,6 +73,51 @@ class MixedForms:
             return None
         tables = terms.weights.tables.of(terms.spans, terms.experts, padded=True)
         return Form((tables.key, moved.tobytes()), tables, moved) if tables.complete else None
+
+
+class Aside:
+    """Where all captured steps compute what experts add, on a stream of its own while the base's product is computed:
+    a few short kernels, each of which waits for the one before, beside one that only waits for memory."""
+
+    overlaps = True
+
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self._most_size = 0
+        self._sums: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def prepare(self, weights: MixedWeights) -> None:
+        """Know how much memory any product takes: it is taken once, as captured steps know where it is."""
+        sizes = (site.module.out_features for site in weights.sites if isinstance(site.module, nn.Linear))
+        self._most_size = max(sizes, default=0)
+
+    def product(
+        self, plain: Forward, x: torch.Tensor, size: int, add: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> torch.Tensor:
+        """`plain(x)`, and in the same rows what `add(y, x)` adds to zeros; the sum is rounded once more.
+
+        Args:
+            size: columns of the product.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if self._sums is None:
+            self._sums = x.new_empty(self._most_rows * self._most_size)
+            if self.overlaps and x.is_cuda:
+                self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        sums = self._sums[: len(rows) * size].view(len(rows), size)
+        if self._stream is None:
+            add(sums.zero_(), rows)
+            y: torch.Tensor = plain(x)
+        else:
+            current = torch.cuda.current_stream(x.device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                add(sums.zero_(), rows)
+            y = plain(x)
+            current.wait_stream(self._stream)
+        y.view(-1, size).add_(sums)
+        return y
 
 
 class VectorRoom:
@@ -113,6 +159,8 @@ class HeldTerms:
         self._which = self._device[form.tables.size :]
         self._kernels = forms.kernels
         self._room = forms.room
+        self._aside = forms.aside
+        self._aside.prepare(terms.weights)
         self._embeddings: list[tuple[Site, torch.Tensor]] = []
         self._filled: Form | None = None
         self.plan: list[tuple[nn.Module, Forward]] = []
@@ -135,10 +183,16 @@ class HeldTerms:
             assert vectors is not None
             return rowwise(site, vectors)
 
+        base, module = site.module.forward, site.module
+        assert isinstance(module, nn.Linear)
+
         def add(y: torch.Tensor, x: torch.Tensor) -> None:
             self._kernels.add_launches(y, x, launches)
 
-        return linear(site.module.forward, add, vectors)
+        def plain(x: torch.Tensor) -> torch.Tensor:
+            return self._aside.product(base, x, module.out_features, add)
+
+        return linear(plain if launches else base, _nothing, vectors)
 
     def fill(self, terms: Terms, form: Form, ids: torch.Tensor) -> None:
         """Take in a step of the same form.
@@ -159,3 +213,7 @@ class HeldTerms:
         tables[size + len(which) :] = 0
         self._device.copy_(self._host, non_blocking=True)
         self._filled = form
+
+
+def _nothing(y: torch.Tensor, x: torch.Tensor) -> None:
+    """What is added has been."""
