@@ -1,7 +1,8 @@
-"""Norms and rotary embeddings of a loaded network as one kernel each, where these compute what its own code does.
+"""Norms, gates and rotary embeddings of a loaded network as one kernel each, where these compute what its code does.
 
-Nothing is known of an architecture but names: modules called RMSNorm, a function called `apply_rotary_pos_emb`. Each is
-tried out on random numbers, on its device and in its dtype, and keeps its own code if anything comes out otherwise.
+Nothing is known of an architecture but names: modules called RMSNorm, modules with a `gate_proj`, a function called
+`apply_rotary_pos_emb`. Each is tried out on random numbers, on its device and in its dtype, and keeps its own code if
+anything comes out otherwise.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ log = logging.getLogger(__name__)
 _DEVICES = frozenset({"cuda"})
 """Where it is worth it. Triton's interpreter is for tests, which add the CPU."""
 _ROTARY = "apply_rotary_pos_emb"
+_GATED = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 _EPS_NAMES = ("variance_epsilon", "eps")
 _ROUNDINGS = {torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
-"""How far norms may be apart, in units of the last place: means are summed up in another order."""
+"""How far norms and gates may be apart, in units of the last place: sums have another order, exponentials errors."""
 _FEW = 0.01
 """The share of numbers that may be apart at all, in half precision: another way to round moves one in four."""
 _SCALES = (1.0, 1e-3, 30.0, 0.0)
@@ -41,7 +43,7 @@ Noise = Callable[..., torch.Tensor]
 
 
 def fuse(network: nn.Module, head_dim: int, cache_dir: Path | None) -> None:
-    """Give the network's norms and its modeling code's rotary embedding their fused forms, for good.
+    """Give the network's norms and gates and its modeling code's rotary embedding their fused forms, for good.
 
     Does nothing, or only a part, where something is missing or differs; says so in the log.
 
@@ -58,6 +60,7 @@ def fuse(network: nn.Module, head_dim: int, cache_dir: Path | None) -> None:
         # Read whenever something is compiled. What an operator has chosen stays.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
     norms = [module for module in network.modules() if type(module).__name__.endswith("RMSNorm")]
+    mlps = [module for module in network.modules() if set(module._modules) == _GATED]
     homes = sorted({type(module).__module__ for module in network.modules()})
     failed: dict[object, str] = {}
 
@@ -69,12 +72,11 @@ def fuse(network: nn.Module, head_dim: int, cache_dir: Path | None) -> None:
             return False
 
     fused = sum(tried(type(module), partial(fuse_norm, module)) for module in norms)
-    rotary = [
-        home for home in homes if tried(_ROTARY, partial(fuse_rotary, sys.modules[home], head_dim, device, dtype))
-    ]
+    gated = sum(tried(type(module), partial(fuse_mlp, module, device, dtype)) for module in mlps)
+    rotary = [h for h in homes if tried(h, partial(fuse_rotary, sys.modules[h], head_dim, device, dtype))]
     log.info(
-        "%d of %d norms are one kernel each; rotary embeddings of %s%s",
-        *(fused, len(norms), ", ".join(rotary) or "no module"),
+        "%d of %d norms and %d of %d gates are one kernel each; rotary embeddings of %s%s",
+        *(fused, len(norms), gated, len(mlps), ", ".join(rotary) or "no module"),
         "".join(f"; not {why}" for why in sorted(set(failed.values()))),
     )
 
@@ -88,22 +90,22 @@ def fuse_norm(module: nn.Module) -> bool:
     eps = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
     weight = module._parameters.get("weight")
     is_known = list(module.state_dict()) == ["weight"] and weight is not None and weight.ndim == 1
-    if eps is None or not is_known or "forward" in module.__dict__ or issubclass(kind, FusedNorm):
+    if eps is None or not is_known or "forward" in module.__dict__ or issubclass(kind, Fused):
         return False
     form = _form_of(module, getattr(module, eps))
     if form is None:
         return False
     # As for a class of its own, and not for an attribute: mixed mode puts its own `forward` there and takes it away.
-    module.__class__ = _fused_class(kind, eps, form)
+    module.__class__ = _norm_class(kind, eps, form)
     return True
 
 
-class FusedNorm:
-    """Marks the classes of fused norms."""
+class Fused:
+    """Marks the classes of fused norms and gates."""
 
 
 @cache
-def _fused_class(kind: Any, eps: str, form: NormForm) -> type[nn.Module]:
+def _norm_class(kind: Any, eps: str, form: NormForm) -> type[nn.Module]:
     from server.engine.gpu_elementwise import can_norm, rms_norm
 
     def forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -113,7 +115,7 @@ def _fused_class(kind: Any, eps: str, form: NormForm) -> type[nn.Module]:
             return result
         return rms_norm(x, weight.data, getattr(self, eps), form)
 
-    return type(kind.__name__, (FusedNorm, kind), {"forward": forward, "__module__": kind.__module__})
+    return type(kind.__name__, (Fused, kind), {"forward": forward, "__module__": kind.__module__})
 
 
 @torch.inference_mode()
@@ -145,7 +147,7 @@ def _norm_cases(width: int, noise: Noise) -> Iterator[tuple[torch.Tensor, torch.
 
 
 def _agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two norms are the same up to one rounding of what is multiplied, in few places."""
+    """Whether two results are the same up to one rounding of what is multiplied, in few places."""
     if got.shape != expected.shape or got.dtype != expected.dtype or _order(got) != _order(expected):
         return False
     limits, steps = torch.finfo(expected.dtype), _ROUNDINGS[expected.dtype]
@@ -158,6 +160,69 @@ def _agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
 def _order(x: torch.Tensor) -> list[int]:
     """Its strides, where there is something to step over."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def fuse_mlp(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Turn a gated layer into one of a class that computes silu(gate) · up in one kernel, if that is what it does.
+
+    Raises whatever compiling and running a kernel does.
+    """
+    kind: Any = type(module)
+    if set(module._modules) != _GATED or "forward" in module.__dict__ or issubclass(kind, Fused):
+        return False
+    if not _is_gated(module, device, dtype):
+        return False
+    module.__class__ = _mlp_class(kind)
+    return True
+
+
+@cache
+def _mlp_class(kind: Any) -> type[nn.Module]:
+    from server.engine.gpu_elementwise import can_gate, gated
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return kind.forward(self, x, *args, **kwargs)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(gated(gate, up) if can_gate(gate, up) else self.act_fn(gate) * up)
+
+    return type(kind.__name__, (Fused, kind), {"forward": forward, "__module__": kind.__module__})
+
+
+class _Given(nn.Module):
+    """Stands for a projection: answers with what it was made with, and keeps what it was asked."""
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        super().__init__()
+        self.answer = answer
+        self.asked: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked.append(x)
+        return self.answer
+
+
+@torch.inference_mode()
+def _is_gated(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a layer is down(silu(gate(x)) · up(x)) and nothing else, whatever its projections make of x."""
+    from server.engine.gpu_elementwise import can_gate, gated
+
+    noise = _noise(device, dtype)
+    for rows in (1, 3):
+        x, gate, up = noise(1, rows, 8), 5 * noise(1, rows, 1000), 5 * noise(1, rows, 1000)
+        own = dict(module._modules)
+        gates, ups, downs = (_Given(answer) for answer in (gate, up, noise(1, rows, 8)))
+        module._modules.update(gate_proj=gates, up_proj=ups, down_proj=downs)
+        try:
+            made = module(x)
+        finally:
+            module._modules.update(own)
+        asked = [seen[0] if len(seen) == 1 else None for seen in (gates.asked, ups.asked, downs.asked)]
+        if asked[0] is not x or asked[1] is not x or asked[2] is None or made is not downs.answer:
+            return False
+        if not can_gate(gate, up) or not _agree(gated(gate, up), asked[2]):
+            return False
+    return True
 
 
 def fuse_rotary(home: ModuleType, head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -22,6 +22,8 @@ _MOST_INNER = 65535
 """The size of a grid's second axis."""
 _HEADS = 4
 """Heads that one block of `rotate_heads` turns."""
+_NUMBERS = 1024
+"""That one block of `gate_numbers` makes."""
 _UNFUSED: dict[str, Any] = {} if INTERPRETED.value else {"enable_fp_fusion": False}
 """Fused multiply-adds round once where PyTorch's separate operations round twice."""
 
@@ -112,6 +114,17 @@ def rotate_heads(  # type: ignore[no-untyped-def]
         first = (tl.program_id(1) - tiles) * HEADS
         y, x = k_made_ptr + row * k_made_row, k_ptr + row * k_row
         _turn(y, x, k_made_head, k_head, first, k_heads, cos, sin, half, HEADS, BLOCK)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def gate_numbers(y_ptr, gate_ptr, up_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y = silu(gate) · up, BLOCK numbers of it."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    gate = rounded(gate / (1.0 + tl.exp(-gate)), y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + place, rounded(gate * up, y_ptr.dtype.element_ty), mask=inside)
 
 
 def can_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -205,6 +218,24 @@ def rotate_into(
         num_warps=1,
         **_UNFUSED,
     )
+
+
+def can_gate(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether `gated` can be had of these."""
+    return _plain(gate, up) and gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous()
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up (Shazeer 2020), number by number; silu(gate) is rounded to the dtype as well."""
+    y = torch.empty_like(gate)
+    if y.numel():
+        gate_into(y, gate, up)
+    return y
+
+
+def gate_into(y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
+    """`gated`, of some numbers."""
+    gate_numbers[(triton.cdiv(y.numel(), _NUMBERS),)](y, gate, up, y.numel(), BLOCK=_NUMBERS, **_UNFUSED)
 
 
 def _stride(x: torch.Tensor, axis: int) -> int:

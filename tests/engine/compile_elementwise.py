@@ -1,4 +1,4 @@
-"""Compiles what norms and rotary embeddings launch for one H100 that need not be there, and launches nothing:
+"""Compiles what norms, gates and rotary embeddings launch for one H100 that need not be there, and launches nothing:
 `python -m tests.engine.compile_elementwise`.
 
 Prints one JSON object: for each kernel and size how many programs many launches needed, and of these the bytes of
@@ -15,7 +15,7 @@ import torch
 from triton.runtime import driver
 
 from server.engine import gpu_elementwise
-from server.engine.gpu_elementwise import NORM_FORMS, norm_into, rotate_into
+from server.engine.gpu_elementwise import NORM_FORMS, gate_into, norm_into, rotate_into
 from tests.engine.kernels.compile_gpu import spilled
 from tests.engine.kernels.prepare_gpu import Absent
 
@@ -68,10 +68,21 @@ def rotations(head_dim: int, dtype: torch.dtype) -> None:
         rotate_into(torch.empty_like(q), torch.empty_like(k), q, k, cos, sin)
 
 
+def gates(width: int, dtype: torch.dtype) -> None:
+    for rows in (1, 3):
+        gate, up = (torch.zeros(1, rows, width, dtype=dtype) for _ in range(2))
+        gate_into(torch.empty_like(gate), gate, up)
+
+
 def main() -> None:
     driver.set_active(Absent())
     report = {}
-    for name, sizes, launch in (("norm_rows", WIDTHS, norms), ("rotate_heads", HEAD_DIMS, rotations)):
+    kernels = (
+        ("norm_rows", WIDTHS, norms),
+        ("rotate_heads", HEAD_DIMS, rotations),
+        ("gate_numbers", WIDTHS[1:2], gates),
+    )
+    for name, sizes, launch in kernels:
         kernel = getattr(gpu_elementwise, name)
         for size, dtype in itertools.product(sizes, DTYPES):
             watched = Compiled(kernel)

@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings in one kernel each compute what the modeling code of transformers does, or are not used.
+"""Norms, gates and rotary embeddings in one kernel each compute what transformers' own code does, or are not used.
 
 In Triton's interpreter; with a GPU the marked test runs the compiled kernels.
 """
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -36,7 +36,7 @@ from tests.zygote import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
 from server.engine import gpu_elementwise
-from server.engine.gpu_elementwise import NORM_FORMS, can_norm, can_rotate, rms_norm, rotate
+from server.engine.gpu_elementwise import NORM_FORMS, can_norm, can_rotate, gated, rms_norm, rotate
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,6 +141,69 @@ def test_rotations_are_the_same_bits(
         assert order(got) == order(expected)
 
 
+@interpreted
+@some
+@given(dtype=st.sampled_from(DTYPES), rows=st.integers(0, 3), width=st.integers(1, 800))
+def test_gates_of_any_shape(dtype: torch.dtype, rows: int, width: int) -> None:
+    gate, up = 5 * noise(0, 1, rows, width, dtype=dtype), noise(1, 1, rows, width, dtype=dtype)
+    expected = nn.functional.silu(gate) * up
+    got = gated(gate, up)
+    steps = 8 if dtype is torch.float32 else 2
+    torch.testing.assert_close(got, expected, rtol=steps * torch.finfo(dtype).eps, atol=1e-7)
+    if dtype is not torch.float32:
+        assert int((got != expected).sum()) <= max(1.0, expected.numel() / 100)
+
+
+class ClampedMLP(LlamaMLP):
+    """Large numbers are cut off."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(x)).clamp(max=7.0)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class ScaledMLP(LlamaMLP):
+    """Goes on with what its last projection makes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(x)
+
+
+class SwappedMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [LlamaMLP, ClampedMLP, ScaledMLP, SwappedMLP])
+def test_a_gate_is_fused_if_it_is_a_silu_and_a_product(kind: Any, dtype: torch.dtype) -> None:
+    module = kind(config()).to(dtype).requires_grad_(False)
+    before = dict(module._modules)
+    x = noise(0, 1, 4, 48, dtype=dtype)
+    expected = module(x)
+    assert fused.fuse_mlp(module, CPU, dtype) == (kind is LlamaMLP)
+    assert isinstance(module, fused.Fused) == (kind is LlamaMLP)
+    assert list(module._modules.items()) == list(before.items())
+    torch.testing.assert_close(module(x), expected)
+    assert not isinstance(module, fused.Fused) or not fused.fuse_mlp(module, CPU, dtype), "it is once"
+
+
+@interpreted
+def test_a_gate_of_another_function_keeps_its_code() -> None:
+    network = AutoModelForCausalLM.from_config(config("gemma3"))
+    mlp = network.model.layers[0].mlp
+    assert not fused.fuse_mlp(mlp, CPU, torch.float32)
+
+
+@interpreted
+def test_gradients_go_through_a_fused_gate() -> None:
+    module = LlamaMLP(config())
+    assert fused.fuse_mlp(module, CPU, torch.float32)
+    module(noise(0, 1, 2, 48)).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 def original() -> Any:
     """Llama's own rotary embedding, whatever stands in its place now."""
     function = modeling("llama").apply_rotary_pos_emb
@@ -180,7 +243,7 @@ def test_a_norm_is_fused_if_it_is_a_known_form(kind: Any, dtype: torch.dtype) ->
     before = module.weight.data_ptr()
     is_known = kind in NORMS or (kind is HalfwayRMSNorm and dtype is torch.float32)
     assert fused.fuse_norm(module) == is_known
-    assert isinstance(module, fused.FusedNorm) == is_known
+    assert isinstance(module, fused.Fused) == is_known
     assert isinstance(module, kind)
     assert module.weight.data_ptr() == before
     assert not fused.fuse_norm(module) or not is_known, "it is once"
@@ -270,12 +333,13 @@ def test_a_kernel_that_does_not_run_changes_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(gpu_elementwise, "norm_into", broken)
+    for name in ("norm_into", "rotate_into", "gate_into"):
+        monkeypatch.setattr(gpu_elementwise, name, broken)
     network = AutoModelForCausalLM.from_config(config())
     with caplog.at_level(logging.INFO, "server.engine.fused"):
         fused.fuse(network, 12, None)
-    assert not any(isinstance(module, fused.FusedNorm) for module in network.modules())
-    assert "no compiler" in caplog.text
+    assert not any(isinstance(module, fused.Fused) for module in network.modules())
+    assert caplog.text.count("no compiler") == 1
 
 
 def norms(network: nn.Module) -> list[nn.Module]:
@@ -296,8 +360,8 @@ def test_a_norm_that_cannot_be_tried_out_keeps_no_other_from_it(
     network = nn.ModuleList([GatedRMSNorm(8), LlamaRMSNorm(8), GatedRMSNorm(8)])
     with caplog.at_level(logging.INFO, "server.engine.fused"):
         fused.fuse(network, 12, None)
-    assert [isinstance(module, fused.FusedNorm) for module in network] == [False, True, False]
-    assert caplog.text.count("gate") == 1
+    assert [isinstance(module, fused.Fused) for module in network] == [False, True, False]
+    assert caplog.text.count("'gate'") == 1
 
 
 @interpreted
@@ -307,8 +371,8 @@ def test_rows_of_different_mixes_equal_their_merged_models(
 ) -> None:
     """Experts that move every norm, beside the base and side by side."""
     world = test_mixed.World(tmp_path, architecture)
-    assert all(isinstance(module, fused.FusedNorm) for module in norms(world.model.network))
-    assert not any(isinstance(module, fused.FusedNorm) for module in norms(world.model._early))
+    assert all(isinstance(module, fused.Fused) for module in norms(world.model.network))
+    assert not any(isinstance(module, fused.Fused) for module in norms(world.model._early))
     assert isinstance(modeling(architecture).apply_rotary_pos_emb, fused.FusedRotary)
     assert world.unserved == set()
     vectors = [site for site in world.sites if site.kind is Kind.VECTOR]
@@ -324,10 +388,11 @@ def test_captured_steps_have_the_norms_of_their_mixes(forced: pytest.MonkeyPatch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TritonKernels, "_add", as_launch(TritonKernels._add))
-        for name in ("norm_into", "rotate_into"):
+        for name in ("norm_into", "rotate_into", "gate_into"):
             patch.setattr(gpu_elementwise, name, as_launch(getattr(gpu_elementwise, name)))
         world = test_mixed_graphs.World(tmp_path, "llama")
-        assert all(isinstance(module, fused.FusedNorm) for module in norms(world.model.network))
+        assert all(isinstance(module, fused.Fused) for module in norms(world.model.network))
+        assert all(isinstance(layer.mlp, fused.Fused) for layer in world.model.network.get_submodule("model.layers"))
         _, _, two, three, four, five, _ = world.mixes
         graphs = world.graphs(replayed)
         for mixes in ([two, three], [five, four]):
@@ -336,7 +401,7 @@ def test_captured_steps_have_the_norms_of_their_mixes(forced: pytest.MonkeyPatch
 
 
 def test_they_compile_for_hopper() -> None:
-    """One program for each form of a norm and one for a rotation, whatever the rows; nothing spills, and nothing is
+    """One program for each form of a norm and one for anything else, whatever the rows; nothing spills, and nothing is
     rounded once where PyTorch rounds twice."""
     triton = importlib.import_module("triton")
     if not (Path(triton.__file__ or "").parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
@@ -347,9 +412,8 @@ def test_they_compile_for_hopper() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, report in json.loads(done.stdout).items():
-        launches, programs = (36, 2) if name.startswith("norm_rows") else (6, 1)
-        expected = {"launches": launches, "programs": programs, "spilled": 0, "multiply-adds": 0}
-        assert report == expected, name
+        assert report["programs"] == (2 if name.startswith("norm_rows") else 1) < report["launches"], name
+        assert report["spilled"] == report["multiply-adds"] == 0, name
 
 
 @pytest.mark.gpu
@@ -363,6 +427,8 @@ def test_a_network_on_a_gpu_has_all_of_it(architecture: str, dtype: torch.dtype)
     with torch.inference_mode():
         expected = network(ids).logits
         fused.fuse(network, 12, None)
-        assert all(isinstance(module, fused.FusedNorm) for module in norms(network))
+        assert all(isinstance(module, fused.Fused) for module in norms(network))
+        gates = [isinstance(layer.mlp, fused.Fused) for layer in network.model.layers]
+        assert dtype is torch.float32 or all(gates) == any(gates) == (architecture != "gemma3")
         assert isinstance(modeling(architecture).apply_rotary_pos_emb, fused.FusedRotary)
         torch.testing.assert_close(network(ids).logits, expected, rtol=0.0, atol=50 * torch.finfo(dtype).eps)
