@@ -3,13 +3,15 @@
 A base with the modules of an 8B one (224 matrices, 65 norms), whose tensors are tiny: time goes into addresses. A row
 per expert; experts move every matrix, with or without the norms, all as planes or each as planes or lists by chance,
 where hardly two matrices have their experts' forms in common. Timed is everything from the spans of a new batch to the
-tensors that its graph reads, filled, in turns with the same tables made matrix by matrix and group by group. Nothing
-is multiplied. Without a GPU, a copy to the device is one within the host's memory.
+tensors that its graph reads, filled, in turns with the same tables made matrix by matrix and group by group; and what
+Triton's kernels need where the last expert's row is a prompt of 200 and the step runs kernel by kernel. Nothing is
+multiplied. Without a GPU, a copy to the device is one within the host's memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import statistics
 import sys
@@ -26,6 +28,7 @@ from bench.gpu_lab import Size
 from bench.gpu_world import config_of, experts_of, parcel
 from server.engine.attention import ATTENTION_NAME
 from server.engine.expert import DecodedExpert
+from server.engine.kernels.gpu import TritonKernels
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import DenseValues
 from server.engine.layout import Span
@@ -43,6 +46,7 @@ PLANES, LISTS = 0.1, 0.012
 """Densities of matrices in these forms."""
 _KINDS = {"": (1.0, False), "with norms": (1.0, True), "with norms, forms by chance": (0.7, True)}
 """Share of planes, and whether norms are moved."""
+_PROMPT = 200
 _GOALS = {8: 2.0, 32: 4.0}
 """Experts → milliseconds."""
 
@@ -79,10 +83,9 @@ class Steps:
     """Batches of one form, one row per expert, and what it takes to go from one to another."""
 
     def __init__(self, model: BaseModel, found: Mapping[str, DecodedExpert], device: torch.device) -> None:
-        kernels = ReferenceKernels()
-        self._weights = MixedWeights(
-            *find_sites(model.network, model.parameters, model.try_out), model.parameters, kernels
-        )
+        kernels, sites = ReferenceKernels(), find_sites(model.network, model.parameters, model.try_out)
+        self._weights = MixedWeights(*sites, model.parameters, kernels)
+        self._uncaptured = MixedWeights(*sites, model.parameters, TritonKernels())
         self._forms = MixedForms(kernels, len(found))
         self._experts = found
         self._ids = torch.zeros(len(found), dtype=torch.int64, device=device)
@@ -108,6 +111,15 @@ class Steps:
         form = self._forms.of(terms)
         assert form is not None
         self._held[form.key].fill(terms, form, self._ids)
+
+    def with_a_prompt(self) -> None:
+        """A step that is not captured; of experts without norms, which Triton would have to merge."""
+        self._batches.reverse()
+        *rows, last = self._batches[0]
+        spans = (*rows, dataclasses.replace(last, stop=last.start + _PROMPT))
+        self._uncaptured.forget()
+        with self._uncaptured.carrying(spans, self._batches[0], self._experts):
+            pass
 
     def one_by_one(self) -> None:
         """The tables alone, without norms."""
@@ -148,16 +160,19 @@ def main() -> None:
     for count, goal in _GOALS.items():
         for kind, (share, norms) in _KINDS.items():
             steps = Steps(model, experts(model, count, share, norms, given.device), given.device)
-            taken: dict[str, list[float]] = {"at once": [], "one by one": []}
+            works = {"at once": steps.at_once, "one by one": steps.one_by_one}
+            if not norms:
+                works["with a prompt"] = steps.with_a_prompt
+            taken: dict[str, list[float]] = {name: [] for name in works}
             for turn in range(given.rounds + 2):
-                for name, work in (("at once", steps.at_once), ("one by one", steps.one_by_one)):
+                for name, work in works.items():
                     spent = milliseconds(work, given.device)
                     if turn > 1:  # vectors of mixes are merged when a mix first comes
                         taken[name].append(spent)
-            ms, before = (statistics.median(times) for times in taken.values())
+            ms, before, *prompt = (statistics.median(times) for times in taken.values())
             what = f"{count} experts {kind}".strip()
             rows.append({"what": what, "ms": ms, "least ms": min(taken["at once"]), "ms one by one": before,
-                         "×": before / ms})  # fmt: skip
+                         "×": before / ms, "ms with a prompt": prompt[0] if prompt else None})  # fmt: skip
             if share == 1.0:
                 said = f"host work of a batch change at 224 matrices, {what}, ms"
                 bars.append(report.bar(f"batch_change.{count}{'.norms' if norms else ''}", said, ms, "<=", goal))

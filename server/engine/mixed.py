@@ -9,11 +9,13 @@ it was loaded.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import nn
 from server.engine.expert import DecodedExpert
 from server.engine.forwards import Forward, Vectors, linear, looked_up, moved_rows, rowwise, running, spanwise
 from server.engine.kernels import Group, Kernels, Overwrites, Term
+from server.engine.kernels.gpu_tables import Launch
 from server.engine.layout import Span
 from server.engine.merged import terms_of
 from server.engine.mixed_tables import MatrixTables
@@ -46,12 +49,17 @@ class Terms:
     experts: Mapping[str, DecodedExpert]
     weights: MixedWeights
 
-    def groups(self, site: Site) -> tuple[Group, ...]:
-        """Rows with deltas of a site's matrix."""
+    def at(self, site: Site) -> tuple[Span, ...]:
+        """The rows that a site sees."""
+        return self.logit_spans if site.head else self.spans
+
+    def groups(self, site: Site, least: int = 0, below: int = sys.maxsize) -> tuple[Group, ...]:
+        """Rows with deltas of a site's matrix, of mixes that have so many rows there."""
         return tuple(
             Group(span.start, span.stop, tuple(terms))
-            for span in (self.logit_spans if site.head else self.spans)
-            if (terms := _beside(span.mix, site.names["weight"], self.experts))
+            for span in self.at(site)
+            if least <= span.stop - span.start < below
+            and (terms := _beside(span.mix, site.names["weight"], self.experts))
         )
 
     def moved(self) -> Flags:
@@ -89,6 +97,8 @@ class MixedWeights:
         self.tables = MatrixTables(sites)
         self._unserved = unserved
         self._kernels = kernels
+        self._launching: Any = kernels if kernels.name == "triton" else None
+        """The kernels, if they take tables that are there already."""
         self._terms: Terms | None = None
         self._plan: list[tuple[nn.Module, Forward]] | None = None
         self.seconds = 0.0
@@ -135,23 +145,57 @@ class MixedWeights:
         moved = terms.moved()
         both = ((False, terms.spans), (True, terms.logit_spans))
         stacked = {head: self._stacked(spans, terms) for head, spans in both if spans and moved.any()}
+        launches = self._launches(terms)
         for index, site in enumerate(self.sites):
-            spans = terms.logit_spans if site.head else terms.spans
-            if not spans:
+            if not terms.at(site):
                 continue
             vectors = None
             if moved[index] and site.kind is not Kind.EMBEDDING:
                 vectors = self.vectors.at(index, *stacked[site.head])
             if site.kind is Kind.VECTOR:
                 if vectors is not None:
-                    made = rowwise(site, vectors) if site.broadcasts else spanwise(site, spans, vectors)
+                    made = rowwise(site, vectors) if site.broadcasts else spanwise(site, terms.at(site), vectors)
                     yield site.module, made
-                continue
-            groups = terms.groups(site)
-            if site.kind is Kind.EMBEDDING and groups:
-                yield site.module, self._embedding(site, groups)
-            elif groups or vectors is not None:
-                yield site.module, self._linear(site, groups, vectors)
+            elif site.kind is Kind.EMBEDDING:
+                if moved[index]:
+                    yield site.module, self._embedding(site, terms.groups(site))
+            else:
+                ready, least = launches.get(index), self._least(site)
+                large = terms.groups(site, least)
+                small = () if ready is not None else terms.groups(site, 0, least)
+                if ready or large or small or vectors is not None:
+                    yield site.module, self._linear(site, large, small, ready or (), vectors)
+
+    def _least(self, site: Site) -> int:
+        """Rows of a mix from which a layer multiplies with moved weights."""
+        least = self._kernels.fuse_rows
+        return sys.maxsize if least is None or type(site.module).forward is not nn.Linear.forward else least
+
+    def _launches(self, terms: Terms) -> dict[int, tuple[Launch, ...]]:
+        """Layers, by their places, whose few rows of a mix take launches alone, and these: all of their tables are made
+        at once and sent in one copy. None for kernels that take no tables."""
+        if self._launching is None:
+            return {}
+        alike: dict[tuple[bool, int], list[int]] = {}
+        for matrix, index in enumerate(self.tables.sites.tolist()):
+            site = self.sites[index]
+            alike.setdefault((site.head, self._least(site)), []).append(matrix)
+        batches = []
+        for (head, least), matrices in alike.items():
+            spans = terms.logit_spans if head else terms.spans
+            few = [span for span in spans if span.stop - span.start < least]
+            batches.append(self.tables.of(few, terms.experts, np.array(matrices, np.int64)))
+        tables = np.empty(sum(batch.size for batch in batches), np.int64)
+        edges = np.cumsum([0, *(batch.size for batch in batches)]).tolist()
+        for batch, start, stop in zip(batches, edges[:-1], edges[1:], strict=True):
+            batch.fill(tables[start:stop])
+        sent = torch.from_numpy(tables).to(self.vectors.device, non_blocking=True)
+        found: dict[int, tuple[Launch, ...]] = {}
+        for matrices, batch, start, stop in zip(alike.values(), batches, edges[:-1], edges[1:], strict=True):
+            for index, own in zip(self.tables.sites[matrices].tolist(), batch.launches(sent[start:stop]), strict=True):
+                if own is not None:
+                    found[index] = own
+        return found
 
     def _stacked(self, spans: Items[Span], terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
         stacked = self.vectors.stacked(spans, terms.experts)
@@ -166,20 +210,23 @@ class MixedWeights:
 
         return looked_up(site, table)
 
-    def _linear(self, site: Site, groups: Items[Group], vectors: Vectors | None) -> Forward:
-        module = site.module
-        add, least = self._kernels.add_linear, self._kernels.fuse_rows
-        plain: Forward = module.forward
-        if least is not None and type(module).forward is nn.Linear.forward:
-            large = [group for group in groups if group.stop - group.start >= least]
-            if large:
-                plain = self._fused(module, large)
-                groups = [group for group in groups if group not in large]
+    def _linear(
+        self,
+        site: Site,
+        large: Items[Group],
+        small: Items[Group],
+        launches: Items[Launch],
+        vectors: Vectors | None,
+    ) -> Forward:
+        """Rows of `large` are multiplied with moved weights; those of `small`, or of the launches, are added to."""
+        plain = self._fused(site.module, large) if large else site.module.forward
 
         def added(rows: torch.Tensor, x: torch.Tensor) -> None:
             started = time.perf_counter()
-            if groups:
-                add(rows, x, groups)
+            if launches:
+                self._launching.add_launches(rows, x, launches)
+            if small:
+                self._kernels.add_linear(rows, x, small)
             self.seconds += time.perf_counter() - started
 
         return linear(plain, added, vectors)

@@ -107,6 +107,9 @@ def test_the_gpus_kernels_carry_a_model(tmp_path: Path, monkeypatch: pytest.Monk
     sizes = products_with_moved_weights(world, monkeypatch)
     world.check(world.prompts()[:4])
     assert set(sizes) == {7, 10}
+    one, two, _ = world.digests
+    world.check([(Mix.of({two: 1.0}), [5]), (Mix.of({one: 0.5, two: 0.5}), [1, 2]), (BASE_MIX, [3])])
+    assert set(sizes) == {7, 10}
 
 
 def products_with_moved_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
