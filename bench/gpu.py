@@ -51,10 +51,12 @@ class Run:
 
     Attributes:
         only: a pattern that titles of sections must have in them.
+        keep: called after every section, so that a run that is cut off is not lost.
     """
 
     lab: Lab
     only: str = ""
+    keep: Callable[[Run], object] = lambda _: None
     rows: list[Row] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -83,6 +85,7 @@ class Run:
         self.bars += bars
         show(rows, bars, title=f"{title} ({time.monotonic() - began:.0f} s)")
         sys.stdout.flush()
+        self.keep(self)
 
 
 def checks(lab: Lab, implementations: list[Kernels]) -> tuple[list[Row], list[Bar]]:
@@ -118,10 +121,10 @@ def measure(run: Run, kernels: Kernels, implementations: list[Kernels], real: tu
         "decode steps": gpu_steps.decode,
         "decode steps as CUDA graphs": gpu_steps.graphs,
         "a hundred experts beside the base": gpu_steps.registered,
-        "cold experts": gpu_loads.cold,
         "switches": gpu_steps.switch,
-        "against transformers' continuous batching": gpu_peers.peers,
         "experts that fit": gpu_steps.resident,
+        "cold experts": gpu_loads.cold,
+        "against transformers' continuous batching": gpu_peers.peers,
     }
     if any(run.wants(title) for title in on_base):
         run.section("a base of random weights", load, always=True)
@@ -170,18 +173,23 @@ def main() -> int:
     card = torch.cuda.get_device_name(device) if lab.on_gpu else "CPU, a dry run"
     print(f"{card}: copies {lab.copied / 1e9:.0f} GB/s, multiplies {lab.multiplied / 1e12:.2f} TFLOP/s in {lab.dtype}, "
           f"takes {lab.carried / 1e9:.0f} GB/s from the host")  # fmt: skip
-    run = Run(lab, arguments.only)
-    measure(run, kernels, implementations, (arguments.base, arguments.experts) if arguments.base else None)
-    for failure in run.failures:
-        print(f"FAILED {failure}")
-    print(f"{time.monotonic() - began:.0f} s; {len(run.bars)} bars, {sum(b['met'] for b in run.bars)} met")
     folder = arguments.out or (None if arguments.dry_run else RESULTS)
-    if folder is not None:
+
+    def keep(run: Run) -> None:
+        if folder is None:
+            return
         card_row: Row = {"section": "card", "copied GB/s": lab.copied / 1e9, "kernels": kernels.name,
                          "multiplied TFLOP/s": lab.multiplied / 1e12, "carried GB/s": lab.carried / 1e9,
                          "failures": run.failures}  # fmt: skip
         command = f"python -m bench.gpu {' '.join(sys.argv[1:])}".strip()
         write("gpu", command, [card_row, *run.rows], run.bars, device=slug(card), folder=folder)
+
+    run = Run(lab, arguments.only, keep)
+    measure(run, kernels, implementations, (arguments.base, arguments.experts) if arguments.base else None)
+    keep(run)
+    for failure in run.failures:
+        print(f"FAILED {failure}")
+    print(f"{time.monotonic() - began:.0f} s; {len(run.bars)} bars, {sum(b['met'] for b in run.bars)} met")
     return 1 if run.failures else 0
 
 
