@@ -40,8 +40,9 @@ from store.packed import PackedTernary
 
 _log = logging.getLogger(__name__)
 
-FUSE_ROWS = 128
-"""Rows from which a product with moved weights is faster than two products: a full tile of them shares one decoding."""
+FUSE_ROWS = 1024
+"""Rows from which a product with moved weights is faster than two products, summed over a layer: on an H100 it was at
+2,048 rows, with planes and with lists, and at 512 with lists only (`python -m bench.gpu`)."""
 
 _TILE_SUMS = 128 * 32
 """Most sums of a tile of `add_bytes` or `add_planes`."""
