@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import httpx
 import numpy as np
 
 from bench.peers.replay import Peer, Replay, decode_speed, replay
@@ -54,16 +55,23 @@ async def measure(
         tests: held-out rows of every expert.
     """
     scores: dict[str, float] = {}
+    failed: list[Row] = []
     for peer in peers:
-        scores[peer.name] = await _scored(peer, tests, effort.natural)
-        print(f"{peer.name}: {scores[peer.name]:.2f} of the answers are right", file=sys.stderr)
+        try:
+            scores[peer.name] = await _scored(peer, tests, effort.natural)
+        except httpx.HTTPError as problem:
+            failed.append({"server": peer.name, "skipped": f"{type(problem).__name__}: {problem}"})
+            print(f"{peer.name}: does not answer", file=sys.stderr)
+        else:
+            print(f"{peer.name}: {scores[peer.name]:.2f} of the answers are right", file=sys.stderr)
+    peers = [peer for peer in peers if peer.name in scores]
     replays: dict[str, list[Replay]] = {peer.name: [] for peer in peers}
     for turn in range(effort.rounds):
         trace = mixed(tests, effort.requests, seed=turn)
         for peer in _rotated(peers, turn):
             replays[peer.name].append(await replay(peer, trace, CLIENTS))
             print(f"round {turn}: {peer.name}, {replays[peer.name][-1].seconds:.1f} s", file=sys.stderr)
-    rows: list[Row] = [_row(peer, replays[peer.name], scores[peer.name]) for peer in peers]
+    rows: list[Row] = [_row(peer, replays[peer.name], scores[peer.name]) for peer in peers] + failed
     speeds = {name: [one.tokens_per_second for one in some] for name, some in replays.items()}
     theirs = [name for name in speeds if name not in (OURS, OURS_INT4)]
     found = [_compared("mixed trace", name, speeds) for name in theirs]

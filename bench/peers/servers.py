@@ -26,6 +26,7 @@ from server.engine.options import BaseWeights
 
 CLIENTS = 16
 CONTEXT = 512
+BLOCK = 32
 """Tokens that llama.cpp keeps room for, per client: enough for every prompt and answer of the trace."""
 START_SECONDS = 180.0
 DTYPE = "bfloat16"
@@ -91,7 +92,12 @@ def transformers_serve(subject: Subject, python: Path, batching: bool, dtype: st
     """
     port = free_port()
     command = [str(python.with_name("transformers")), "serve", "--port", str(port), "--dtype", dtype]
-    command += ["--device", "cpu", *(["--continuous-batching"] if batching else [])]
+    command += ["--device", "cpu"]
+    if batching:
+        # Every model has a cache of its own, and by default one of all memory that is free.
+        blocks = str(CLIENTS * CONTEXT // BLOCK)
+        command += ["--continuous-batching", "--cb-block-size", str(BLOCK), "--cb-num-blocks", blocks]
+        command += ["--cb-max-batch-tokens", str(CONTEXT)]
 
     def body(one: Asked) -> dict[str, Any]:
         folder = subject.tuned[one.expert] if one.expert else subject.base
