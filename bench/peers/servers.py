@@ -26,8 +26,9 @@ from server.engine.options import BaseWeights
 
 CLIENTS = 16
 CONTEXT = 512
+"""Tokens that peers keep room for, per client: enough for every prompt and answer of the trace."""
 BLOCK = 32
-"""Tokens that llama.cpp keeps room for, per client: enough for every prompt and answer of the trace."""
+"""Tokens of a block of transformers' cache."""
 START_SECONDS = 180.0
 DTYPE = "bfloat16"
 
