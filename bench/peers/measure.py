@@ -91,7 +91,7 @@ async def _streams(
     story = Asked(None, STORY, effort.tokens)
 
     async def one(peer: Peer, _: int) -> float:
-        return decode_speed(peer, story)
+        return await decode_speed(peer, story)
 
     async def each(peer: Peer, turn: int) -> float:
         return (await replay(peer, one_each(tests, effort.tokens, turn), len(tests))).tokens_per_second

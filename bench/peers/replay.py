@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -15,6 +14,8 @@ from bench.peers.trace import Asked
 
 Body = Callable[[Asked], dict[str, Any]]
 TIMEOUT = 600.0
+SHORT = 4
+"""Tokens of a short answer."""
 
 
 class WrongAnswerError(RuntimeError):
@@ -89,27 +90,15 @@ async def _ask(http: httpx.AsyncClient, peer: Peer, asked: Asked) -> Answer:
     return Answer(text, int(usage["prompt_tokens"]), tokens, time.perf_counter() - began)
 
 
-def decode_speed(peer: Peer, asked: Asked) -> float:
-    """Tokens per second of one stream, from its first piece to its last: decoding alone.
+async def decode_speed(peer: Peer, asked: Asked) -> float:
+    """Tokens per second of one stream, decoding alone: how much longer a long answer takes than a short one. Pieces of a
+    stream tell less, as tokens without text come in none.
 
     Raises:
-        WrongAnswerError: the stream has fewer than two pieces.
+        WrongAnswerError: as `replay`; or a long answer took no longer than a short one.
     """
-    body = peer.body(asked) | {"stream": True}
-    with (
-        httpx.Client(base_url=peer.url, timeout=TIMEOUT, trust_env=False) as http,
-        http.stream("POST", "/v1/chat/completions", json=body) as response,
-    ):
-        response.raise_for_status()
-        times = [time.perf_counter() for _ in _pieces(response)]
-    if len(times) < 2:
-        raise WrongAnswerError(f"{peer.name}: a stream of {len(times)} pieces")
-    return (asked.max_tokens - 1) / (times[-1] - times[0])
-
-
-def _pieces(response: httpx.Response) -> Iterator[str]:
-    for line in response.iter_lines():
-        if line.startswith("data: {"):
-            for choice in json.loads(line.removeprefix("data: "))["choices"]:
-                if text := choice["delta"].get("content"):
-                    yield text
+    short = await replay(peer, [replace(asked, max_tokens=SHORT)], 1)
+    long = await replay(peer, [asked], 1)
+    if long.seconds <= short.seconds:
+        raise WrongAnswerError(f"{peer.name}: {asked.max_tokens} tokens came no later than {SHORT}")
+    return (asked.max_tokens - SHORT) / (long.seconds - short.seconds)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from bench.peers.adapters import MODULES, factors, write_adapter
 from bench.peers.peft_server import Generator, Waiting
-from bench.peers.replay import Peer, WrongAnswerError, replay
+from bench.peers.replay import SHORT, Peer, Replay, WrongAnswerError, decode_speed, replay
 from bench.peers.servers import Subject, peft
 from bench.peers.trace import LENGTHS, Asked, mixed, one_each
 from examples.tasks import Row
@@ -131,6 +131,21 @@ def test_an_unknown_adapter_is_no_answer(peer: Peer) -> None:
     """A replay does not count what a server refuses."""
     with pytest.raises(WrongAnswerError, match="404"):
         asyncio.run(replay(peer, [Asked("nobody", "hello", 3)], 1))
+
+
+def test_decoding_is_what_a_long_answer_takes_longer_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, per_token = [1.5], [0.25]
+
+    async def replayed(_: Peer, trace: list[Asked], concurrent: int) -> Replay:
+        assert concurrent == 1
+        return Replay(base[0] + per_token[0] * trace[0].max_tokens, ())
+
+    monkeypatch.setattr("bench.peers.replay.replay", replayed)
+    served = Peer("one", "http://nowhere", 0, lambda _: {})
+    assert asyncio.run(decode_speed(served, Asked(None, "hello", SHORT + 20))) == 4.0
+    per_token[0] = 0.0
+    with pytest.raises(WrongAnswerError, match="no later"):
+        asyncio.run(decode_speed(served, Asked(None, "hello", SHORT + 20)))
 
 
 def test_a_mixed_batch_answers_each_with_its_own_adapter(tiny: Subject) -> None:
