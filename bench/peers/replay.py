@@ -91,8 +91,8 @@ async def _ask(http: httpx.AsyncClient, peer: Peer, asked: Asked) -> Answer:
 
 
 async def decode_speed(peer: Peer, asked: Asked) -> float:
-    """Tokens per second of one stream, decoding alone: how much longer a long answer takes than a short one. Pieces of a
-    stream tell less, as tokens without text come in none.
+    """Tokens per second of one stream, decoding alone: how much longer a long answer takes than a short one. Pieces of
+    a stream tell less, as tokens without text come in none.
 
     Raises:
         WrongAnswerError: as `replay`; or a long answer took no longer than a short one.
