@@ -17,7 +17,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "merge.cpp"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.hpp", "planes.hpp", "sparse.hpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.hpp", "planes.hpp", "sparse.hpp", "terms.hpp"))
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0
