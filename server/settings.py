@@ -75,6 +75,11 @@ class Settings(ServiceSettings):
         ge=1,
         description="Most tokens in one step: bounds how long a long prompt can hold up running streams.",
     )
+    prefill_share: float = Field(
+        EngineSettings.prefill_share,
+        ge=0,
+        description="By what part of its time a newcomer's prompt may lengthen a step of running streams; 0: no bound.",
+    )
     turn_steps: int = Field(
         EngineSettings.turn_steps, ge=1, description="Steps a mix may run merged while another mix waits for its turn."
     )

@@ -69,6 +69,9 @@ class EngineSettings:
     """Most requests waiting or running before `QueueFullError`."""
     step_tokens: int = 512
     """Most tokens in one step: bounds how long a long prompt can hold up running streams."""
+    prefill_share: float = 0.25
+    """By what part of its time a step of running streams may grow for a newcomer's prompt
+    (`server.engine.prefill_budget`); 0: `step_tokens` alone bounds it."""
     turn_steps: int = 32
     """Steps a mix may run merged before another mix that waits gets its turn."""
     threads: int | None = None

@@ -15,6 +15,7 @@ from itertools import groupby
 
 from server.engine.fairness import ServiceCounters
 from server.engine.kv_cache import KVCache
+from server.engine.prefill_budget import PrefillBudget
 from server.engine.sequence import Sequence, SequenceState
 from store.mix import Mix
 
@@ -56,6 +57,12 @@ class Batch:
     work: list[Work]
     mixed: bool
 
+    def rows(self) -> tuple[int, int]:
+        """How many streams get their next token, and how many tokens of prompts there are. To be asked before the
+        sequences take note of the step."""
+        decodes = sum(item.sequence.decodes for item in self.work)
+        return decodes, sum(item.count for item in self.work) - decodes
+
     def by_mix(self) -> list[Batch]:
         """The same work, one batch per mix."""
         return [Batch(list(work), self.mixed) for _, work in groupby(self.work, key=lambda item: item.sequence.mix)]
@@ -80,15 +87,18 @@ class Scheduler:
         max_batch: int,
         step_tokens: int,
         turn_steps: int,
+        prefill: PrefillBudget | None = None,
         shareable: Callable[[Mix], bool] = lambda _: True,
     ) -> None:
         """Args:
+        prefill: what bounds prompts beside decodes, if not `step_tokens` alone.
         shareable: whether a mix can run in mixed mode at all; the others always run by themselves.
         """
         self._cache = cache
         self._max_batch = max_batch
         self._step_tokens = step_tokens
         self._turn_steps = turn_steps
+        self._prefill = prefill or PrefillBudget(0.0)
         self._shareable = shareable
         self._lanes: OrderedDict[Mix, Lane] = OrderedDict()
         self._steps_in_turn = 0
@@ -102,6 +112,11 @@ class Scheduler:
     @property
     def running(self) -> int:
         return sum(len(lane.running) for lane in self._lanes.values())
+
+    @property
+    def decoding(self) -> int:
+        """Running sequences that get a token at every step of their turn."""
+        return sum(sequence.decodes for lane in self._lanes.values() for sequence in lane.running)
 
     @property
     def lanes(self) -> Items[Lane]:
@@ -147,8 +162,8 @@ class Scheduler:
 
         The lane in front keeps its turn for `turn_steps` steps while others wait, then goes to the back, and the first
         of those with the tenant served least comes next; in mixed mode all that can share its steps do. Decodes come
-        first, so that running streams advance at every step of their turn; the rest of `step_tokens` goes to prompts,
-        in chunks: of the tenant served least, in order of arrival.
+        first, so that running streams advance at every step of their turn; the rest of `step_tokens`, or what the
+        prefill budget leaves of it, goes to prompts, in chunks: of the tenant served least, in order of arrival.
         """
         lane = self._front()
         if lane is None:
@@ -172,9 +187,12 @@ class Scheduler:
 
     def _fill(self, lanes: Items[Lane]) -> list[Work]:
         budget = self._step_tokens
+        bounded = False
         work: list[Work] = []
         running = sorted((s for lane in lanes for s in lane.running), key=lambda s: (s.pending > 1, s.id))
         for sequence in running[: self._max_batch]:
+            if sequence.pending > 1 and not bounded:
+                budget, bounded = min(budget, self._prompt_tokens(lanes)), True
             if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted for the sake of one before it
             count = min(sequence.pending, max(budget, 1 if sequence.pending == 1 else 0))
@@ -185,6 +203,8 @@ class Scheduler:
         work = [item for item in work if item.sequence.state is SequenceState.RUNNING]
         for item in work:
             self._settle(item)
+        if not bounded:
+            budget = min(budget, self._prompt_tokens(lanes))
         while budget > 0 and sum(len(lane.running) for lane in lanes) < self._max_batch:
             newcomer = self._next(lanes)
             if newcomer is None:
@@ -204,6 +224,18 @@ class Scheduler:
             self._settle(work[-1])
             budget -= work[-1].count
         return work
+
+    def _prompt_tokens(self, lanes: Items[Lane]) -> int:
+        """Most tokens of prompts in a step of these lanes."""
+        running = [sequence for lane in lanes for sequence in lane.running]
+        decodes = sum(sequence.decodes for sequence in running)
+        places = max(0, self._max_batch - len(running))
+        waiting = [sequence for lane in lanes for sequence in lane.waiting]
+        reading = [sequence for sequence in running if not sequence.decodes]
+        prompts = len(reading) + min(places, len(waiting))
+        longest = max((len(sequence.tokens) for sequence in (*reading, *waiting)), default=0)
+        bound = self._prefill.prompt_tokens(decodes, prompts, longest)
+        return self._step_tokens if bound is None else bound
 
     def _settle(self, item: Work) -> None:
         """What follows from work that will be done: its tenant is charged, and what it computes can be found."""

@@ -98,6 +98,11 @@ class Sequence:
         """Tokens that the next steps must still run through the model before one can be sampled."""
         return len(self.tokens) - self.computed
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its next step computes one token, on what the cache holds of it."""
+        return self.pending == 1 and self.computed > 0
+
     def to_score(self, count: int) -> range:
         """Which tokens of the prompt have their likelihood told by the logits of the next `count` tokens."""
         if self.request.sampling.prompt_logprobs is None:

@@ -24,6 +24,7 @@ from server.engine.model import BaseModel
 from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
 from server.engine.paged_kernels import best_kernel, best_writer
+from server.engine.prefill_budget import PrefillBudget
 from server.engine.residency import Residency
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
@@ -34,9 +35,6 @@ from store.mix import Mix
 from store.tiers import Tier
 
 log = logging.getLogger(__name__)
-
-_FEATURES_BESIDE = 4
-"""While somebody waits for an answer, routing features get this part of `step_tokens` between two steps, else all."""
 
 _NEEDS_MERGING = (
     "this mix must be merged into the weights; a quantised base does not permit that, base_weights=full does"
@@ -65,17 +63,19 @@ class Worker:
         self.cache.attend = best_kernel(self.cache, model.query_heads)
         self.cache.write = best_writer(self.cache)
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
+        self.prefill = PrefillBudget(settings.prefill_share)
         self.scheduler = Scheduler(
             self.cache,
             max_batch=settings.max_batch,
             step_tokens=settings.step_tokens,
             turn_steps=settings.turn_steps,
+            prefill=self.prefill,
             shareable=lambda mix: self.executor.shareable(mix, self.residency.experts),
         )
         self._chooser: ModeChooser | None = None
         if settings.mode is Mode.AUTO:
             self._chooser = ModeChooser(calibrate(model, kernels), settings.turn_steps)
-        self.features = FeatureQueue(model, outbox)
+        self.features = FeatureQueue(model, outbox, self.prefill, settings.step_tokens)
         self._held: set[Sequence] = set()
         """Sequences whose experts are pinned, or being waited for."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -134,8 +134,7 @@ class Worker:
             while not self._stopping:
                 self._receive()
                 self._busy_since = time.monotonic()
-                tokens = self._settings.step_tokens
-                self.features.serve(tokens // _FEATURES_BESIDE if self._held else tokens)
+                self.features.serve(self.scheduler.decoding, len(self._held))
                 self._step()
                 self.stats = self._snapshot()
                 self._outbox.flush()
@@ -239,6 +238,7 @@ class Worker:
         self._steps += 1
         self._step_seconds = time.monotonic() - began
         patched = self.executor.merged.seconds - patched
+        self.prefill.note_step(*batch.rows(), self._step_seconds - patched)
         for item in batch.work:
             if not item.sequence.is_timed:
                 item.sequence.scheduled = item.sequence.scheduled or began
