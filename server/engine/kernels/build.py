@@ -1,4 +1,4 @@
-"""`native.cpp` and `merge.cpp` → a shared library, with the system's own compiler at first use."""
+"""`native.cpp`, `merge.cpp` and `integers.cpp` → a shared library, with the system's own compiler at first use."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "merge.cpp"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.hpp", "planes.hpp", "sparse.hpp", "terms.hpp"))
+_HERE = Path(__file__).parent
+SOURCES = tuple(_HERE / name for name in ("native.cpp", "merge.cpp", "integers.cpp"))
+HEADERS = tuple(_HERE / name for name in ("native.hpp", "planes.hpp", "sparse.hpp", "terms.hpp", "integers.hpp"))
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0
