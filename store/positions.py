@@ -159,12 +159,17 @@ def _decode_rice(streams: Bytes, k: int, nnz: int, numel: int, tensor: str) -> I
     if unary_bytes and not unary[-1]:
         fail(tensor, "has bytes after the last gap of its unary stream")
     total = 0
+    # Quotients, remainders and order together stay below 2³¹ then, whatever the streams say.
+    small = numel < 2**29 and nnz << k < 2**29
+    dtype = np.int32 if small else np.int64
     for start in range(0, nnz, _CHUNK_VALUES):
         stop = min(start + _CHUNK_VALUES, nnz)
-        order = np.arange(start, stop)
-        sums = total + np.cumsum(unpack_values(remainders, k, start, stop), dtype=np.int64)
-        total = int(sums[-1])
-        chunk = ((indices[start:stop] - order) << k) + sums + order
+        order = np.arange(start, stop, dtype=dtype)
+        chunk = np.cumsum(unpack_values(remainders, k, start, stop), dtype=dtype)
+        chunk += total
+        total = int(chunk[-1])
+        chunk += order
+        chunk += (indices[start:stop] - order) << k
         if chunk[-1] >= numel:
             fail(tensor, f"has an index beyond its {numel} elements")
         indices[start:stop] = chunk

@@ -132,15 +132,20 @@ def _bit_planes(delta: SparseDelta, top: int, device: torch.device) -> BitPlanes
     rows, columns = rows_and_columns(delta.shape)
     digits, row_blocks, column_blocks = _digits(top), _blocks(rows), _blocks(columns)
     words = np.empty((row_blocks, digits, column_blocks, 2, BLOCK), np.int32)
-    left = delta.levels.astype(np.int16)
-    bits = np.zeros((row_blocks * BLOCK, column_blocks * BLOCK), np.uint8)
-    places = delta.indices + (delta.indices // columns).astype(np.int64) * (bits.shape[1] - columns)
+    trits, left = delta.levels, delta.levels
+    values = np.zeros((row_blocks * BLOCK, column_blocks * BLOCK), np.int8)
+    places = delta.indices.astype(np.int64)
+    if values.shape[1] != columns:
+        places += places // columns * (values.shape[1] - columns)
+    wide = torch.from_numpy(places)
     for digit in range(digits):
-        trits = (left + 1) % 3 - 1
-        left = (left - trits) // 3
-        for sign, value in enumerate((1, -1)):
-            bits.reshape(-1)[places] = trits == value
-            packed = np.packbits(bits, axis=1, bitorder="little").view("<i4")
+        if digits > 1:
+            left = left.astype(np.int16)
+            trits = (left + 1) % 3 - 1
+            left = (left - trits) // 3
+        torch.from_numpy(values.reshape(-1)).scatter_(0, wide, torch.from_numpy(trits.astype(np.int8, copy=False)))
+        for sign, which in enumerate((values > 0, values < 0)):
+            packed = np.packbits(which.reshape(-1), bitorder="little").view("<i4")
             words[:, digit, :, sign, :] = packed.reshape(row_blocks, BLOCK, column_blocks).transpose(0, 2, 1)
     return BitPlanes(delta.shape, delta.scale, torch.from_numpy(words).to(device))
 
