@@ -37,13 +37,13 @@ class Background:
 
     def __init__(self, engine: TransformersEngine, mixes: list[Mix]) -> None:
         self._engine, self._mixes = engine, mixes
-        self._times: list[list[float]] = [[] for _ in mixes]
+        self._times: list[list[float]] = []
+        """Of every stream that has given a token."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        pairs = zip(self._mixes, self._times, strict=True)
-        tasks = [asyncio.create_task(self._stream(mix, times)) for mix, times in pairs]
-        while not all(self._times):
+        tasks = [asyncio.create_task(self._stream(mix)) for mix in self._mixes]
+        while len(self._times) < len(tasks):
             await asyncio.sleep(0.05)
         try:
             yield
@@ -53,16 +53,19 @@ class Background:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def gaps(self, began: float, ended: float) -> list[float]:
-        """Seconds from token to token of every stream within a time."""
+        """Seconds from token to token of every stream within a time; not from one stream to the next."""
         within = [[at for at in times if began <= at <= ended] for times in self._times]
         return [after - before for times in within for before, after in itertools.pairwise(times)]
 
-    async def _stream(self, mix: Mix, times: list[float]) -> None:
+    async def _stream(self, mix: Mix) -> None:
         while True:
             stream = self._engine.submit(request(self._engine, mix, LONG))
+            times: list[float] = []
             try:
                 async for _ in stream:
                     times.append(time.perf_counter())
+                    if len(times) == 1:
+                        self._times.append(times)
             finally:
                 await stream.aclose()
 
