@@ -161,11 +161,11 @@ def _decode_rice(streams: Bytes, k: int, nnz: int, numel: int, tensor: str) -> I
     total = 0
     # Quotients, remainders and order together stay below 2³¹ then, whatever the streams say.
     small = numel < 2**29 and nnz << k < 2**29
-    dtype = np.int32 if small else np.int64
+    dtype: np.dtype[np.signedinteger] = np.dtype(np.int32 if small else np.int64)
     for start in range(0, nnz, _CHUNK_VALUES):
         stop = min(start + _CHUNK_VALUES, nnz)
-        order = np.arange(start, stop, dtype=dtype)
-        chunk = np.cumsum(unpack_values(remainders, k, start, stop), dtype=dtype)
+        order: Indices = np.arange(start, stop, dtype=dtype)
+        chunk: Indices = np.cumsum(unpack_values(remainders, k, start, stop), dtype=dtype)
         chunk += total
         total = int(chunk[-1])
         chunk += order

@@ -16,8 +16,8 @@ _KEPT = 8
 """Observations of each size: their median is what counts, so that a single slow step changes nothing."""
 _FADING = 64
 """Observations after which one of another size counts half."""
-_PIECES = 256
-"""Most steps that a prompt is cut into by itself, whatever is thought of their cost."""
+_PIECES = 64
+"""Most steps that a prompt is cut into, whatever is thought of their cost."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ class PrefillBudget:
 
     Every newcomer may lengthen a step of decodes by as much as one of the streams in it takes, and by `share` of it at
     least. So a lone newcomer lengthens the gaps between the tokens of four streams or more by `share` at most, and a
-    crowd of newcomers, which many gaps would keep waiting for long, by more. Prompts advance at every step: a chunk is
-    no less than one token, than 1/256 of its prompt, and than half of what the fixed cost of a step with a prompt would
-    buy (of a step that no CUDA graph holds, say), so that prompts as a whole take at most three times their time in one
-    piece. Hence the worst case: a first token comes no later than after 1 + 1 / `share` times what its prompt and those
-    that came before it take by themselves.
+    crowd of newcomers, which many gaps would keep waiting for long, by more. Where the time is there whatever its
+    prompt costs, a prompt gets 1 of 1 + 1 / `share` parts of it.
+
+    The worst case: a step takes no less than 1/64 of the longest prompt, so a first token comes within 64 steps for its
+    own prompt and each of those before it. And where having a prompt at all costs a step more than newcomers may take
+    (one that no CUDA graph holds any more, say), it takes so many tokens at once that they cost at least half of that:
+    cut smaller, prompts would cost the streams more, not less.
 
     For the engine's thread.
     """
@@ -146,7 +148,9 @@ class PrefillBudget:
         if cost is None:  # a token of a chunk costs no more than a row of a step of its own
             step = self._decodes.line()
             cost = Line(0.0, step(decodes) / decodes if step is not None else 0.0)
-        wanted = max(cost.size(room - self._spent), 0.5 * cost.fixed / cost.each if cost.each else 0.0)
+        wanted = cost.size(room - self._spent)
+        if cost.fixed > room and cost.each:
+            wanted = 0.5 * cost.fixed / cost.each
         # What is known of a few tokens says little of many: no step takes more than twice what has been tried.
         most = 2 * max(self._tried, default=_KEPT)
         tokens = max(1, -(-longest // _PIECES), int(min(wanted, most)))
