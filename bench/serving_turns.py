@@ -33,10 +33,12 @@ async def streams(engine: TransformersEngine, mixes: list[Mix], tokens: int) -> 
 
 
 async def in_turns(works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Tokens per second of each, in every round but one before the first."""
+    """Tokens per second of each, in every round but one before the first. Every other round runs the other way round,
+    so that neither what a work leaves behind nor a machine that slows down favours one of them."""
     speeds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
-        for name, work in works.items():
+        order = list(works.items())
+        for name, work in order if turn % 2 else reversed(order):
             began = time.perf_counter()
             made = await work()
             if turn:
