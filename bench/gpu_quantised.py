@@ -10,19 +10,20 @@ import torch
 from bench.gpu_lab import Lab, Work, cycled
 from bench.gpu_world import layer_shapes
 from bench.report import Row
-from server.engine.quantised import FEW, Eight, Four, Packed, Tiled, fits
+from server.engine.options import BaseWeights
+from server.engine.quantised import FEW, Packed, fits, format_of
 
 
 def product_rows(lab: Lab) -> list[Row]:
     """Few rows, which read the integers as they are, as `QuantisedLinear` does; each checked before it is timed."""
     found: list[Row] = []
-    kinds: dict[str, type[Packed]] = {"int8": Eight, "int4": Tiled if lab.on_gpu else Four}
+    kinds = {kind.value: format_of(kind, lab.device, None) for kind in (BaseWeights.INT8, BaseWeights.INT4)}
     for name, shape in layer_shapes(lab.effort.size).items():
         weight = torch.randn(shape, device=lab.device).to(lab.dtype)
-        for kind, make in kinds.items():
+        for kind, (form, make) in kinds.items():
             if lab.seconds_left < 0:
                 return found
-            if not fits(shape, make):
+            if not fits(shape, form):
                 continue
             layers = [make(weight) for _ in range(2)]
             nbytes = sum(buffer.nbytes for buffer in layers[0].buffers())

@@ -159,7 +159,7 @@ class BaseModel:
                 param="base",
             )
         if weights is not BaseWeights.FULL:
-            quantise(self._model, weights, self.device)
+            quantise(self._model, weights, self.device, cache_dir)
         text = model.config.get_text_config()
         self.context_length: int = text.max_position_embeddings
         self.hidden_size: int = text.hidden_size

@@ -1,24 +1,30 @@
 """The base in eight or four bits: linear layers whose weights are integers, for mixed mode, which never changes them.
 
-Decoding a token reads every weight once, so a quarter of the bytes is up to a quarter of the time. The products are
-PyTorch's own, which round the activations to bfloat16 and add up in float32. They are made for few rows; for more, a
-layer's weights are widened to bfloat16 for one ordinary product. Both compute with the same numbers. In eight bits one
-format serves CPUs and GPUs; in four bits each has its own.
+Decoding a token reads every weight once, so a quarter of the bytes is up to a quarter of the time. The products round
+the activations to bfloat16 and add up in float32. They are made for few rows; for more, a layer's weights are widened
+to bfloat16 for one ordinary product. Both compute with the same numbers. On CPUs the products are our own and have
+formats of their own (`kernels/integers.py`); where these cannot be built, and on GPUs, they are PyTorch's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from server.engine.kernels import integer_kernels
+from server.engine.kernels.integers import GROUP, IntegerKernels, pack_eight, pack_four, unpack_eight, unpack_four
 from server.engine.options import BaseWeights
 from store.errors import InvalidRequestError
 
-GROUP = 32
-"""Neighbours in a row that share scale and offset in four bits."""
 FEW = 24
-"""Rows up to which the integers are read as they are; widening all of them costs as much as 20 to 40 more rows do."""
+"""Rows up to which PyTorch's products read the integers; widening all of them costs as much as 20 to 40 more rows."""
+MANY = 512
+"""Rows up to which our own do: with AVX-512 they took less time than widening and one ordinary product up to there."""
 _TILE = 8
 """Rows that lie side by side in the four-bit format of GPUs."""
 _BLOCKS = (64, 32)
@@ -28,6 +34,7 @@ _BLOCKS = (64, 32)
 class Eight(nn.Module):
     """Symmetric, one scale per row: `weight[i, j] ≈ levels[i, j] · scales[i]`."""
 
+    few: ClassVar[int] = FEW
     levels: torch.Tensor
     scales: torch.Tensor
 
@@ -36,8 +43,7 @@ class Eight(nn.Module):
         weight: `[out, in]`.
         """
         super().__init__()
-        scales = weight.float().abs().amax(dim=1).div(127).clamp(min=1e-12).bfloat16()
-        levels = (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        levels, scales = _eight_bits(weight)
         self.register_buffer("levels", levels)
         self.register_buffer("scales", scales)
 
@@ -51,6 +57,28 @@ class Eight(nn.Module):
         return self.levels.bfloat16() * self.scales[:, None]
 
 
+class EightAbreast(nn.Module):
+    """The numbers of `Eight` as our own product on CPUs reads them."""
+
+    few: ClassVar[int] = MANY
+    levels: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, kernels: IntegerKernels) -> None:
+        super().__init__()
+        self.out, self._kernels = len(weight), kernels
+        levels, scales = pack_eight(*_eight_bits(weight))
+        self.register_buffer("levels", levels)
+        self.register_buffer("scales", scales)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.multiply_eight(x, self.levels, self.scales, self.out)
+
+    def widened(self) -> torch.Tensor:
+        levels, scales = unpack_eight(self.levels, self.scales, self.out)
+        return levels.bfloat16() * scales[:, None]
+
+
 class Four(nn.Module):
     """Sixteen levels between the least and the largest of each `GROUP` neighbours:
     `weight[i, j] ≈ (level[i, j] − 8) · scale + offset`.
@@ -58,6 +86,7 @@ class Four(nn.Module):
     `nibbles` are as PyTorch packs them: blocks of rows, column by column, the block's first half in the low bits.
     """
 
+    few: ClassVar[int] = FEW
     nibbles: torch.Tensor
     scales: torch.Tensor
 
@@ -83,9 +112,32 @@ class Four(nn.Module):
         return _widened(levels, self.scales)
 
 
+class FourAbreast(nn.Module):
+    """The numbers of `Four` as our own product on CPUs reads them."""
+
+    few: ClassVar[int] = MANY
+    nibbles: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, kernels: IntegerKernels) -> None:
+        super().__init__()
+        self.out, self._kernels = len(weight), kernels
+        levels, scales = _four_bits(weight)
+        nibbles, scales = pack_four(levels.to(torch.uint8), scales)
+        self.register_buffer("nibbles", nibbles)
+        self.register_buffer("scales", scales)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.multiply_four(x, self.nibbles, self.scales, self.out)
+
+    def widened(self) -> torch.Tensor:
+        return _widened(*unpack_four(self.nibbles, self.scales, self.out))
+
+
 class Tiled(nn.Module):
     """The numbers of `Four` as PyTorch's product on NVIDIA GPUs reads them, Ampere or later; see `tiled`."""
 
+    few: ClassVar[int] = FEW
     words: torch.Tensor
     scales: torch.Tensor
 
@@ -135,6 +187,12 @@ def untiled(words: torch.Tensor) -> torch.Tensor:
     return parts.permute(0, 2, 1, 4, 6, 3, 5).reshape(tiles * _TILE, -1)
 
 
+def _eight_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[out, in]` int8 levels, and `[out]` scales in bfloat16."""
+    scales = weight.float().abs().amax(dim=1).div(127).clamp(min=1e-12).bfloat16()
+    return (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
 def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`[out, in]` int32 levels, and `[in / GROUP, out, 2]` scales and offsets in bfloat16."""
     groups = weight.float().view(len(weight), -1, GROUP)
@@ -153,7 +211,8 @@ def _widened(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return groups.mul_(scale[..., None]).add_(offset[..., None]).view(levels.shape)
 
 
-Packed = Eight | Four | Tiled
+Packed = Eight | EightAbreast | Four | FourAbreast | Tiled
+Make = Callable[[torch.Tensor], Packed]
 
 
 class QuantisedLinear(nn.Linear):
@@ -163,16 +222,19 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input.reshape(-1, input.shape[-1]).bfloat16()
-        y = self.packed.product(x) if len(x) <= FEW else functional.linear(x, self.packed.widened())
+        y = self.packed.product(x) if len(x) <= self.packed.few else functional.linear(x, self.packed.widened())
         y = y.to(input.dtype).view(*input.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
 
-def quantise(network: nn.Module, kind: BaseWeights, device: torch.device) -> None:
+def quantise(network: nn.Module, kind: BaseWeights, device: torch.device, cache_dir: Path | None = None) -> None:
     """Turn the linear layers of a network into `QuantisedLinear`, in place.
 
     What else uses a weight, as an embedding tied to the head does, keeps it in full beside. Layers whose sizes do not
     fit the format stay as they are.
+
+    Args:
+        cache_dir: where compiled kernels are kept for the next start; None compiles them anew in every process.
 
     Raises:
         InvalidRequestError: this machine or this PyTorch cannot compute with such weights.
@@ -180,16 +242,14 @@ def quantise(network: nn.Module, kind: BaseWeights, device: torch.device) -> Non
     if device.type not in ("cpu", "cuda"):
         message = f"base_weights={kind} is for CPUs and NVIDIA GPUs, the device is {device.type}"
         raise InvalidRequestError(message, param="base_weights")
-    make: type[Packed] = Tiled if device.type == "cuda" else Four
-    if kind is BaseWeights.INT8:
-        make = Eight
+    form, make = format_of(kind, device, integer_kernels(cache_dir) if device.type == "cpu" else None)
     _check(make, device)
     owners: dict[int, int] = {}
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for module in list(network.modules()):
-        if type(module) is not nn.Linear or not fits((module.out_features, module.in_features), make):
+        if type(module) is not nn.Linear or not fits((module.out_features, module.in_features), form):
             continue
         packed = make(module.weight.data)
         if owners[id(module.weight)] == 1:
@@ -198,16 +258,30 @@ def quantise(network: nn.Module, kind: BaseWeights, device: torch.device) -> Non
         module.packed = packed
 
 
-def fits(shape: tuple[int, int], make: type[Packed]) -> bool:
+def format_of(kind: BaseWeights, device: torch.device, kernels: IntegerKernels | None) -> tuple[type[Packed], Make]:
+    """What weights are kept as, with our own kernels or without, and what makes it of one."""
+    if kernels is not None:
+        if kind is BaseWeights.INT8:
+            return EightAbreast, lambda weight: EightAbreast(weight, kernels)
+        return FourAbreast, lambda weight: FourAbreast(weight, kernels)
+    if kind is BaseWeights.INT8:
+        return Eight, Eight
+    return (Tiled, Tiled) if device.type == "cuda" else (Four, Four)
+
+
+def fits(shape: tuple[int, int], form: type[Packed]) -> bool:
     """Whether a weight `[out, in]` can be kept in a format."""
     out, width = shape
-    if make is Eight:
+    if form is Eight:
         return width % 16 == 0 and out % 4 == 0
-    return width % GROUP == 0 and out % (_BLOCKS[0] if make is Four else _TILE) == 0
+    if form is EightAbreast:
+        return width % 8 == 0
+    rows = {Four: _BLOCKS[0], FourAbreast: 1, Tiled: _TILE}[form]
+    return width % GROUP == 0 and out % rows == 0
 
 
-def _check(make: type[Packed], device: torch.device) -> None:
-    """Compare the two ways to compute on a small case: the product's format is PyTorch's own affair."""
+def _check(make: Make, device: torch.device) -> None:
+    """Compare the two ways to compute on a small case: the formats of PyTorch's products are its own affair."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 2 * GROUP, generator=generator).bfloat16().to(device)
     try:

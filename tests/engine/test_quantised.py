@@ -14,9 +14,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.engine.engine import TransformersEngine
+from server.engine.kernels import integer_kernels
+from server.engine.kernels.integers import GROUP, IntegerKernels
 from server.engine.model import BaseModel
 from server.engine.options import BaseWeights, Mode
-from server.engine.quantised import FEW, GROUP, Eight, Four, QuantisedLinear, Tiled, _check, quantise, tiled, untiled
+from server.engine.quantised import (
+    FEW,
+    Eight,
+    EightAbreast,
+    Four,
+    FourAbreast,
+    Packed,
+    QuantisedLinear,
+    Tiled,
+    _check,
+    format_of,
+    quantise,
+    tiled,
+    untiled,
+)
 from store.errors import ExpertUnavailableError, InvalidRequestError
 from store.fingerprint import manifest_of
 from store.mix import BASE_MIX, Mix
@@ -43,18 +59,32 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library(folder / "base", folder)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled: Path) -> IntegerKernels:
+    return integer_kernels(compiled) or pytest.skip("there is no compiler")
+
+
+def packed_as(form: type[Packed], weight: torch.Tensor, kernels: IntegerKernels) -> Packed:
+    return form(weight, kernels) if form in (EightAbreast, FourAbreast) else form(weight)  # type: ignore[call-arg]
+
+
 @given(st.integers(0, 1 << 30), st.sampled_from([64, 192]), st.sampled_from([32, 160]), st.integers(1, FEW))
 @settings(deadline=None, max_examples=25)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [Eight, EightAbreast, Four, FourAbreast])
 def test_both_ways_to_compute_mean_the_same_weight_near_the_given_one(
-    kind: BaseWeights, seed: int, out: int, width: int, rows: int
+    kernels: IntegerKernels, form: type[Packed], seed: int, out: int, width: int, rows: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator) * 10 ** (4 * torch.rand(out, 1, generator=generator) - 3)
     x = torch.randn(rows, width, generator=generator).bfloat16()
-    packed = Eight(weight) if kind is BaseWeights.INT8 else Four(weight)
+    packed = packed_as(form, weight, kernels)
     wide = packed.widened().float()
-    if kind is BaseWeights.INT8:
+    if form in (Eight, EightAbreast):
         step = weight.abs().amax(1, keepdim=True).expand(-1, width) / 127
     else:
         groups = weight.view(out, -1, GROUP)
@@ -67,7 +97,9 @@ def test_both_ways_to_compute_mean_the_same_weight_near_the_given_one(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_fits_is_quantised_and_a_tied_weight_stays_for_its_other_user(kind: BaseWeights) -> None:
+def test_only_what_fits_is_quantised_and_a_tied_weight_stays_for_its_other_user(
+    kind: BaseWeights, compiled: Path
+) -> None:
     head = nn.Linear(64, 256, bias=False)
     table = nn.Embedding(256, 64)
     head.weight = table.weight
@@ -76,7 +108,7 @@ def test_only_what_fits_is_quantised_and_a_tied_weight_stays_for_its_other_user(
     before = table.weight.clone()
     x = torch.randn(40, 64)
     expected = alone(x)
-    quantise(network, kind, CPU)
+    quantise(network, kind, CPU, compiled)
     assert [type(module) for module in network] == [nn.Embedding, QuantisedLinear, nn.Linear, QuantisedLinear]
     assert torch.equal(table.weight, before)
     assert alone.weight.untyped_storage().nbytes() == alone.weight.dtype.itemsize, "no memory of its own"
@@ -116,7 +148,7 @@ def test_experts_stay_full_precision_beside_a_quantised_base(even: Library, kind
     base = AutoModelForCausalLM.from_pretrained(even.base, dtype=torch.float32)
     original = dict(base.named_parameters())
     table = original["model.embed_tokens.weight"]
-    head = wide.pop("lm_head.weight", table).float() - table  # 260 rows do not fit four bits
+    head = wide.pop("lm_head.weight", table).float() - table  # 260 rows do not fit PyTorch's four bits
     for place, prompt in enumerate(prompts):
         for answer, of in ((answers[2 * place], mix), (answers[2 * place + 1], BASE_MIX)):
             model = even._merge(of)
@@ -156,13 +188,13 @@ def test_routing_features_come_from_the_quantised_layers(even: Library, kind: Ba
     assert 0 < float((ours - full).norm() / full.norm()) < (0.05 if kind is BaseWeights.INT8 else 0.4)
 
 
-def test_the_integers_are_buffers_which_the_base_s_hash_covers(tmp_path: Path, even: Library) -> None:
+def test_the_integers_are_buffers_which_the_base_s_hash_covers(compiled: Path, even: Library) -> None:
     model = BaseModel(
         even.base,
         dtype=torch.float32,
         device=CPU,
         feature_layer=2,
-        cache_dir=tmp_path,
+        cache_dir=compiled,
         weights=BaseWeights.INT4,
     )
     names = {name.rpartition(".")[2] for name, _ in model.network.named_buffers()}
@@ -194,17 +226,69 @@ def test_a_gpu_s_four_bits_mean_what_a_cpu_s_mean(seed: int, out: int, width: in
     assert torch.equal(Tiled(weight).widened(), Four(weight).widened())
 
 
+@given(st.integers(0, 1 << 30), st.integers(1, 3), st.sampled_from([32, 160, 256]))
+@settings(deadline=None, max_examples=15)
+def test_our_own_formats_mean_what_pytorch_s_mean(kernels: IntegerKernels, seed: int, blocks: int, width: int) -> None:
+    weight = torch.randn(64 * blocks, width, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(FourAbreast(weight, kernels).widened(), Four(weight).widened())
+    assert torch.equal(EightAbreast(weight, kernels).widened(), Eight(weight).widened())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_compiler_pytorch_s_products_serve(
+    kind: BaseWeights, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    layer = nn.Linear(64, 128).requires_grad_(False)
+    x = torch.randn(40, 64)
+    expected = layer(x)
+    quantise(nn.ModuleList([layer]), kind, CPU, tmp_path)
+    assert isinstance(layer, QuantisedLinear)
+    assert isinstance(layer.packed, Eight if kind is BaseWeights.INT8 else Four)
+    for rows in (1, 40):
+        assert torch.allclose(layer(x[:rows]), expected[:rows], atol=0.15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_are_read_as_integers_come_out_the_same(
+    kind: BaseWeights, monkeypatch: pytest.MonkeyPatch, kernels: IntegerKernels, compiled: Path
+) -> None:
+    layer = nn.Linear(64, 100).requires_grad_(False)
+    quantise(nn.ModuleList([layer]), kind, CPU, compiled)
+    assert isinstance(layer, QuantisedLinear)
+    assert type(layer.packed) is format_of(kind, CPU, kernels)[0]
+    x = torch.randn(9, 64)
+    read = layer(x)
+    monkeypatch.setattr(type(layer.packed), "few", 8)
+    assert torch.allclose(layer(x), read, atol=0.05)
+    assert not torch.equal(layer(x), read), "another way to compute"
+
+
 def test_the_device_chooses_the_format_and_what_cannot_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequestError, match="CPUs and NVIDIA GPUs"):
         quantise(nn.Linear(64, 64), BaseWeights.INT4, torch.device("mps"))
     with pytest.raises(InvalidRequestError, match="no such products"):
         _check(Tiled, CPU)
     asked = []
+    monkeypatch.setattr("server.engine.quantised.integer_kernels", lambda cache_dir: None)
     monkeypatch.setattr("server.engine.quantised._check", lambda make, device: asked.append((make, device.type)))
     for device in ("cpu", "cuda"):
         for kind in KINDS:
             quantise(nn.ModuleList(), kind, torch.device(device))
     assert asked == [(Eight, "cpu"), (Four, "cpu"), (Eight, "cuda"), (Tiled, "cuda")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_products_are_not_believed_unseen(
+    kind: BaseWeights, monkeypatch: pytest.MonkeyPatch, kernels: IntegerKernels
+) -> None:
+    monkeypatch.setattr("server.engine.quantised.integer_kernels", lambda cache_dir: kernels)
+    for name in ("multiply_four", "multiply_eight"):
+        right = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *given, right=right: right(*given) * 1.5)
+    with pytest.raises(InvalidRequestError, match="packs such weights"):
+        quantise(nn.ModuleList(), kind, CPU)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 `pack` makes the packed form, `backend` chooses who computes with it.
 """
 
-from server.engine.kernels.choice import available, backend
+from server.engine.kernels.choice import available, backend, integer_kernels
 from server.engine.kernels.packing import dense, gather_rows, pack, packed_bytes, packed_fields
 from server.engine.kernels.types import Group, Kernels, LoadedDelta, Overwrites, PackedDelta, Term
 
@@ -18,6 +18,7 @@ __all__ = [
     "backend",
     "dense",
     "gather_rows",
+    "integer_kernels",
     "pack",
     "packed_bytes",
     "packed_fields",

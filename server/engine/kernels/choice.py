@@ -13,6 +13,7 @@ import torch
 
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
+from server.engine.kernels.integers import IntegerKernels
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.trial import computes_rightly
 from server.engine.kernels.types import Kernels
@@ -90,6 +91,15 @@ def backend(name: str, device: torch.device, cache_dir: Path | None = None) -> K
             return made
         passed_over.append(f"{candidate}: {made}")
     raise InvalidRequestError(f"the kernels cannot be used here: {passed_over[0]}", param="kernels")
+
+
+def integer_kernels(cache_dir: Path | None = None) -> IntegerKernels | None:
+    """Products with a base in four or eight bits on a CPU; None, and a word in the log, where they cannot be had."""
+    try:
+        return IntegerKernels(cache_dir or Path(_own_folder().name))
+    except (BuildError, OSError) as error:
+        log.info("products with integers: PyTorch's own; not native: %s", error)
+        return None
 
 
 def available(device: torch.device, cache_dir: Path | None = None) -> dict[str, str | None]:
