@@ -99,11 +99,12 @@ def test_eight_bits_are_levels_with_a_scale_per_row(
     check(kernels.multiply_eight(x, *pack_eight(levels, scales), out), x, weight, weight.abs())
 
 
-@pytest.mark.parametrize("rows", [1, 8, 20])
-@pytest.mark.parametrize(("out", "width"), [(192, 576), (576, 1536)])
-def test_shapes_of_a_model(kernels: IntegerKernels, out: int, width: int, rows: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize(("rows", "out", "width"), [(1, 192, 576), (8, 576, 576), (20, 576, 1536), (1, 5000, 576)])
+def test_shapes_of_a_model(kernels: IntegerKernels, rows: int, out: int, width: int, threads: int) -> None:
+    """The last two are large enough for threads to share them."""
     generator = torch.Generator().manual_seed(rows)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     x = torch.randn(rows, width, generator=generator).bfloat16()
     four = torch.randint(0, 16, (out, width), generator=generator, dtype=torch.uint8)
     groups, scales = numbers(generator, width // GROUP, out, 2).bfloat16(), numbers(generator, out).bfloat16()
