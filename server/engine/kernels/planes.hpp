@@ -29,10 +29,23 @@ inline Floats lookup(Floats table, Words index) {
 #endif
 }
 
+// table[c] = sum of the values whose bits are set in c.
+inline void permute_table(const float* values, float* table) {
+#if PERMUTE == 16 && defined(__AVX512F__)
+    __m512 sums = _mm512_maskz_mov_ps(0xAAAA, _mm512_set1_ps(values[0]));
+    sums = _mm512_mask_add_ps(sums, 0xCCCC, sums, _mm512_set1_ps(values[1]));
+    sums = _mm512_mask_add_ps(sums, 0xF0F0, sums, _mm512_set1_ps(values[2]));
+    sums = _mm512_mask_add_ps(sums, 0xFF00, sums, _mm512_set1_ps(values[3]));
+    _mm512_storeu_ps(table, sums);
+#else
+    subset_sums<INDEX_BITS>(values, 1.0f, table);
+#endif
+}
+
 // Tables of one row of x, [columns/32, STEPS, PERMUTE]. x is padded to whole words, and by two more.
 void permute_tables(const float* x, int64_t words, float* out) {
     for (int64_t j = 0; j < words; j++, x += BLOCK)
-        for (int t = 0; t < STEPS; t++, out += PERMUTE) subset_sums<INDEX_BITS>(x + t * INDEX_BITS, 1.0f, out);
+        for (int t = 0; t < STEPS; t++, out += PERMUTE) permute_table(x + t * INDEX_BITS, out);
 }
 
 // y[0:32] (the first `valid` of them) += factor * (x @ block^T); `block` is [words, 2, 32].
