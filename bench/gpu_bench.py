@@ -45,7 +45,7 @@ class Bench:
         capture = GraphCapture(lab.device) if lab.on_gpu else eagerly
         tables = kernels if kernels.name == "triton" else None
         self.graphs = DecodeGraphs(self.model, self.cache, MOST_ROWS, capture, tables)
-        self.executor = Executor(self.model, self.cache, kernels, graphs=self.graphs)
+        self.executor = Executor(self.model, self.cache, kernels, fast=self.graphs)
         self.kernels = kernels
         self.experts: dict[str, DecodedExpert] = {}
         table = self.model.network.get_input_embeddings().weight  # type: ignore[operator]
@@ -73,11 +73,11 @@ class Bench:
         """The same step without a graph."""
 
         def run() -> None:
-            self.executor.graphs = None
+            self.executor.fast = None
             try:
                 step()
             finally:
-                self.executor.graphs = self.graphs
+                self.executor.fast = self.graphs
 
         return run
 

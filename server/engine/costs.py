@@ -16,6 +16,7 @@ from server.engine.expert import DecodedExpert
 from server.engine.kernels import Group, Kernels, LoadedDelta, PackedDelta, pack
 from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
 from server.engine.model import BaseModel
+from server.engine.native_steps import NativeSteps
 from store.deltas import DenseDelta, SparseDelta
 
 _ROWS = (1, 8, 32)
@@ -73,8 +74,12 @@ def _elements(expert: DecodedExpert) -> dict[Form, int]:
     return counts
 
 
-def calibrate(model: BaseModel, kernels: Kernels) -> Costs:
-    """Measure steps of the base, and the two ways to apply synthetic deltas of the size of its layers."""
+def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = None) -> Costs:
+    """Measure steps of the base, and the two ways to apply synthetic deltas of the size of its layers.
+
+    Args:
+        fast: what runs steps, if not the model's modules; it adds deltas in float32.
+    """
     steps: list[tuple[int, float]] = []
     started = time.perf_counter()
     for rows in _ROWS:
@@ -82,11 +87,15 @@ def calibrate(model: BaseModel, kernels: Kernels) -> Costs:
         tokens, wanted = [0] * rows, list(range(rows))
 
         def step(tokens: list[int] = tokens, batch: AttentionBatch = batch, wanted: list[int] = wanted) -> None:
-            model.forward(tokens, batch, wanted)
+            if fast is None:
+                model.forward(tokens, batch, wanted)
+            else:
+                fast.try_out(len(tokens))
 
         steps.append((rows, _seconds(step, model.device, _STEP_SECONDS / len(_ROWS))))
         if time.perf_counter() - started > _STEP_SECONDS / 2:
             break
+    dtype = model.dtype if fast is None else torch.float32
     delta: dict[Form, Curve] = {}
     patch: dict[Form, float] = {}
     for form, packed in _synthetic(model).items():
@@ -94,8 +103,8 @@ def calibrate(model: BaseModel, kernels: Kernels) -> Costs:
         curve = []
         for rows in _ROWS:
             group = Group(0, rows, ((1.0, packed),))
-            x = torch.ones(rows, size, dtype=model.dtype, device=model.device)
-            y = torch.zeros(rows, out, dtype=model.dtype, device=model.device)
+            x = torch.ones(rows, size, dtype=dtype, device=model.device)
+            y = torch.zeros(rows, out, dtype=dtype, device=model.device)
 
             def add(x: torch.Tensor = x, y: torch.Tensor = y, group: Group = group) -> None:
                 kernels.add_linear(y, x, [group])

@@ -17,6 +17,7 @@ from server.engine.likelihood import likelihoods
 from server.engine.merged import MergedWeights
 from server.engine.mixed import MixedWeights
 from server.engine.model import BaseModel
+from server.engine.native_steps import NativeSteps
 from server.engine.sampler import Sampled, sample
 from server.engine.scheduler import Batch
 from server.engine.sequence import Sequence
@@ -29,7 +30,7 @@ class Executor:
 
     Attributes:
         merged, mixed: the two ways to apply a mix.
-        graphs: what runs decode steps in one launch, or None.
+        fast: what runs steps in one launch or call, or None.
         merged_steps, mixed_steps: steps with deltas, by mode.
     """
 
@@ -39,15 +40,15 @@ class Executor:
         cache: KVCache,
         kernels: Kernels,
         merged_bytes: int = 0,
-        graphs: DecodeGraphs | None = None,
+        fast: DecodeGraphs | NativeSteps | None = None,
     ) -> None:
         """Args:
         merged_bytes: memory for the weights of hot mixes.
-        graphs: what runs decode steps, where it can.
+        fast: what runs steps, where it can, in place of the network's own modules.
         """
         self._model = model
         self._cache = cache
-        self.graphs = graphs
+        self.fast = fast
         self.merged = MergedWeights(model.parameters, kernels, merged_bytes)
         self.mixed = MixedWeights(
             *find_sites(model.network, model.parameters, model.try_out), model.parameters, kernels
@@ -72,9 +73,9 @@ class Executor:
         if batch.mixed and any(not span.mix.is_base for span in layout.spans):
             self.merged.apply(BASE_MIX, {})
             decoded = None
-            if self.graphs is not None and self.graphs.fits(layout):
+            if self.fast is not None and self.fast.fits(layout):
                 terms = self.mixed.terms(layout.spans, layout.logit_spans, experts)
-                decoded = self.graphs.run(layout, self.merged.moved, terms)
+                decoded = self.fast.run(layout, self.merged.moved, terms)
             if decoded is None:
                 with self.mixed.carrying(layout.spans, layout.logit_spans, experts):
                     decoded = self._forward(layout)
@@ -83,7 +84,7 @@ class Executor:
         else:
             (span,) = layout.spans
             self.merged.apply(span.mix, experts)
-            decoded = None if self.graphs is None else self.graphs.run(layout, self.merged.moved)
+            decoded = None if self.fast is None else self.fast.run(layout, self.merged.moved)
             logits = self._forward(layout) if decoded is None else decoded
             self.merged_steps += not span.mix.is_base
         sampling = [item.sequence for item in batch.work if item.samples]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from server.engine.executor import Executor
+from server.engine.graphs import DecodeGraphs
 from server.engine.residency import Residency
 from server.engine.scheduler import Lane, Scheduler
 from server.engine.sequence import Sequence
@@ -43,7 +44,7 @@ def view(
         "step_seconds": None if busy_since is None else round(now - busy_since, 3),
         "lanes": [_lane(lane, now) for lane in scheduler.lanes],
         "weights": [_mix(mix) for mix in executor.merged.built],
-        "decode_graphs": None if executor.graphs is None else executor.graphs.counts(),
+        "decode_graphs": executor.fast.counts() if isinstance(executor.fast, DecodeGraphs) else None,
         "experts": [
             {"digest": digest, "bytes": size, "used_by": pins, "decoded": decoded}
             for digest, (size, pins, decoded) in residency.pins().items()

@@ -21,6 +21,7 @@ from server.engine.kernels import Kernels
 from server.engine.kv_cache import KVCache
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
+from server.engine.native_steps import native_steps
 from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
 from server.engine.paged_kernels import best_kernel, best_writer
@@ -58,7 +59,8 @@ class Worker:
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
         graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
-        self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs)
+        native = None if graphs else native_steps(model, self.cache, kernels)
+        self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs or native)
         self._host, self._bus = loader.host, loader.bus
         self.cache.attend = best_kernel(self.cache, model.query_heads)
         self.cache.write = best_writer(self.cache)
@@ -74,7 +76,7 @@ class Worker:
         )
         self._chooser: ModeChooser | None = None
         if settings.mode is Mode.AUTO:
-            self._chooser = ModeChooser(calibrate(model, kernels), settings.turn_steps)
+            self._chooser = ModeChooser(calibrate(model, kernels, native), settings.turn_steps)
         self.features = FeatureQueue(model, outbox, self.prefill, settings.step_tokens)
         self._held: set[Sequence] = set()
         """Sequences whose experts are pinned, or being waited for."""

@@ -1,4 +1,4 @@
-"""`native.cpp`, `merge.cpp` and `integers.cpp` → a shared library, with the system's own compiler at first use."""
+"""The C++ files beside this one → a shared library, with the system's own compiler at first use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / name for name in ("native.cpp", "merge.cpp", "integers.cpp"))
-HEADERS = tuple(_HERE / name for name in ("native.hpp", "planes.hpp", "sparse.hpp", "terms.hpp", "integers.hpp"))
+SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step"))
+HEADERS = tuple(
+    _HERE / f"{name}.hpp"
+    for name in ("native", "planes", "sparse", "terms", "integers", "vectors", "products", "layers")
+)
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0

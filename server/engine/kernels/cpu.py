@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.engine.kernels import build
@@ -30,6 +32,7 @@ from store.packed import PackedTernary
 _TERM = struct.Struct("<qqiifi")
 """`Term` of native.cpp up to its pointers: first row, last row, form, opens a group, factor, digits."""
 _POINTERS = struct.Struct("<5Q")
+_TERM_BYTES = _TERM.size + _POINTERS.size
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
 """What `merge.cpp` merges; the others are left to torch."""
@@ -66,6 +69,12 @@ class CpuKernels:
         self.parallel = bool(library.switchyard_parallel())
         self.permute = int(library.switchyard_permute())
         """Entries of the table that one vector instruction looks up; 0 where there is none."""
+        self._step = library.switchyard_step
+        self._step.restype = None
+        self._step.argtypes = (pointer, size, size, *[pointer] * 4, size, ctypes.c_int)
+        library.switchyard_operation_bytes.restype = size
+        self.operation_bytes = int(library.switchyard_operation_bytes())
+        """Of a record of `step`."""
         self._plain = ReferenceKernels()
         self._pointers: WeakKeyDictionary[PackedDelta, bytes] = WeakKeyDictionary()
         self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
@@ -84,23 +93,46 @@ class CpuKernels:
         rows, shape = y.shape[0], (y.shape[1], x.shape[1])
         if not (y.is_contiguous() and x.is_contiguous() and x.dtype is torch.float32 and x.shape[0] == rows):
             raise ValueError("y and x must be contiguous, of one dtype, and have the same rows")
-        records = []
         for group in groups:
-            known = self._records.get(group)
-            if known is None or known[0] != shape:
-                known = shape, self._record(group, shape)
-                self._records[group] = known
             if not 0 <= group.start <= group.stop <= rows:
                 raise ValueError(f"the group [{group.start}, {group.stop}) is not within {rows} rows")
-            records.append(known[1])
-        joined = b"".join(records)
+        joined = self._joined(groups, shape)
         if joined:
-            count = len(joined) // (_TERM.size + _POINTERS.size)
+            count = len(joined) // _TERM_BYTES
             self._add(y.data_ptr(), x.data_ptr(), *shape, joined, count, torch.get_num_threads())
         for group in groups:
             if any(isinstance(delta, DenseValues) for _, delta in group.terms):
                 dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
                 self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
+
+    def terms(self, groups: Sequence[Group], shape: tuple[int, int]) -> npt.NDArray[np.void] | None:
+        """What `step` reads of groups, valid as long as they are; None if they have dense deltas, which it cannot add.
+
+        Args:
+            shape: `(out, in)` of every delta.
+        """
+        if any(isinstance(delta, DenseValues) for group in groups for _, delta in group.terms):
+            return None
+        return np.frombuffer(self._joined(groups, shape), f"V{_TERM_BYTES}")
+
+    def step(
+        self,
+        operations: npt.NDArray[np.void],
+        positions: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        sequences: npt.NDArray[np.int64],
+        tables: npt.NDArray[np.int32],
+    ) -> None:
+        """Go through the operations of a step (`server.engine.programs`), whose addresses and sizes must be right.
+
+        Args:
+            operations: `RECORD`s.
+            positions, slots, sequences: `[rows]`: where in its sequence and in the cache each row is, and its table.
+            tables: `[sequences, blocks]`.
+        """
+        threads = torch.get_num_threads()
+        rows = (positions.ctypes.data, slots.ctypes.data, sequences.ctypes.data, tables.ctypes.data)
+        self._step(operations.ctypes.data, len(operations), len(positions), *rows, tables.shape[1], threads)
 
     def fused_linear(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
@@ -127,6 +159,16 @@ class CpuKernels:
             levels = None if delta.levels is None else delta.levels.data_ptr()
             lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
             self._merge_sparse(*where, *lists, *how)
+
+    def _joined(self, groups: Sequence[Group], shape: tuple[int, int]) -> bytes:
+        records = []
+        for group in groups:
+            known = self._records.get(group)
+            if known is None or known[0] != shape:
+                known = shape, self._record(group, shape)
+                self._records[group] = known
+            records.append(known[1])
+        return b"".join(records)
 
     def _record(self, group: Group, shape: tuple[int, int]) -> bytes:
         """The terms of a group as `native.cpp` reads them; those that it computes."""

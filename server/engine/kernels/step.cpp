@@ -1,0 +1,273 @@
+// A whole step of a decoder-only model, prompt tokens and decodes alike, in one call.
+//
+// Python lists once what is computed in which order, as records; see server/engine/programs.py. All threads go through
+// the list side by side, each does its share of every operation, and they wait for each other where one reads what
+// others have written. Between one product and the next nothing leaves the caches.
+
+#include "integers.hpp"
+#include "layers.hpp"
+#include "products.hpp"
+#include "terms.hpp"
+
+#include <atomic>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace {
+
+enum Kind : int64_t { NORM = 0, PRODUCT = 1, ROTATE = 2, ATTEND = 3, GATE = 4 };
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, EIGHT_BITS = 2, FOUR_BITS = 3 };
+
+// One operation. Mirrors `RECORD` in programs.py: every field has eight bytes.
+struct Operation {
+    int64_t kind;
+    int64_t waits;      // whether all threads wait for each other after it
+    int64_t rows;
+    const float* in;    // NORM, PRODUCT: [rows, in_size]; ATTEND: queries; ROTATE: values
+    float* out;
+    float* other;       // NORM: what is added to `in` first, or none; ROTATE: queries; GATE: up
+    int64_t in_size;    // NORM: of a head; PRODUCT: of a row
+    int64_t out_size;   // PRODUCT: of a row; GATE: of a row; NORM: heads per row
+    const void* weight; // NORM, PRODUCT
+    int64_t dtype;      // of the weight; ROTATE, ATTEND: of the cache
+    const uint16_t* scales;  // PRODUCT, of weights in eight or four bits
+    const void* bias;   // PRODUCT, in the model's dtype, or none
+    int64_t bias_dtype;
+    const Term* terms;  // PRODUCT
+    int64_t term_count;
+    const char* choices;  // vectors of the step's mixes: NORM its weights, PRODUCT what moves the bias; or none
+    int64_t choice_bytes;
+    const int64_t* which; // of each row, its mix
+    const int64_t* picked;  // NORM: rows of `in` to read, or none: all, and their sums with `other` are kept
+    double eps;         // NORM; ATTEND: scale
+    double plus;        // NORM: added to its weights; ATTEND: softcap, or 0
+    int64_t gate;
+    void* keys;         // ROTATE, ATTEND: the layer's
+    void* values;
+    int64_t heads, kv_heads, head_size;
+    int64_t window;     // ATTEND: or 0
+    const float* cos;   // ROTATE: [positions, head_size]
+    const float* sin;
+};
+
+// The rows of a step.
+struct Rows {
+    int64_t count;
+    const int64_t* positions;
+    const int64_t* slots;
+    const int64_t* sequences;  // of each row, its place in `tables`
+    const int32_t* tables;
+    int64_t table_size;
+};
+
+struct Thread {
+    int index, count;
+    int64_t from(int64_t units) const { return units * index / count; }
+    int64_t to(int64_t units) const { return units * (index + 1) / count; }
+};
+
+// Where the threads of one step wait for each other.
+class Barrier {
+  public:
+    void wait(const Thread& thread) {
+        if (thread.count == 1) return;
+        int phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == thread.count) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        // Who has no core of its own must not keep the others from theirs.
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+            _mm_pause();
+#endif
+#ifdef __linux__
+            if (spins > PATIENCE) sched_yield();
+#endif
+        }
+    }
+
+  private:
+    static constexpr int PATIENCE = 4000;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> phase_{0};
+};
+
+thread_local Scratch halves;
+
+void run_norm(const Operation& op, const Thread& thread) {
+    int64_t size = op.in_size, row_size = size * op.out_size;
+    for (int64_t r = thread.from(op.rows); r < thread.to(op.rows); r++) {
+        int64_t source = op.picked ? op.picked[r] : r;
+        const float* x = op.in + source * row_size;
+        float* out = op.out + r * row_size;
+        if (op.other) {
+            float* sum = op.picked ? out : const_cast<float*>(x);
+            const float* added = op.other + source * row_size;
+            for (int64_t c = 0; c < row_size; c++) sum[c] = x[c] + added[c];
+            x = sum;
+        }
+        const void* weight = op.choices ? op.choices + op.which[source] * op.choice_bytes : op.weight;
+        for (int64_t head = 0; head < op.out_size; head++, x += size, out += size) {
+            if (op.dtype == FLOAT32)
+                norm(x, static_cast<const float*>(weight), size, float(op.eps), float(op.plus), out);
+            else
+                norm(x, static_cast<const Brain*>(weight), size, float(op.eps), float(op.plus), out);
+        }
+    }
+}
+
+template <typename T> void add_vector(const T* vector, float* y, int64_t first, int64_t last) {
+    for (int64_t o = first; o < last; o++) y[o] += widened(vector[o]);
+}
+
+void add_vector(const void* vector, int64_t dtype, float* y, int64_t first, int64_t last) {
+    if (dtype == FLOAT32)
+        add_vector(static_cast<const float*>(vector), y, first, last);
+    else
+        add_vector(static_cast<const Brain*>(vector), y, first, last);
+}
+
+// `fresh`: whether `halves` must be made anew from op.in.
+void run_product(const Operation& op, const Thread& thread, bool fresh) {
+    int64_t unit = op.dtype < EIGHT_BITS ? 4 : 2 * integers::ABREAST, units = (op.out_size + unit - 1) / unit;
+    int64_t first = thread.from(units) * unit, last = smaller(thread.to(units) * unit, op.out_size);
+    int64_t in = op.in_size, stride = padded(in);
+    const uint16_t* x = nullptr;
+    if (op.dtype >= EIGHT_BITS || (PAIRS && op.dtype == BFLOAT16)) {
+        uint16_t* room = reinterpret_cast<uint16_t*>(halves.floats((op.rows * stride + 1) / 2));
+        if (fresh) round_rows(op.in, in, op.rows, room);
+        x = room;
+    }
+    if (op.dtype == FLOAT32) {
+        const float* weights = static_cast<const float*>(op.weight);
+        multiply(weights, in, op.in, in, op.rows, op.out, op.out_size, first, last);
+    } else if (op.dtype == BFLOAT16) {
+        const Brain* weights = static_cast<const Brain*>(op.weight);
+#if PAIRS
+        multiply(weights, in, x, stride, op.rows, op.out, op.out_size, first, last);
+#else
+        multiply(weights, in, op.in, in, op.rows, op.out, op.out_size, first, last);
+#endif
+    } else if (first < last && op.dtype == EIGHT_BITS) {
+        const int8_t* levels = static_cast<const int8_t*>(op.weight);
+        multiply_eight(levels, op.scales, in, x, stride, op.rows, op.out, op.out_size, first, last);
+    } else if (first < last) {
+        const uint8_t* nibbles = static_cast<const uint8_t*>(op.weight);
+        multiply_four(nibbles, op.scales, in, x, stride, op.rows, op.out, op.out_size, first, last);
+    }
+    for (int64_t r = 0; r < op.rows; r++) {
+        float* y = op.out + r * op.out_size;
+        if (op.bias) add_vector(op.bias, op.bias_dtype, y, first, last);
+        if (op.choices) add_vector(op.choices + op.which[r] * op.choice_bytes, op.bias_dtype, y, first, last);
+    }
+}
+
+void run_terms(const Operation& op, const Thread& thread) {
+    Call call = {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size)};
+    const Term* end = op.terms + op.term_count;
+    int64_t line = line_of(call, op.terms, end, thread.count);
+    share(call, op.terms, end, thread.count, thread.from(line), thread.to(line));
+}
+
+template <typename T> void run_rotate(const Operation& op, const Rows& rows, const Thread& thread) {
+    int64_t size = op.head_size, per_row = op.heads + op.kv_heads, units = op.rows * per_row;
+    T* keys = static_cast<T*>(op.keys);
+    T* values = static_cast<T*>(op.values);
+    for (int64_t unit = thread.from(units); unit < thread.to(units); unit++) {
+        int64_t r = unit / per_row, head = unit % per_row;
+        const float *cos = op.cos + rows.positions[r] * size, *sin = op.sin + rows.positions[r] * size;
+        if (head < op.heads) {
+            rotate(op.other + (r * op.heads + head) * size, cos, sin, size);
+            continue;
+        }
+        head -= op.heads;
+        float* key = op.out + (r * op.kv_heads + head) * size;
+        const float* value = op.in + (r * op.kv_heads + head) * size;
+        rotate(key, cos, sin, size);
+        int64_t at = (rows.slots[r] * op.kv_heads + head) * size;
+        for (int64_t c = 0; c < size; c++) store(keys + at + c, key[c]), store(values + at + c, value[c]);
+    }
+}
+
+template <typename T> void run_attend(const Operation& op, const Rows& rows, const Thread& thread) {
+    auto begin = [&](int64_t r) {
+        int64_t length = rows.positions[r] + 1;
+        return op.window && length > op.window ? length - op.window : 0;
+    };
+    int64_t line = 0;
+    for (int64_t r = 0; r < op.rows; r++) line += (rows.positions[r] + 1 - begin(r)) * op.heads;
+    int64_t place = 0, from = thread.from(line), to = thread.to(line);
+    Cached<T> cached = {static_cast<const T*>(op.keys), static_cast<const T*>(op.values), op.kv_heads, op.head_size, 0};
+    for (int64_t r = 0; r < op.rows; r++) {
+        int64_t start = begin(r), stop = rows.positions[r] + 1;
+        const int32_t* table = rows.tables + rows.sequences[r] * rows.table_size;
+        for (int64_t head = 0; head < op.heads; head++, place += stop - start) {
+            if (place < from || place >= to) continue;
+            cached.head = head / (op.heads / op.kv_heads);
+            int64_t at = (r * op.heads + head) * op.head_size;
+            attend(op.in + at, cached, table, start, stop, float(op.eps), float(op.plus), op.out + at);
+        }
+    }
+}
+
+void run_gate(const Operation& op, const Thread& thread) {
+    int64_t units = (op.rows * op.out_size + 15) / 16, first = thread.from(units) * 16;
+    int64_t last = smaller(thread.to(units) * 16, op.rows * op.out_size);
+    if (first < last) gated(op.out + first, op.other + first, last - first, op.gate);
+}
+
+void run(const Operation* op, const Operation* end, const Rows& rows, const Thread& thread, Barrier& barrier) {
+    const Operation* pending = nullptr;  // products since the last wait, some with terms
+    const float* rounded_from = nullptr;
+    for (; op < end; op++) {
+        if (op->kind == NORM) {
+            run_norm(*op, thread);
+        } else if (op->kind == PRODUCT) {
+            run_product(*op, thread, op->in != rounded_from);
+            rounded_from = op->in;
+            if (!pending) pending = op;
+        } else if (op->kind == ROTATE) {
+            op->dtype == FLOAT32 ? run_rotate<float>(*op, rows, thread) : run_rotate<Brain>(*op, rows, thread);
+        } else if (op->kind == ATTEND) {
+            op->dtype == FLOAT32 ? run_attend<float>(*op, rows, thread) : run_attend<Brain>(*op, rows, thread);
+        } else {
+            run_gate(*op, thread);
+        }
+        if (!op->waits) continue;
+        bool added = false;
+        for (; pending && pending <= op; pending++) {
+            if (!pending->term_count) continue;
+            if (!added) barrier.wait(thread);  // terms are cut in another way than products
+            added = true;
+            run_terms(*pending, thread);
+        }
+        pending = nullptr;
+        rounded_from = nullptr;
+        barrier.wait(thread);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t switchyard_operation_bytes(void) { return sizeof(Operation); }
+
+// Goes through the operations once. Every pointer in them must be valid, every size right: nothing is checked here.
+void switchyard_step(const void* operations, int64_t count, int64_t rows, const int64_t* positions, const int64_t* slots,
+                     const int64_t* sequences, const int32_t* tables, int64_t table_size, int threads) {
+    const Operation* first = static_cast<const Operation*>(operations);
+    Rows batch = {rows, positions, slots, sequences, tables, table_size};
+    Barrier barrier;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    run(first, first + count, batch, {omp_get_thread_num(), omp_get_num_threads()}, barrier);
+#else
+    (void)threads;
+    run(first, first + count, batch, {0, 1}, barrier);
+#endif
+}
+}

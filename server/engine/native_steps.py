@@ -1,0 +1,225 @@
+"""Steps on a CPU as one call of native code, for networks whose structure `server.engine.outline` knows.
+
+transformers' own modules spend most of a small step between products: some twenty calls per layer, each of which
+starts its threads anew. Here all threads go through the whole step side by side (`step.cpp`), with experts beside the
+base as the kernels of mixed mode apply them. It computes what the modules compute, but rounds less: in bfloat16 only
+what products read is rounded, and what the cache keeps. What it cannot do, and steps of very many rows, run through
+the modules as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from server.engine.attention import AttentionBatch, Segment
+from server.engine.forwards import looked_up, moved_rows
+from server.engine.kernels.cpu import CpuKernels
+from server.engine.kv_cache import BLOCK_TOKENS, KVCache
+from server.engine.layout import Layout
+from server.engine.mixed import Terms
+from server.engine.mixed_vectors import rows_of
+from server.engine.model import BaseModel
+from server.engine.outline import UnknownNetworkError, outline_of
+from server.engine.programs import DTYPES, NORM, PRODUCT, RECORD, Program, Records
+from server.engine.sites import Kind
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 64
+"""Rows from which PyTorch's products are as fast, prompts being most of them."""
+_KEPT = 8
+"""Sets of merged weights whose addresses are kept."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+_TRIAL_TOKENS = 21
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Operations with what a step's mixes add, and what keeps it alive."""
+
+    records: Records
+    kept: tuple[object, ...]
+
+
+class NativeSteps:
+    """Runs steps of up to `MOST_ROWS` rows over a cache.
+
+    Attributes:
+        steps: run so far.
+    """
+
+    def __init__(self, model: BaseModel, cache: KVCache, kernels: CpuKernels) -> None:
+        """Raises UnknownNetworkError if this cannot run the model; whether it computes the same is not looked at."""
+        if model.device.type != "cpu" or model.dtype not in DTYPES:
+            raise UnknownNetworkError(f"steps of {model.dtype} on {model.device} are not known")
+        self._outline = outline_of(model.network)
+        self._cache = cache
+        self._kernels = kernels
+        self._program = Program(self._outline, cache, MOST_ROWS)
+        self._records: OrderedDict[frozenset[tuple[str, int]], Records] = OrderedDict()
+        self._beside: WeakKeyDictionary[Terms, _Beside | None] = WeakKeyDictionary()
+        self._places: dict[int, int] | None = None
+        self.steps = 0
+        if kernels.operation_bytes != RECORD.itemsize:
+            raise UnknownNetworkError("records and the library differ")
+
+    def counts(self) -> dict[str, int]:
+        """For people: steps so far."""
+        return {"steps": self.steps}
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether it has so few rows."""
+        return 0 < len(layout.tokens) <= MOST_ROWS
+
+    @torch.inference_mode()
+    def run(self, layout: Layout, moved: frozenset[tuple[str, int]], terms: Terms | None = None) -> torch.Tensor | None:
+        """One step with the parameters as they are.
+
+        Args:
+            moved: names of the parameters that point elsewhere than at the pristine weights, and these addresses.
+            terms: what is added beside the weights.
+
+        Returns:
+            `[logit rows, vocabulary]` float32, until the next step; None if it cannot be run: nothing has changed then.
+        """
+        if not self.fits(layout):
+            return None
+        if self._program.see(max(segment.length for segment in layout.segments)):
+            self._records.clear()
+            self._beside.clear()
+        records = self._pointed(moved)
+        if terms is not None:
+            if terms not in self._beside:
+                self._beside[terms] = self._with(terms, records)
+            beside = self._beside[terms]
+            if beside is None:
+                return None
+            records = beside.records
+        rows, wanted = len(layout.tokens), len(layout.logit_rows)
+        self._program.hidden[:rows] = self._embedded(torch.tensor(layout.tokens), terms)
+        picked = np.array(layout.logit_rows, np.int64)
+        records["rows"] = rows
+        records["rows"][-self._program.tail :] = wanted
+        records["picked"][-self._program.tail] = picked.ctypes.data
+        self._kernels.step(records, *_places(layout.segments))
+        self.steps += 1
+        return self._program.logits[:wanted]
+
+    def try_out(self, rows: int) -> None:
+        """Run so many arbitrary tokens of the base, each alone, and compute their logits; before the cache is used."""
+        segments = [Segment(row, row + 1, 0, (1,)) for row in range(rows)]
+        self.run(Layout([0] * rows, segments, list(range(rows)), [], (), ()), frozenset())
+
+    def _pointed(self, moved: frozenset[tuple[str, int]]) -> Records:
+        records = self._records.get(moved)
+        if records is None:
+            records = self._records[moved] = self._program.records()
+            if len(self._records) > _KEPT:
+                self._records.popitem(last=False)
+        self._records.move_to_end(moved)
+        return records
+
+    def _embedded(self, ids: torch.Tensor, terms: Terms | None) -> torch.Tensor:
+        module = self._outline.embedding
+        if terms is not None:
+            for index in terms.weights.embeddings:
+                site = terms.weights.sites[index]
+                if site.module is module and (groups := terms.groups(site)):
+                    return looked_up(site, partial(moved_rows, module, groups))(ids[None])[0]
+        embedded: torch.Tensor = module(ids[None])[0]
+        return embedded
+
+    def _with(self, terms: Terms, records: Records) -> _Beside | None:
+        """The operations with what is added; None if something of it has no operation."""
+        sites, vectors = terms.weights.sites, terms.weights.vectors
+        if self._places is None:
+            places = {id(module): place for place, module in enumerate(self._program.modules) if module is not None}
+            self._places = {i: places[id(site.module)] for i, site in enumerate(sites) if id(site.module) in places}
+        own, moved = records.copy(), terms.moved()
+        stacked: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+        kept: list[object] = [stacked]
+        if moved.any():
+            for head, spans in ((False, terms.spans), (True, terms.logit_spans)):
+                if spans:
+                    stacked[head] = vectors.stacked(spans, terms.experts), torch.from_numpy(rows_of(spans))
+        for index, site in enumerate(sites):
+            groups = terms.groups(site) if site.kind is Kind.LINEAR else ()
+            if site.kind is Kind.EMBEDDING:
+                if moved[index] and site.module is not self._outline.embedding:
+                    return None
+                continue
+            if not groups and not moved[index]:
+                continue
+            place = self._places.get(index)
+            if place is None:
+                return None
+            record = own[place]
+            if moved[index] and site.head in stacked:
+                choice = vectors.at(index, *stacked[site.head])
+                name = "weight" if record["kind"] == NORM else "bias"
+                chosen = choice.choices.get(name)
+                if chosen is not None:
+                    record["choices"], record["choice_bytes"] = chosen.data_ptr(), chosen.stride(0) * chosen.itemsize
+                    record["which"], record["bias_dtype"] = choice.which.data_ptr(), DTYPES[chosen.dtype]
+            if groups and record["kind"] == PRODUCT:
+                made = self._kernels.terms(groups, (int(record["out_size"]), int(record["in_size"])))
+                if made is None:
+                    return None
+                record["terms"], record["term_count"] = made.ctypes.data, len(made)
+                kept.append(made)
+        return _Beside(own, tuple(kept))
+
+
+def _places(
+    segments: list[Segment],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Positions, slots and sequences of all rows, `[rows]` each, and block tables, `[sequences, blocks]`."""
+    counts = [-(-s.length // BLOCK_TOKENS) for s in segments]
+    tables = np.zeros((len(segments), max(counts)), np.int32)
+    for table, segment, count in zip(tables, segments, counts, strict=True):
+        table[:count] = segment.blocks[:count]
+    positions = np.array([p for s in segments for p in range(s.context, s.length)], np.int64)
+    sequences = np.array([i for i, s in enumerate(segments) for _ in range(s.start, s.stop)], np.int64)
+    slots = tables[sequences, positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
+    return positions, slots, sequences, tables
+
+
+def native_steps(model: BaseModel, cache: KVCache, kernels: object) -> NativeSteps | None:
+    """What runs steps natively, if the kernels are the CPU's and it computes what the model does."""
+    if not isinstance(kernels, CpuKernels):
+        return None
+    try:
+        error = _trial(model, kernels)
+        if not error < _TOLERANCE[model.dtype]:
+            raise UnknownNetworkError(f"what comes out differs by {error:.2g}")
+        steps = NativeSteps(model, cache, kernels)
+    except UnknownNetworkError as reason:
+        log.info("steps run module by module: %s", reason)
+        return None
+    log.info("steps of up to %d rows are one native call", MOST_ROWS)
+    return steps
+
+
+def _trial(model: BaseModel, kernels: CpuKernels) -> float:
+    """How far a prompt's logits, and then those of one more token, are from what the modules compute, relatively."""
+    shape = model.kv_shape
+    caches = [KVCache(shape, 4 * shape.block_bytes, model.device) for _ in range(2)]
+    steps = NativeSteps(model, caches[1], kernels)
+    ids = torch.randint(model.vocabulary, (_TRIAL_TOKENS + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    errors = []
+    for first, last in ((0, _TRIAL_TOKENS), (_TRIAL_TOKENS, _TRIAL_TOKENS + 1)):
+        tokens, rows = ids[first:last], list(range(last - first))
+        segments = [Segment(0, last - first, first, (2, 1))]
+        expected = model.forward(tokens, AttentionBatch(segments, caches[0], model.device), rows)
+        made = steps.run(Layout(tokens, segments, rows, [], (), ()), frozenset())
+        assert made is not None
+        errors.append(float((made - expected).norm() / expected.norm()))
+    return max(errors)

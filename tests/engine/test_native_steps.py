@@ -1,0 +1,151 @@
+"""Steps as one native call say what the modules say: prompts and decodes, on the base, merged, and beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.engine.attention import AttentionBatch
+from server.engine.executor import Executor
+from server.engine.expert import DecodedExpert
+from server.engine.host_tier import HostTier
+from server.engine.kernels import backend
+from server.engine.kernels.cpu import CpuKernels
+from server.engine.kv_cache import KVCache
+from server.engine.layout import Layout, lay_out
+from server.engine.loader import ExpertLoader
+from server.engine.model import BaseModel
+from server.engine.native_steps import MOST_ROWS, NativeSteps
+from server.engine.scheduler import Work
+from server.engine.sequence import Sequence
+from server.engine.types import EngineRequest, SamplingParams
+from store.mix import BASE_MIX, Mix
+from tests.engine.conftest import Library
+from tests.tiny import save_base
+
+CPU = torch.device("cpu")
+BLOCKS = 120
+
+
+@dataclass
+class World:
+    """A base, three experts that move everything, and the executor of each kind over caches of its own."""
+
+    model: BaseModel
+    kernels: CpuKernels
+    experts: dict[str, DecodedExpert]
+    mixes: list[Mix]
+
+    def executors(self) -> list[tuple[Executor, KVCache]]:
+        """Module by module, and natively."""
+        shape = self.model.kv_shape
+        caches = [KVCache(shape, BLOCKS * shape.block_bytes, CPU, reuse_prefixes=False) for _ in range(2)]
+        fast = NativeSteps(self.model, caches[1], self.kernels)
+        made = [
+            Executor(self.model, cache, self.kernels, 0, one) for cache, one in zip(caches, (None, fast), strict=True)
+        ]
+        return list(zip(made, caches, strict=True))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world_of(tmp_path_factory.mktemp("world"), request.param)
+
+
+def world_of(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> World:
+    kernels = backend("auto", CPU)
+    if not isinstance(kernels, CpuKernels):
+        pytest.skip("there is no C++ compiler")
+    library = Library(save_base(folder / "base", architecture), folder)
+    model = BaseModel(library.base, dtype=dtype, device=CPU, feature_layer=1, cache_dir=None)
+    loader = ExpertLoader(model.manifest, CPU, library.read, HostTier(0))
+    digests = [library.add(seed, density=density) for seed, density in ((1, 0.3), (2, 0.02), (3, 0.3))]
+    mixes = [BASE_MIX, *(Mix.of({d: 1.0}) for d in digests), Mix.of({digests[0]: 0.5, digests[1]: 0.7})]
+    return World(model, kernels, {digest: loader.load(digest) for digest in digests}, mixes)
+
+
+def run(executor: Executor, cache: KVCache, layout: Layout, world: World, *, mixed: bool) -> torch.Tensor:
+    """The logits of a step."""
+    if mixed:
+        executor.merged.apply(BASE_MIX, {})
+        terms = executor.mixed.terms(layout.spans, layout.logit_spans, world.experts)
+        if executor.fast is not None:
+            made = executor.fast.run(layout, executor.merged.moved, terms)
+            assert made is not None
+            return made.clone()
+        with executor.mixed.carrying(layout.spans, layout.logit_spans, world.experts):
+            return forward(world.model, cache, layout)
+    executor.merged.apply(layout.spans[0].mix, world.experts)
+    if executor.fast is not None:
+        made = executor.fast.run(layout, executor.merged.moved)
+        assert made is not None
+        return made.clone()
+    return forward(world.model, cache, layout)
+
+
+def forward(model: BaseModel, cache: KVCache, layout: Layout) -> torch.Tensor:
+    return model.forward(layout.tokens, AttentionBatch(layout.segments, cache, CPU), layout.logit_rows)
+
+
+def sequence_of(prompt: list[int], mix: Mix, cache: KVCache) -> Sequence:
+    sequence = Sequence(EngineRequest(tuple(prompt), SamplingParams(64), mix), 64, emit=lambda _: None)
+    assert cache.grow(sequence, len(prompt))
+    return sequence
+
+
+def check(world: World, prompts: list[list[int]], mixes: list[int], chunk: int, *, mixed: bool) -> None:
+    """Every prompt in chunks beside the others' next tokens, until each has got two; logits and caches are the same."""
+    pairs = world.executors()
+    try:
+        own = [world.mixes[mixes[i % len(mixes)] if mixed else mixes[0]] for i in range(len(prompts))]
+        order = sorted(range(len(prompts)), key=lambda i: (not own[i].is_base, own[i].digest))
+        sides = [[sequence_of(prompts[i], own[i], cache) for i in order] for _, cache in pairs]
+        for _ in range(40):
+            waiting = [i for i, s in enumerate(sides[0]) if len(s.tokens) < len(prompts[order[i]]) + 2]
+            if not waiting:
+                break
+            counts = {i: min(chunk, sides[0][i].pending) for i in waiting[: MOST_ROWS // chunk]}
+            layouts = [lay_out([Work(side[i], count) for i, count in counts.items()]) for side in sides]
+            expected, made = (
+                run(executor, cache, layout, world, mixed=mixed)
+                for (executor, cache), layout in zip(pairs, layouts, strict=True)
+            )
+            torch.testing.assert_close(made, expected, rtol=2e-4, atol=2e-4)
+            answers = iter(expected.argmax(dim=-1).tolist())
+            for i, count in counts.items():
+                samples = count == sides[0][i].pending
+                token = next(answers) if samples else None
+                for side, (_, cache) in zip(sides, pairs, strict=True):
+                    side[i].computed += count
+                    if token is not None:
+                        side[i].tokens.append(token)
+                    assert cache.grow(side[i], len(side[i].tokens))
+        assert not waiting
+        for one, other in zip(*(cache.keys + cache.values for _, cache in pairs), strict=True):
+            torch.testing.assert_close(one[:BLOCKS], other[:BLOCKS], rtol=2e-4, atol=2e-4)
+    finally:
+        for executor, _ in pairs:
+            executor.merged.apply(BASE_MIX, {})
+
+
+prompts = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=50), min_size=1, max_size=7)
+unhurried = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(prompts=prompts, mix=st.integers(0, 4), chunk=st.integers(1, MOST_ROWS))
+@unhurried
+def test_merged_weights(world: World, prompts: list[list[int]], mix: int, chunk: int) -> None:
+    """The base, an expert, or two of them."""
+    check(world, prompts, [mix], chunk, mixed=False)
+
+
+@given(prompts=prompts, mixes=st.lists(st.integers(0, 4), min_size=1, max_size=7), chunk=st.integers(1, MOST_ROWS))
+@unhurried
+def test_many_mixes_beside_the_base(world: World, prompts: list[list[int]], mixes: list[int], chunk: int) -> None:
+    """Matrices, norms, biases and embeddings, of planes and lists, each row with its own mix."""
+    check(world, prompts, mixes, chunk, mixed=True)
