@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ByteSize, Field
 
-from server.engine.options import BaseWeights, CudaGraphs, EngineSettings, Mode
+from server.engine.options import BaseWeights, CudaGraphs, EngineSettings, Mode, NativeCalls
 from server.service_settings import ServiceSettings
 from server.tools.use import ToolFormat, format_of, knows_tools
 
@@ -62,6 +62,10 @@ class Settings(ServiceSettings):
     cuda_graphs: CudaGraphs = Field(
         EngineSettings.cuda_graphs,
         description="Decode steps as CUDA graphs: auto (on a GPU, where capturing works) or off.",
+    )
+    native_steps: NativeCalls = Field(
+        EngineSettings.native_steps,
+        description="Steps on a CPU as one native call: auto (where it can be built for the base) or off.",
     )
     tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
         "auto", description="How the base writes calls of tools: auto (by its chat template), by name, or none."

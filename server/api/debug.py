@@ -25,6 +25,8 @@ class EngineView(TypedDict):
     lanes: list[dict[str, Any]]
     weights: list[dict[str, float]]
     """The mixes that are merged into weights of their own, the one used last at the end."""
+    native_steps: dict[str, int] | None
+    """Steps that were one native call so far, on a CPU; null where they are not."""
     decode_graphs: dict[str, int] | None
     """CUDA graphs of decode steps that are kept, captures and replays so far; null where there are none."""
     experts: list[dict[str, Any]]
@@ -52,6 +54,7 @@ async def debug_engine(
         "step_seconds": seen["step_seconds"],
         "lanes": seen["lanes"],
         "weights": seen["weights"],
+        "native_steps": seen.get("native_steps"),
         "decode_graphs": seen.get("decode_graphs"),
         "experts": seen["experts"],
         "waiting_for_experts": seen["waiting_for_experts"],

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from server.engine.executor import Executor
 from server.engine.graphs import DecodeGraphs
+from server.engine.native_steps import NativeSteps
 from server.engine.residency import Residency
 from server.engine.scheduler import Lane, Scheduler
 from server.engine.sequence import Sequence
@@ -44,6 +45,7 @@ def view(
         "step_seconds": None if busy_since is None else round(now - busy_since, 3),
         "lanes": [_lane(lane, now) for lane in scheduler.lanes],
         "weights": [_mix(mix) for mix in executor.merged.built],
+        "native_steps": executor.fast.counts() if isinstance(executor.fast, NativeSteps) else None,
         "decode_graphs": executor.fast.counts() if isinstance(executor.fast, DecodeGraphs) else None,
         "experts": [
             {"digest": digest, "bytes": size, "used_by": pins, "decoded": decoded}

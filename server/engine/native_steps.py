@@ -27,6 +27,7 @@ from server.engine.layout import Layout
 from server.engine.mixed import Terms
 from server.engine.mixed_vectors import rows_of
 from server.engine.model import BaseModel
+from server.engine.options import NativeCalls
 from server.engine.outline import UnknownNetworkError, outline_of
 from server.engine.programs import DTYPES, NORM, PRODUCT, RECORD, Program, Records
 from server.engine.sites import Kind
@@ -192,9 +193,9 @@ def _places(
     return positions, slots, sequences, tables
 
 
-def native_steps(model: BaseModel, cache: KVCache, kernels: object) -> NativeSteps | None:
-    """What runs steps natively, if the kernels are the CPU's and it computes what the model does."""
-    if not isinstance(kernels, CpuKernels):
+def native_steps(wanted: NativeCalls, model: BaseModel, cache: KVCache, kernels: object) -> NativeSteps | None:
+    """What runs steps natively, where that is wanted, the kernels are the CPU's and it computes what the model does."""
+    if wanted is NativeCalls.OFF or not isinstance(kernels, CpuKernels):
         return None
     try:
         error = _trial(model, kernels)

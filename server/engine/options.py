@@ -36,6 +36,14 @@ class CudaGraphs(StrEnum):
     OFF = "off"
 
 
+class NativeCalls(StrEnum):
+    """Whether steps are one native call."""
+
+    AUTO = "auto"
+    """On a CPU, where the library can be built and the base's structure is known."""
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How the engine runs. Bytes bound every pool."""
@@ -63,6 +71,8 @@ class EngineSettings:
     """Implementation of mixed mode's arithmetic, by name (`server.engine.kernels`)."""
     cuda_graphs: CudaGraphs = CudaGraphs.AUTO
     """Whether decode steps on a GPU are captured and replayed (`server.engine.graphs`)."""
+    native_steps: NativeCalls = NativeCalls.AUTO
+    """Whether steps on a CPU are one native call (`server.engine.native_steps`)."""
     max_batch: int = 32
     """Most sequences in one step."""
     max_queue: int = 256

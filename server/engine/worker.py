@@ -59,7 +59,7 @@ class Worker:
         self._outbox = outbox
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
         graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
-        native = None if graphs else native_steps(model, self.cache, kernels)
+        native = None if graphs else native_steps(settings.native_steps, model, self.cache, kernels)
         self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs or native)
         self._host, self._bus = loader.host, loader.bus
         self.cache.attend = best_kernel(self.cache, model.query_heads)

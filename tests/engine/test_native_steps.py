@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from server.engine.attention import AttentionBatch
 from server.engine.executor import Executor
@@ -20,7 +22,8 @@ from server.engine.kv_cache import KVCache
 from server.engine.layout import Layout, lay_out
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
-from server.engine.native_steps import MOST_ROWS, NativeSteps
+from server.engine.native_steps import MOST_ROWS, NativeSteps, native_steps
+from server.engine.options import BaseWeights, NativeCalls
 from server.engine.scheduler import Work
 from server.engine.sequence import Sequence
 from server.engine.types import EngineRequest, SamplingParams
@@ -57,12 +60,17 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return world_of(tmp_path_factory.mktemp("world"), request.param)
 
 
-def world_of(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> World:
+def world_of(
+    folder: Path,
+    architecture: str,
+    dtype: torch.dtype = torch.float32,
+    weights: BaseWeights = BaseWeights.FULL,
+) -> World:
     kernels = backend("auto", CPU)
     if not isinstance(kernels, CpuKernels):
         pytest.skip("there is no C++ compiler")
     library = Library(save_base(folder / "base", architecture), folder)
-    model = BaseModel(library.base, dtype=dtype, device=CPU, feature_layer=1, cache_dir=None)
+    model = BaseModel(library.base, dtype=dtype, device=CPU, feature_layer=1, cache_dir=None, weights=weights)
     loader = ExpertLoader(model.manifest, CPU, library.read, HostTier(0))
     digests = [library.add(seed, density=density) for seed, density in ((1, 0.3), (2, 0.02), (3, 0.3))]
     mixes = [BASE_MIX, *(Mix.of({d: 1.0}) for d in digests), Mix.of({digests[0]: 0.5, digests[1]: 0.7})]
@@ -98,7 +106,9 @@ def sequence_of(prompt: list[int], mix: Mix, cache: KVCache) -> Sequence:
     return sequence
 
 
-def check(world: World, prompts: list[list[int]], mixes: list[int], chunk: int, *, mixed: bool) -> None:
+def check(
+    world: World, prompts: list[list[int]], mixes: list[int], chunk: int, *, mixed: bool, tolerance: float = 2e-4
+) -> None:
     """Every prompt in chunks beside the others' next tokens, until each has got two; logits and caches are the same."""
     pairs = world.executors()
     try:
@@ -115,7 +125,7 @@ def check(world: World, prompts: list[list[int]], mixes: list[int], chunk: int, 
                 run(executor, cache, layout, world, mixed=mixed)
                 for (executor, cache), layout in zip(pairs, layouts, strict=True)
             )
-            torch.testing.assert_close(made, expected, rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance)
             answers = iter(expected.argmax(dim=-1).tolist())
             for i, count in counts.items():
                 samples = count == sides[0][i].pending
@@ -127,7 +137,7 @@ def check(world: World, prompts: list[list[int]], mixes: list[int], chunk: int, 
                     assert cache.grow(side[i], len(side[i].tokens))
         assert not waiting
         for one, other in zip(*(cache.keys + cache.values for _, cache in pairs), strict=True):
-            torch.testing.assert_close(one[:BLOCKS], other[:BLOCKS], rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(one[:BLOCKS], other[:BLOCKS], rtol=tolerance, atol=tolerance)
     finally:
         for executor, _ in pairs:
             executor.merged.apply(BASE_MIX, {})
@@ -149,3 +159,79 @@ def test_merged_weights(world: World, prompts: list[list[int]], mix: int, chunk:
 def test_many_mixes_beside_the_base(world: World, prompts: list[list[int]], mixes: list[int], chunk: int) -> None:
     """Matrices, norms, biases and embeddings, of planes and lists, each row with its own mix."""
     check(world, prompts, mixes, chunk, mixed=True)
+
+
+@pytest.mark.parametrize("weights", [BaseWeights.INT8, BaseWeights.INT4])
+def test_a_base_in_integers(tmp_path: Path, weights: BaseWeights) -> None:
+    """The same numbers as in the layers' own products, for experts beside them too; what is rounded to bfloat16 before
+    a product may fall to the other side."""
+    world = world_of(tmp_path, "llama", weights=weights)
+    check(world, [[1, 2, 3], [4], list(range(30))], [0, 1, 4], 16, mixed=True, tolerance=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_is_believed(tmp_path: Path, dtype: torch.dtype, threads: int) -> None:
+    world = world_of(tmp_path, "gemma3", dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        cache = KVCache(world.model.kv_shape, BLOCKS * world.model.kv_shape.block_bytes, CPU)
+        assert native_steps(NativeCalls.AUTO, world.model, cache, world.kernels) is not None
+        assert native_steps(NativeCalls.OFF, world.model, cache, world.kernels) is None
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_angles_of_later_positions_are_made_when_they_are_needed(tmp_path: Path) -> None:
+    world = world_of(tmp_path, "llama")
+    ((_, _), (executor, cache)) = world.executors()
+    assert isinstance(executor.fast, NativeSteps)
+    program = executor.fast._program
+    assert not program.see(300)
+    before = program.records()["cos"].copy()
+    assert program.see(5000)
+    assert (program.records()["cos"] != before).any()
+    cos, _ = world.model.network.model.rotary_emb(torch.zeros(1), torch.tensor([[4999]]))  # type: ignore[union-attr, operator]
+    assert torch.equal(program._angles[0].cos[4999], cos[0, 0])
+    sequence = sequence_of([1, 2], BASE_MIX, cache)
+    assert run(executor, cache, lay_out([Work(sequence, 2)]), world, mixed=False).isfinite().all()
+
+
+class Scaled(nn.Module):
+    """Half of what a layer says."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) / 2  # type: ignore[no-any-return]
+
+
+class Halved(nn.Linear):
+    """The same, with nothing to see from outside."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def test_a_network_that_computes_something_else_is_run_by_its_modules(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether that shows in its structure, or only in what comes out."""
+    world = world_of(tmp_path, "llama")
+    cache = KVCache(world.model.kv_shape, BLOCKS * world.model.kv_shape.block_bytes, CPU)
+    layer = world.model.network.model.layers[1]  # type: ignore[union-attr, index]
+    with caplog.at_level(logging.INFO, "server.engine.native_steps"):
+        layer.mlp.down_proj.__class__ = Halved
+        assert native_steps(NativeCalls.AUTO, world.model, cache, world.kernels) is None
+        assert "what comes out differs" in caplog.text
+        layer.mlp.down_proj.__class__ = nn.Linear
+        layer.mlp.act_fn = nn.Tanh()
+        assert native_steps(NativeCalls.AUTO, world.model, cache, world.kernels) is None
+        assert "the activation Tanh is not known" in caplog.text
+        layer.mlp.act_fn = nn.SiLU()
+        layer.mlp.down_proj = Scaled(layer.mlp.down_proj)
+        assert native_steps(NativeCalls.AUTO, world.model, cache, world.kernels) is None
+        assert "Scaled is no linear layer" in caplog.text

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +101,9 @@ def _load(cache_dir: Path, compiler: str, recipe: Recipe, flags: tuple[str, ...]
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             linked = Path(scratch, "native.so")
             made = [str(Path(scratch, f"{source.stem}.o")) for source in SOURCES]
-            for source, into in zip(SOURCES, made, strict=True):
-                _run([compiler, *options, "-c", str(source), "-o", into])
+            commands = ([compiler, *options, "-c", str(s), "-o", into] for s, into in zip(SOURCES, made, strict=True))
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_run, commands))
             _run([compiler, "-shared", *recipe.link, *made, "-o", str(linked)])
             os.replace(linked, path)
     return ctypes.CDLL(str(path))
