@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 MOST_ROWS = 64
 """Rows from which PyTorch's products are as fast, prompts being most of them."""
+_SMALL = 1 << 22
+"""Multiplications of a step up to which one thread is done before others are awake, and have waited for each other."""
 _KEPT = 8
 """Sets of merged weights whose addresses are kept."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
@@ -110,7 +112,8 @@ class NativeSteps:
         records["rows"] = rows
         records["rows"][-self._program.tail :] = wanted
         records["picked"][-self._program.tail] = picked.ctypes.data
-        self._kernels.step(records, *_places(layout.segments))
+        is_small = self._program.weights * rows < _SMALL
+        self._kernels.step(records, *_places(layout.segments), 1 if is_small else torch.get_num_threads())
         self.steps += 1
         return self._program.logits[:wanted]
 

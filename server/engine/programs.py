@@ -51,6 +51,7 @@ class Program:
         hidden: `[most_rows, hidden_size]` float32: what a step begins with, the embeddings of its tokens.
         logits: `[most_rows, vocabulary]` float32: what it ends with, in the first rows.
         modules: of every operation its module, or None: where weights come from.
+        weights: numbers in all matrices.
         tail: operations on the rows whose logits are wanted: the last so many.
     """
 
@@ -77,6 +78,7 @@ class Program:
             for name, value in fields.items():
                 record[name] = value
         self._rotations = [place for place, (_, fields) in enumerate(steps) if fields["kind"] == ROTATE]
+        self.weights = sum(m.in_features * m.out_features for m in self.modules if isinstance(m, nn.Linear))
         self.tail = 2
         self.see(min(_FIRST_POSITIONS, 16 * first.head_size))
 

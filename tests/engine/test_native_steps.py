@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,11 @@ class World:
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return world_of(tmp_path_factory.mktemp("world"), request.param)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Steps as small as these are taken by several threads all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.native_steps._SMALL", 0)
+        yield world_of(tmp_path_factory.mktemp("world"), request.param)
 
 
 def world_of(
@@ -171,9 +175,12 @@ def test_a_base_in_integers(tmp_path: Path, weights: BaseWeights) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_any_number_of_threads_is_believed(tmp_path: Path, dtype: torch.dtype, threads: int) -> None:
+def test_any_number_of_threads_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, threads: int
+) -> None:
     world = world_of(tmp_path, "gemma3", dtype)
     before = torch.get_num_threads()
+    monkeypatch.setattr("server.engine.native_steps._SMALL", 0)
     torch.set_num_threads(threads)
     try:
         cache = KVCache(world.model.kv_shape, BLOCKS * world.model.kv_shape.block_bytes, CPU)

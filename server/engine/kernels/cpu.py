@@ -122,6 +122,7 @@ class CpuKernels:
         slots: npt.NDArray[np.int64],
         sequences: npt.NDArray[np.int64],
         tables: npt.NDArray[np.int32],
+        threads: int,
     ) -> None:
         """Go through the operations of a step (`server.engine.programs`), whose addresses and sizes must be right.
 
@@ -130,7 +131,6 @@ class CpuKernels:
             positions, slots, sequences: `[rows]`: where in its sequence and in the cache each row is, and its table.
             tables: `[sequences, blocks]`.
         """
-        threads = torch.get_num_threads()
         rows = (positions.ctypes.data, slots.ctypes.data, sequences.ctypes.data, tables.ctypes.data)
         self._step(operations.ctypes.data, len(operations), len(positions), *rows, tables.shape[1], threads)
 
