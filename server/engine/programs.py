@@ -32,6 +32,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _EIGHT_BITS, _FOUR_BITS = 2, 3
 _GATES = {"silu": 0, "gelu_tanh": 1}
 _FIRST_POSITIONS = 4096
+_FIRST_ANSWERS = 32
 
 Records = npt.NDArray[np.void]
 
@@ -49,7 +50,6 @@ class Program:
 
     Attributes:
         hidden: `[most_rows, hidden_size]` float32: what a step begins with, the embeddings of its tokens.
-        logits: `[most_rows, vocabulary]` float32: what it ends with, in the first rows.
         modules: of every operation its module, or None: where weights come from.
         weights: numbers in all matrices.
         tail: operations on the rows whose logits are wanted: the last so many.
@@ -66,9 +66,10 @@ class Program:
         keys = max(layer.kv_heads * layer.head_size for layer in outline.layers)
         gates = max(layer.gate.out_features for layer in outline.layers)
         sizes = {"hidden": width, "normed": width, "made": width, "queries": queries, "attended": queries}
-        sizes |= {"keys": keys, "values": keys, "gate": gates, "up": gates, "logits": outline.head.out_features}
+        sizes |= {"keys": keys, "values": keys, "gate": gates, "up": gates}
         self._room = {name: torch.zeros(most_rows, size, dtype=torch.float32) for name, size in sizes.items()}
-        self.hidden, self.logits = self._room["hidden"], self._room["logits"]
+        self._room["logits"] = torch.zeros(min(most_rows, _FIRST_ANSWERS), outline.head.out_features)
+        self.hidden = self._room["hidden"]
         self._angles: list[Angles] = []
         self._positions = 0
         steps = list(self._operations())
@@ -81,6 +82,19 @@ class Program:
         self.weights = sum(m.in_features * m.out_features for m in self.modules if isinstance(m, nn.Linear))
         self.tail = 2
         self.see(min(_FIRST_POSITIONS, 16 * first.head_size))
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[rows, vocabulary]` float32: what a step ends with, in the first rows."""
+        return self._room["logits"]
+
+    def answer(self, rows: int) -> bool:
+        """Have room for the logits of so many rows; whether addresses have changed for that."""
+        if rows <= len(self.logits):
+            return False
+        self._room["logits"] = torch.zeros(rows, self.logits.shape[1])
+        self._plain["out"][-1] = self.logits.data_ptr()
+        return True
 
     def see(self, positions: int) -> bool:
         """Have the angles of so many positions; whether addresses have changed for that."""

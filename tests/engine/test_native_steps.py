@@ -23,7 +23,7 @@ from server.engine.kv_cache import KVCache
 from server.engine.layout import Layout, lay_out
 from server.engine.loader import ExpertLoader
 from server.engine.model import BaseModel
-from server.engine.native_steps import MOST_ROWS, NativeSteps, native_steps
+from server.engine.native_steps import NativeSteps, native_steps
 from server.engine.options import BaseWeights, NativeCalls
 from server.engine.scheduler import Work
 from server.engine.sequence import Sequence
@@ -62,6 +62,11 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.engine.native_steps._SMALL", 0)
         yield world_of(tmp_path_factory.mktemp("world"), request.param)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world_of(tmp_path_factory.mktemp("halves"), "qwen2", torch.bfloat16)
 
 
 def world_of(
@@ -110,8 +115,14 @@ def sequence_of(prompt: list[int], mix: Mix, cache: KVCache) -> Sequence:
     return sequence
 
 
+def assert_near(made: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """All together, as a share of what is expected: in half precision a few are far from what they should be."""
+    assert made.shape == expected.shape
+    assert float((made - expected).norm()) <= tolerance * float(expected.norm())
+
+
 def check(
-    world: World, prompts: list[list[int]], mixes: list[int], chunk: int, *, mixed: bool, tolerance: float = 2e-4
+    world: World, prompts: list[list[int]], mixes: list[int], chunk: int, *, mixed: bool, tolerance: float = 2e-5
 ) -> None:
     """Every prompt in chunks beside the others' next tokens, until each has got two; logits and caches are the same."""
     pairs = world.executors()
@@ -123,13 +134,13 @@ def check(
             waiting = [i for i, s in enumerate(sides[0]) if len(s.tokens) < len(prompts[order[i]]) + 2]
             if not waiting:
                 break
-            counts = {i: min(chunk, sides[0][i].pending) for i in waiting[: MOST_ROWS // chunk]}
+            counts = {i: min(chunk, sides[0][i].pending) for i in waiting[: 128 // chunk]}
             layouts = [lay_out([Work(side[i], count) for i, count in counts.items()]) for side in sides]
             expected, made = (
                 run(executor, cache, layout, world, mixed=mixed)
                 for (executor, cache), layout in zip(pairs, layouts, strict=True)
             )
-            torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance)
+            assert_near(made, expected, tolerance)
             answers = iter(expected.argmax(dim=-1).tolist())
             for i, count in counts.items():
                 samples = count == sides[0][i].pending
@@ -141,7 +152,7 @@ def check(
                     assert cache.grow(side[i], len(side[i].tokens))
         assert not waiting
         for one, other in zip(*(cache.keys + cache.values for _, cache in pairs), strict=True):
-            torch.testing.assert_close(one[:BLOCKS], other[:BLOCKS], rtol=tolerance, atol=tolerance)
+            assert_near(one[:BLOCKS].float(), other[:BLOCKS].float(), tolerance)
     finally:
         for executor, _ in pairs:
             executor.merged.apply(BASE_MIX, {})
@@ -151,18 +162,26 @@ prompts = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=50), min_s
 unhurried = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@given(prompts=prompts, mix=st.integers(0, 4), chunk=st.integers(1, MOST_ROWS))
+@given(prompts=prompts, mix=st.integers(0, 4), chunk=st.integers(1, 64))
 @unhurried
 def test_merged_weights(world: World, prompts: list[list[int]], mix: int, chunk: int) -> None:
     """The base, an expert, or two of them."""
     check(world, prompts, [mix], chunk, mixed=False)
 
 
-@given(prompts=prompts, mixes=st.lists(st.integers(0, 4), min_size=1, max_size=7), chunk=st.integers(1, MOST_ROWS))
+@given(prompts=prompts, mixes=st.lists(st.integers(0, 4), min_size=1, max_size=7), chunk=st.integers(1, 64))
 @unhurried
 def test_many_mixes_beside_the_base(world: World, prompts: list[list[int]], mixes: list[int], chunk: int) -> None:
     """Matrices, norms, biases and embeddings, of planes and lists, each row with its own mix."""
     check(world, prompts, mixes, chunk, mixed=True)
+
+
+@given(prompts=prompts, mixes=st.lists(st.integers(0, 4), min_size=1, max_size=3), chunk=st.integers(1, 64))
+@unhurried
+def test_half_precision(halves: World, prompts: list[list[int]], mixes: list[int], chunk: int) -> None:
+    """As near as the rounding of a small random model permits, with weights moved for prompts and deltas beside the
+    products of few rows."""
+    check(halves, prompts, mixes, chunk, mixed=True, tolerance=0.3)
 
 
 @pytest.mark.parametrize("weights", [BaseWeights.INT8, BaseWeights.INT4])

@@ -21,7 +21,7 @@ _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step"))
 HEADERS = tuple(
     _HERE / f"{name}.hpp"
-    for name in ("native", "planes", "sparse", "terms", "integers", "vectors", "products", "layers")
+    for name in ("native", "planes", "sparse", "terms", "integers", "vectors", "merging", "products", "layers")
 )
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")

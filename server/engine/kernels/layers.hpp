@@ -4,6 +4,7 @@
 #pragma once
 
 #include "native.hpp"
+#include "products.hpp"
 #include "vectors.hpp"
 
 namespace {
@@ -50,58 +51,78 @@ template <typename T> struct Cached {
     }
 };
 
-template <typename T> inline Floats16 products(const float* query, const T* key, int64_t size) {
-    Floats16 sum = {};
+// Scores of H query heads, `size` apart, with four keys: [H][4], heads `stride` apart.
+template <int H, typename T>
+INLINE inline void score(const float* query, const T* const* keys, int64_t size, float* out, int64_t stride) {
+    Floats16 sums[H * 4] = {};
+    auto add = [&](int64_t c, auto load) INLINE {
+        Floats16 own[H];
+        each<H>([&](auto h) INLINE { own[h] = load(query + h * size + c); });
+        each<4>([&](auto k) INLINE {
+            Floats16 key = load(keys[k] + c);
+            each<H>([&](auto h) INLINE { sums[h * 4 + k] += own[h] * key; });
+        });
+    };
     int64_t c = 0;
-    for (; c + 16 <= size; c += 16) sum += load16(query + c) * load16(key + c);
-    if (c < size) sum += load_some(query + c, size - c) * load_some(key + c, size - c);
-    return sum;
+    for (; c + 16 <= size; c += 16) add(c, [](auto from) INLINE { return load16(from); });
+    if (c < size) add(c, [&](auto from) INLINE { return load_some(from, size - c); });
+    each<H>([&](auto h) INLINE { sums4(sums[h * 4], sums[h * 4 + 1], sums[h * 4 + 2], sums[h * 4 + 3], out + h * stride); });
 }
 
-// One query head over the tokens [start, stop) of its sequence.
-template <typename T>
+// What H heads take of N vectors of every value, from `c` on: out [H][size], weights `stride` apart.
+template <int H, int N, typename T>
+INLINE inline void gather(const Cached<T>& cached, const int32_t* table, int64_t start, int64_t count, int64_t c,
+                          int64_t left, const float* weights, int64_t stride, const float* shares, float* out) {
+    Floats16 sums[H * N] = {};
+    for (int64_t i = 0; i < count; i++) {
+        const T* value = cached.values + cached.at(table, start + i) + c;
+        each<N>([&](auto n) INLINE {
+            Floats16 own = left >= 16 ? load16(value + n * 16) : load_some(value, left);
+            each<H>([&](auto h) INLINE { sums[h * N + n] += weights[h * stride + i] * own; });
+        });
+    }
+    each<H>([&](auto h) INLINE {
+        each<N>([&](auto n) INLINE {
+            Floats16 sum = sums[h * N + n] * shares[h];
+            int64_t some = left < 16 ? left : 16;
+            std::memcpy(out + h * cached.size + c + n * 16, &sum, some * sizeof(float));
+        });
+    });
+}
+
+// H query heads of one key head, side by side, over the tokens [start, stop) of their sequence.
+template <int H, typename T>
 void attend(const float* query, const Cached<T>& cached, const int32_t* table, int64_t start, int64_t stop, float scale,
             float softcap, float* out) {
-    int64_t count = stop - start, size = cached.size, i = 0;
-    float* weights = scores.floats(count + 32);
-    for (; i + 4 <= count; i += 4) {
-        const T* at[4];
-        for (int k = 0; k < 4; k++) at[k] = cached.keys + cached.at(table, start + i + k);
-        sums4(products(query, at[0], size), products(query, at[1], size), products(query, at[2], size),
-              products(query, at[3], size), weights + i);
+    int64_t count = stop - start, size = cached.size, stride = (count + 31) / 16 * 16;
+    float* weights = scores.floats(H * stride);
+    for (int64_t i = 0; i < count; i += 4) {
+        const T* keys[4];  // the last one stands for those beyond it, whose scores are not read
+        for (int64_t k = 0; k < 4; k++) keys[k] = cached.keys + cached.at(table, smaller(start + i + k, stop - 1));
+        score<H>(query, keys, size, weights + i, stride);
     }
-    for (; i < count; i++) weights[i] = sum16(products(query, cached.keys + cached.at(table, start + i), size));
-    for (int64_t c = count; c < count + 16; c++) weights[c] = 0;
-    float most = -INFINITY;
-    for (int64_t c = 0; c < count; c += 16) {
-        Floats16 value = load16(weights + c) * scale;
-        if (softcap > 0) value = softcap * tanh16(value / softcap);
-        store16(weights + c, value);
-    }
-    for (int64_t c = 0; c < count; c++) most = weights[c] > most ? weights[c] : most;
-    Floats16 totals = {};
-    for (int64_t c = count; c < count + 16; c++) weights[c] = -INFINITY;
-    for (int64_t c = 0; c < count; c += 16) {
-        Floats16 value = exp16(load16(weights + c) - most);
-        store16(weights + c, value);
-        totals += value;
-    }
-    // What is beyond the last token counts e^-87 at most: nothing.
-    float share = 1.0f / sum16(totals);
-    std::memset(out, 0, size * sizeof(float));
-    for (int64_t c = 0; c < size; c += 64) {
-        int64_t left = size - c < 64 ? size - c : 64, whole = left / 16;
-        Floats16 sum[4] = {}, tail = {};
-        for (i = 0; i < count; i++) {
-            const T* value = cached.values + cached.at(table, start + i) + c;
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k++)
-                if (k < whole) sum[k] += weights[i] * load16(value + k * 16);
-            if (left % 16) tail += weights[i] * load_some(value + whole * 16, left % 16);
+    float shares[H];
+    for (int h = 0; h < H; h++) {
+        float *own = weights + h * stride, most = -INFINITY;
+        for (int64_t c = 0; c < count; c++) {
+            own[c] *= scale;
+            if (softcap > 0) own[c] = softcap * std::tanh(own[c] / softcap);
+            most = own[c] > most ? own[c] : most;
         }
-        for (int64_t k = 0; k < whole; k++) store16(out + c + k * 16, sum[k] * share);
-        for (int64_t k = 0; k < left % 16; k++) out[c + whole * 16 + k] = tail[k] * share;
+        for (int64_t c = count; c < stride; c++) own[c] = -INFINITY;  // e^-87 each: nothing
+        Floats16 totals = {};
+        for (int64_t c = 0; c < count; c += 16) {
+            Floats16 value = exp16(load16(own + c) - most);
+            store16(own + c, value);
+            totals += value;
+        }
+        shares[h] = 1.0f / sum16(totals);
     }
+    int64_t c = 0;
+    for (; c + 64 <= size; c += 64)
+        gather<H, 4>(cached, table, start, count, c, 64, weights, stride, shares, out);
+    for (; c < size; c += 16)
+        gather<H, 1>(cached, table, start, count, c, size - c, weights, stride, shares, out);
 }
 
 enum Gate : int64_t { SILU = 0, GELU_TANH = 1 };

@@ -21,6 +21,7 @@ constexpr int MOST_ROWS = 6;
 #else
 constexpr int MOST_ROWS = 2;
 #endif
+constexpr int64_t NEAR = 384 << 10;
 constexpr int64_t PADDING = 64;  // rows of x are padded to a multiple of so many
 
 inline int64_t padded(int64_t width) { return (width + PADDING - 1) / PADDING * PADDING; }
@@ -33,6 +34,13 @@ template <typename F, int... I> INLINE inline void spelt(F f, std::integer_seque
 }
 template <int N, typename F> INLINE inline void each(F f) { spelt(f, std::make_integer_sequence<int, N>{}); }
 
+// In a register from here on: loading a number again for each of its products takes twice as long as these.
+#if defined(__AVX512F__)
+#define KEEP(x) __asm__("" : "+v"(x))
+#else
+#define KEEP(x)
+#endif
+
 // Sums of products of W rows of weights and X rows of x.
 template <int W, int X> struct Tile {
     Floats16 sums[X * W];
@@ -43,10 +51,12 @@ template <int W, int X> struct Tile {
             Floats16 weights[W];
             each<W>([&](auto i) INLINE {
                 weights[i] = load16(w + i * in + c);
+                KEEP(weights[i]);
                 __builtin_prefetch(w + (i + W) * in + c);  // the next rows'
             });
             each<X>([&](auto j) INLINE {
                 Floats16 values = load16(x + j * stride + c);
+                KEEP(values);
                 each<W>([&](auto i) INLINE { sums[j * W + i] += weights[i] * values; });
             });
         }
@@ -119,9 +129,17 @@ void tiles(const T* w, int64_t in, const U* x, int64_t x_stride, int64_t rows, f
 template <typename T, typename U>
 void multiply(const T* weights, int64_t in, const U* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride,
               int64_t first, int64_t last) {
-    int64_t o = first;
-    for (; o + 4 <= last; o += 4) tiles<4>(weights + o * in, in, x, x_stride, rows, y + o, y_stride);
-    for (; o < last; o++) tiles<1>(weights + o * in, in, x, x_stride, rows, y + o, y_stride);
+    // Rows of x that stay in the second cache while all weights go by.
+    int64_t some = NEAR / (x_stride * int64_t(sizeof(U)));
+    some = some < 8 * MOST_ROWS ? 8 * MOST_ROWS : some;
+    for (int64_t start = 0; start < rows; start += some) {
+        int64_t count = smaller(rows - start, some);
+        const U* from = x + start * x_stride;
+        float* to = y + start * y_stride;
+        int64_t o = first;
+        for (; o + 4 <= last; o += 4) tiles<4>(weights + o * in, in, from, x_stride, count, to + o, y_stride);
+        for (; o < last; o++) tiles<1>(weights + o * in, in, from, x_stride, count, to + o, y_stride);
+    }
 }
 
 // Rows of x as bfloat16, padded.

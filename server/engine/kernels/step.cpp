@@ -6,6 +6,7 @@
 
 #include "integers.hpp"
 #include "layers.hpp"
+#include "merging.hpp"
 #include "products.hpp"
 #include "terms.hpp"
 
@@ -95,7 +96,7 @@ class Barrier {
     alignas(64) std::atomic<int> phase_{0};
 };
 
-thread_local Scratch halves;
+thread_local Scratch halves, merged, chosen;
 
 void run_norm(const Operation& op, const Thread& thread) {
     int64_t size = op.in_size, row_size = size * op.out_size;
@@ -130,46 +131,115 @@ void add_vector(const void* vector, int64_t dtype, float* y, int64_t first, int6
         add_vector(static_cast<const Brain*>(vector), y, first, last);
 }
 
+// Rows of one expert from which weights are moved for them, block by block, in place of adding to their products: what
+// that takes does not depend on how many they are. Measured.
+constexpr int64_t MANY_DENSE = 4, MANY_SPARSE = 12;
+
+// Whether that is so for the group of terms [term, end).
+bool moves(const Operation& op, const Term* term, const Term* end) {
+    if (op.dtype > BFLOAT16 || end - term > 1 || (term->form == PLANES && term->digits > 1)) return false;
+    return term->stop - term->start >= (term->form == PLANES ? MANY_DENSE : MANY_SPARSE);
+}
+
+template <typename T> void merge_block(T* out, const T* weights, int64_t in, const Term& term, int64_t first, int64_t last) {
+    if (term.form == PLANES)
+        merge_planes<false>(out, weights, first, last, in, term.words, term.factor);
+    else
+        merge_sparse<false>(out, weights, first, last, in, term.order, term.starts, term.entries, term.levels, term.factor);
+}
+
+struct Range {
+    int64_t first, last;
+};
+
+// Products with weights that can be moved; `x` is what they read of op.in. Which columns of op.out the thread has made.
+template <typename T, typename U>
+Range run_full(const Operation& op, const Thread& thread, const U* x, int64_t stride) {
+    const T* weights = static_cast<const T*>(op.weight);
+    const Term* end = op.terms + op.term_count;
+    bool moved = false;
+    for (const Term *term = op.terms, *next; term < end; term = next) moved |= moves(op, term, next = group_end(term, end));
+    auto multiplied = [&](const T* from, int64_t row, int64_t until, int64_t first, int64_t last) {
+        if (row < until)
+            multiply(from, op.in_size, x + row * stride, stride, until - row, op.out + row * op.out_size + first,
+                     op.out_size, 0, last - first);
+    };
+    int64_t unit = moved ? BLOCK : 4, units = (op.out_size + unit - 1) / unit;
+    int64_t from = thread.from(units) * unit, to = smaller(thread.to(units) * unit, op.out_size);
+    if (!moved) {
+        multiplied(weights + from * op.in_size, 0, op.rows, from, to);
+        return {from, to};
+    }
+    T* block = reinterpret_cast<T*>(merged.floats(BLOCK * op.in_size));
+    for (int64_t first = from; first < to; first += BLOCK) {
+        int64_t last = smaller(first + BLOCK, to), row = 0;
+        for (const Term *term = op.terms, *next; term < end; term = next) {
+            next = group_end(term, end);
+            if (!moves(op, term, next)) continue;
+            multiplied(weights + first * op.in_size, row, term->start, first, last);
+            merge_block(block, weights, op.in_size, *term, first, last);
+            multiplied(block, term->start, row = term->stop, first, last);
+        }
+        multiplied(weights + first * op.in_size, row, op.rows, first, last);
+    }
+    return {from, to};
+}
+
+// Products with weights in eight or four bits.
+Range run_integers(const Operation& op, const Thread& thread, const uint16_t* x, int64_t stride) {
+    int64_t unit = 2 * integers::ABREAST, units = (op.out_size + unit - 1) / unit;
+    int64_t first = thread.from(units) * unit, last = smaller(thread.to(units) * unit, op.out_size);
+    if (first >= last) return {0, 0};
+    if (op.dtype == EIGHT_BITS)
+        multiply_eight(static_cast<const int8_t*>(op.weight), op.scales, op.in_size, x, stride, op.rows, op.out,
+                       op.out_size, first, last);
+    else
+        multiply_four(static_cast<const uint8_t*>(op.weight), op.scales, op.in_size, x, stride, op.rows, op.out,
+                      op.out_size, first, last);
+    return {first, last};
+}
+
 // `fresh`: whether `halves` must be made anew from op.in.
 void run_product(const Operation& op, const Thread& thread, bool fresh) {
-    int64_t unit = op.dtype < EIGHT_BITS ? 4 : 2 * integers::ABREAST, units = (op.out_size + unit - 1) / unit;
-    int64_t first = thread.from(units) * unit, last = smaller(thread.to(units) * unit, op.out_size);
-    int64_t in = op.in_size, stride = padded(in);
-    const uint16_t* x = nullptr;
+    int64_t stride = padded(op.in_size);
+    uint16_t* x = nullptr;
     if (op.dtype >= EIGHT_BITS || (PAIRS && op.dtype == BFLOAT16)) {
-        uint16_t* room = reinterpret_cast<uint16_t*>(halves.floats((op.rows * stride + 1) / 2));
-        if (fresh) round_rows(op.in, in, op.rows, room);
-        x = room;
+        x = reinterpret_cast<uint16_t*>(halves.floats((op.rows * stride + 1) / 2));
+        if (fresh) round_rows(op.in, op.in_size, op.rows, x);
     }
-    if (op.dtype == FLOAT32) {
-        const float* weights = static_cast<const float*>(op.weight);
-        multiply(weights, in, op.in, in, op.rows, op.out, op.out_size, first, last);
-    } else if (op.dtype == BFLOAT16) {
-        const Brain* weights = static_cast<const Brain*>(op.weight);
+    Range made;
+    if (op.dtype == FLOAT32)
+        made = run_full<float>(op, thread, op.in, op.in_size);
+    else if (op.dtype >= EIGHT_BITS)
+        made = run_integers(op, thread, x, stride);
+    else
 #if PAIRS
-        multiply(weights, in, x, stride, op.rows, op.out, op.out_size, first, last);
+        made = run_full<Brain>(op, thread, x, stride);
 #else
-        multiply(weights, in, op.in, in, op.rows, op.out, op.out_size, first, last);
+        made = run_full<Brain>(op, thread, op.in, op.in_size);
 #endif
-    } else if (first < last && op.dtype == EIGHT_BITS) {
-        const int8_t* levels = static_cast<const int8_t*>(op.weight);
-        multiply_eight(levels, op.scales, in, x, stride, op.rows, op.out, op.out_size, first, last);
-    } else if (first < last) {
-        const uint8_t* nibbles = static_cast<const uint8_t*>(op.weight);
-        multiply_four(nibbles, op.scales, in, x, stride, op.rows, op.out, op.out_size, first, last);
-    }
     for (int64_t r = 0; r < op.rows; r++) {
         float* y = op.out + r * op.out_size;
-        if (op.bias) add_vector(op.bias, op.bias_dtype, y, first, last);
-        if (op.choices) add_vector(op.choices + op.which[r] * op.choice_bytes, op.bias_dtype, y, first, last);
+        if (op.bias) add_vector(op.bias, op.bias_dtype, y, made.first, made.last);
+        if (op.choices)
+            add_vector(op.choices + op.which[r] * op.choice_bytes, op.bias_dtype, y, made.first, made.last);
     }
 }
 
+// What is added beside the products; those of moved weights have it.
 void run_terms(const Operation& op, const Thread& thread) {
     Call call = {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size)};
     const Term* end = op.terms + op.term_count;
-    int64_t line = line_of(call, op.terms, end, thread.count);
-    share(call, op.terms, end, thread.count, thread.from(line), thread.to(line));
+    Term* left = reinterpret_cast<Term*>(chosen.floats(op.term_count * sizeof(Term) / sizeof(float)));
+    int64_t count = 0;
+    for (const Term *term = op.terms, *next; term < end; term = next) {
+        next = group_end(term, end);
+        if (moves(op, term, next)) continue;
+        std::memcpy(left + count, term, (next - term) * sizeof(Term));
+        count += next - term;
+    }
+    int64_t line = line_of(call, left, left + count, thread.count);
+    share(call, left, left + count, thread.count, thread.from(line), thread.to(line));
 }
 
 template <typename T> void run_rotate(const Operation& op, const Rows& rows, const Thread& thread) {
@@ -192,11 +262,23 @@ template <typename T> void run_rotate(const Operation& op, const Rows& rows, con
     }
 }
 
+template <typename T, typename... More>
+void attend_heads(int64_t count, const float* query, const Cached<T>& cached, More... more) {
+    switch (count) {
+        case 1: return attend<1>(query, cached, more...);
+        case 2: return attend<2>(query, cached, more...);
+        case 3: return attend<3>(query, cached, more...);
+        default: return attend<4>(query, cached, more...);
+    }
+}
+
 template <typename T> void run_attend(const Operation& op, const Rows& rows, const Thread& thread) {
     auto begin = [&](int64_t r) {
         int64_t length = rows.positions[r] + 1;
         return op.window && length > op.window ? length - op.window : 0;
     };
+    // Heads that share keys go side by side, unless that leaves threads without work.
+    int64_t group = op.heads / op.kv_heads, together = op.rows * op.kv_heads < 4 * thread.count ? 1 : group;
     int64_t line = 0;
     for (int64_t r = 0; r < op.rows; r++) line += (rows.positions[r] + 1 - begin(r)) * op.heads;
     int64_t place = 0, from = thread.from(line), to = thread.to(line);
@@ -204,11 +286,14 @@ template <typename T> void run_attend(const Operation& op, const Rows& rows, con
     for (int64_t r = 0; r < op.rows; r++) {
         int64_t start = begin(r), stop = rows.positions[r] + 1;
         const int32_t* table = rows.tables + rows.sequences[r] * rows.table_size;
-        for (int64_t head = 0; head < op.heads; head++, place += stop - start) {
+        for (int64_t head = 0; head < op.heads; head += together, place += (stop - start) * together) {
             if (place < from || place >= to) continue;
-            cached.head = head / (op.heads / op.kv_heads);
-            int64_t at = (r * op.heads + head) * op.head_size;
-            attend(op.in + at, cached, table, start, stop, float(op.eps), float(op.plus), op.out + at);
+            cached.head = head / group;
+            for (int64_t done = 0, count; done < together; done += count) {
+                count = smaller(together - done, 4);
+                int64_t at = (r * op.heads + head + done) * op.head_size;
+                attend_heads(count, op.in + at, cached, table, start, stop, float(op.eps), float(op.plus), op.out + at);
+            }
         }
     }
 }
@@ -239,7 +324,7 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
         if (!op->waits) continue;
         bool added = false;
         for (; pending && pending <= op; pending++) {
-            if (!pending->term_count) continue;
+            if (pending->kind != PRODUCT || !pending->term_count) continue;
             if (!added) barrier.wait(thread);  // terms are cut in another way than products
             added = true;
             run_terms(*pending, thread);
