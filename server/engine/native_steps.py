@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -25,12 +24,11 @@ from server.engine.kernels.cpu import CpuKernels
 from server.engine.kv_cache import BLOCK_TOKENS, KVCache
 from server.engine.layout import Layout
 from server.engine.mixed import Terms
-from server.engine.mixed_vectors import rows_of
 from server.engine.model import BaseModel
+from server.engine.native_terms import Beside, NativeTerms
 from server.engine.options import NativeCalls
 from server.engine.outline import UnknownNetworkError, outline_of
-from server.engine.programs import DTYPES, NORM, PRODUCT, RECORD, Program, Records
-from server.engine.sites import Kind
+from server.engine.programs import DTYPES, RECORD, Program, Records
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +40,6 @@ _KEPT = 8
 """Sets of merged weights whose addresses are kept."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 _TRIAL_TOKENS = 21
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """Operations with what a step's mixes add, and what keeps it alive."""
-
-    records: Records
-    kept: tuple[object, ...]
 
 
 class NativeSteps:
@@ -68,8 +58,8 @@ class NativeSteps:
         self._kernels = kernels
         self._program = Program(self._outline, cache, MOST_ROWS)
         self._records: OrderedDict[frozenset[tuple[str, int]], Records] = OrderedDict()
-        self._beside: WeakKeyDictionary[Terms, _Beside | None] = WeakKeyDictionary()
-        self._places: dict[int, int] | None = None
+        self._beside: WeakKeyDictionary[Terms, Beside | None] = WeakKeyDictionary()
+        self._terms: NativeTerms | None = None
         self.steps = 0
         if kernels.operation_bytes != RECORD.itemsize:
             raise UnknownNetworkError("records and the library differ")
@@ -102,7 +92,9 @@ class NativeSteps:
         records = self._pointed(moved)
         if terms is not None:
             if terms not in self._beside:
-                self._beside[terms] = self._with(terms, records)
+                if self._terms is None:
+                    self._terms = NativeTerms(self._program, terms.weights, self._kernels)
+                self._beside[terms] = self._terms.beside(terms, records)
             beside = self._beside[terms]
             if beside is None:
                 return None
@@ -114,7 +106,10 @@ class NativeSteps:
         records["rows"][-self._program.tail :] = wanted
         records["picked"][-self._program.tail] = picked.ctypes.data
         is_small = self._program.weights * rows < _SMALL
-        self._kernels.step(records, *_places(layout.segments), 1 if is_small else torch.get_num_threads())
+        threads = 1 if is_small else torch.get_num_threads()
+        taken = self._kernels.step(records, *_places(layout.segments), threads)
+        if terms is not None:
+            terms.weights.seconds += taken
         self.steps += 1
         return self._program.logits[:wanted]
 
@@ -141,46 +136,6 @@ class NativeSteps:
                     return looked_up(site, partial(moved_rows, module, groups))(ids[None])[0]
         embedded: torch.Tensor = module(ids[None])[0]
         return embedded
-
-    def _with(self, terms: Terms, records: Records) -> _Beside | None:
-        """The operations with what is added; None if something of it has no operation."""
-        sites, vectors = terms.weights.sites, terms.weights.vectors
-        if self._places is None:
-            places = {id(module): place for place, module in enumerate(self._program.modules) if module is not None}
-            self._places = {i: places[id(site.module)] for i, site in enumerate(sites) if id(site.module) in places}
-        own, moved = records.copy(), terms.moved()
-        stacked: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
-        kept: list[object] = [stacked]
-        if moved.any():
-            for head, spans in ((False, terms.spans), (True, terms.logit_spans)):
-                if spans:
-                    stacked[head] = vectors.stacked(spans, terms.experts), torch.from_numpy(rows_of(spans))
-        for index, site in enumerate(sites):
-            groups = terms.groups(site) if site.kind is Kind.LINEAR else ()
-            if site.kind is Kind.EMBEDDING:
-                if moved[index] and site.module is not self._outline.embedding:
-                    return None
-                continue
-            if not groups and not moved[index]:
-                continue
-            place = self._places.get(index)
-            if place is None:
-                return None
-            record = own[place]
-            if moved[index] and site.head in stacked:
-                choice = vectors.at(index, *stacked[site.head])
-                name = "weight" if record["kind"] == NORM else "bias"
-                chosen = choice.choices.get(name)
-                if chosen is not None:
-                    record["choices"], record["choice_bytes"] = chosen.data_ptr(), chosen.stride(0) * chosen.itemsize
-                    record["which"], record["bias_dtype"] = choice.which.data_ptr(), DTYPES[chosen.dtype]
-            if groups and record["kind"] == PRODUCT:
-                made = self._kernels.terms(groups, (int(record["out_size"]), int(record["in_size"])))
-                if made is None:
-                    return None
-                record["terms"], record["term_count"] = made.ctypes.data, len(made)
-                kept.append(made)
-        return _Beside(own, tuple(kept))
 
 
 def _places(

@@ -50,6 +50,7 @@ class Program:
 
     Attributes:
         hidden: `[most_rows, hidden_size]` float32: what a step begins with, the embeddings of its tokens.
+        embedding: what looks up the embeddings.
         modules: of every operation its module, or None: where weights come from.
         weights: numbers in all matrices.
         tail: operations on the rows whose logits are wanted: the last so many.
@@ -57,6 +58,7 @@ class Program:
 
     def __init__(self, outline: Outline, cache: KVCache, most_rows: int) -> None:
         self._outline = outline
+        self.embedding = outline.embedding
         self._cache = cache
         self._dtype = DTYPES[cache.shape.dtype]
         self.most_rows = most_rows

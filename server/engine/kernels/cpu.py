@@ -29,10 +29,16 @@ from server.engine.kernels.types import (
 )
 from store.packed import PackedTernary
 
-_TERM = struct.Struct("<qqiifi")
-"""`Term` of native.cpp up to its pointers: first row, last row, form, opens a group, factor, digits."""
-_POINTERS = struct.Struct("<5Q")
-_TERM_BYTES = _TERM.size + _POINTERS.size
+TERM = np.dtype(
+    [
+        *(("start", "i8"), ("stop", "i8"), ("form", "i4"), ("opens", "i4"), ("factor", "f4"), ("digits", "i4")),
+        *((name, "u8") for name in ("words", "order", "starts", "entries", "levels")),
+    ]
+)
+"""`Term` of native.hpp: rows, form, whether it opens a group, weight of the mix · scale, digits, addresses or 0."""
+_TERM = struct.Struct("<qqiifi5Q")
+
+Fields = tuple[int, int, int, int, float, int, int, int, int, int, int]
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
 """What `merge.cpp` merges; the others are left to torch."""
@@ -70,13 +76,13 @@ class CpuKernels:
         self.permute = int(library.switchyard_permute())
         """Entries of the table that one vector instruction looks up; 0 where there is none."""
         self._step = library.switchyard_step
-        self._step.restype = None
+        self._step.restype = ctypes.c_double
         self._step.argtypes = (pointer, size, size, *[pointer] * 4, size, ctypes.c_int)
         library.switchyard_operation_bytes.restype = size
         self.operation_bytes = int(library.switchyard_operation_bytes())
         """Of a record of `step`."""
         self._plain = ReferenceKernels()
-        self._pointers: WeakKeyDictionary[PackedDelta, bytes] = WeakKeyDictionary()
+        self._terms: WeakKeyDictionary[PackedDelta, Fields] = WeakKeyDictionary()
         self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
         if not computes_rightly(self, torch.float32, torch.device("cpu")):
             raise BuildError("what the compiler made computes wrongly on this machine")
@@ -98,22 +104,25 @@ class CpuKernels:
                 raise ValueError(f"the group [{group.start}, {group.stop}) is not within {rows} rows")
         joined = self._joined(groups, shape)
         if joined:
-            count = len(joined) // _TERM_BYTES
+            count = len(joined) // _TERM.size
             self._add(y.data_ptr(), x.data_ptr(), *shape, joined, count, torch.get_num_threads())
         for group in groups:
             if any(isinstance(delta, DenseValues) for _, delta in group.terms):
                 dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
                 self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
 
-    def terms(self, groups: Sequence[Group], shape: tuple[int, int]) -> npt.NDArray[np.void] | None:
-        """What `step` reads of groups, valid as long as they are; None if they have dense deltas, which it cannot add.
-
-        Args:
-            shape: `(out, in)` of every delta.
-        """
-        if any(isinstance(delta, DenseValues) for group in groups for _, delta in group.terms):
-            return None
-        return np.frombuffer(self._joined(groups, shape), f"V{_TERM_BYTES}")
+    def term(self, delta: BitPlanes | SparseRows) -> Fields:
+        """A `TERM` of a delta alone, for no rows; its addresses are good as long as the delta is."""
+        known = self._terms.get(delta)
+        if known is None:
+            if isinstance(delta, BitPlanes):
+                known = (0, 0, 0, 1, delta.scale, delta.digits, delta.words.data_ptr(), 0, 0, 0, 0)
+            else:
+                levels = 0 if delta.levels is None else delta.levels.data_ptr()
+                lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
+                known = (0, 0, 1, 1, delta.scale, 0, 0, *lists)
+            self._terms[delta] = known
+        return known
 
     def step(
         self,
@@ -123,16 +132,22 @@ class CpuKernels:
         sequences: npt.NDArray[np.int64],
         tables: npt.NDArray[np.int32],
         threads: int,
-    ) -> None:
+    ) -> float:
         """Go through the operations of a step (`server.engine.programs`), whose addresses and sizes must be right.
 
         Args:
             operations: `RECORD`s.
             positions, slots, sequences: `[rows]`: where in its sequence and in the cache each row is, and its table.
             tables: `[sequences, blocks]`.
+
+        Returns:
+            Seconds spent on what experts add.
         """
         rows = (positions.ctypes.data, slots.ctypes.data, sequences.ctypes.data, tables.ctypes.data)
-        self._step(operations.ctypes.data, len(operations), len(positions), *rows, tables.shape[1], threads)
+        taken: float = self._step(
+            operations.ctypes.data, len(operations), len(positions), *rows, tables.shape[1], threads
+        )
+        return taken
 
     def fused_linear(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
@@ -180,20 +195,6 @@ class CpuKernels:
                 raise ValueError(f"a delta of shape {delta.shape} cannot be applied to {shape[1]} → {shape[0]}")
             if isinstance(delta, DenseValues):
                 continue
-            digits = delta.digits if isinstance(delta, BitPlanes) else 0
-            factor = weight * delta.scale
-            form = int(isinstance(delta, SparseRows))
-            parts += (_TERM.pack(group.start, group.stop, form, not parts, factor, digits), self._pointers_of(delta))
+            _, _, form, _, scale, *others = self.term(delta)
+            parts.append(_TERM.pack(group.start, group.stop, form, not parts, weight * scale, *others))
         return b"".join(parts)
-
-    def _pointers_of(self, delta: BitPlanes | SparseRows) -> bytes:
-        known = self._pointers.get(delta)
-        if known is None:
-            if isinstance(delta, BitPlanes):
-                addresses = (delta.words.data_ptr(), 0, 0, 0, 0)
-            else:
-                levels = 0 if delta.levels is None else delta.levels.data_ptr()
-                lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr())
-                addresses = (0, *lists, levels)
-            known = self._pointers[delta] = _POINTERS.pack(*addresses)
-        return known

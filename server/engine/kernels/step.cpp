@@ -11,6 +11,7 @@
 #include "terms.hpp"
 
 #include <atomic>
+#include <chrono>
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -98,6 +99,19 @@ class Barrier {
 
 thread_local Scratch halves, merged, chosen;
 
+// Seconds that pass while it lives, added up.
+class Watch {
+  public:
+    explicit Watch(double& total) : total_(total), began_(std::chrono::steady_clock::now()) {}
+    ~Watch() { total_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count(); }
+
+  private:
+    double& total_;
+    std::chrono::steady_clock::time_point began_;
+};
+
+thread_local double spent;  // on what experts add
+
 void run_norm(const Operation& op, const Thread& thread) {
     int64_t size = op.in_size, row_size = size * op.out_size;
     for (int64_t r = thread.from(op.rows); r < thread.to(op.rows); r++) {
@@ -177,7 +191,10 @@ Range run_full(const Operation& op, const Thread& thread, const U* x, int64_t st
             next = group_end(term, end);
             if (!moves(op, term, next)) continue;
             multiplied(weights + first * op.in_size, row, term->start, first, last);
-            merge_block(block, weights, op.in_size, *term, first, last);
+            {
+                Watch watch(spent);
+                merge_block(block, weights, op.in_size, *term, first, last);
+            }
             multiplied(block, term->start, row = term->stop, first, last);
         }
         multiplied(weights + first * op.in_size, row, op.rows, first, last);
@@ -229,6 +246,7 @@ void run_product(const Operation& op, const Thread& thread, bool fresh) {
 // What is added beside the products; those of moved weights have it.
 void run_terms(const Operation& op, const Thread& thread) {
     Call call = {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size)};
+    Watch watch(spent);
     const Term* end = op.terms + op.term_count;
     Term* left = reinterpret_cast<Term*>(chosen.floats(op.term_count * sizeof(Term) / sizeof(float)));
     int64_t count = 0;
@@ -341,12 +359,15 @@ extern "C" {
 
 int64_t switchyard_operation_bytes(void) { return sizeof(Operation); }
 
-// Goes through the operations once. Every pointer in them must be valid, every size right: nothing is checked here.
-void switchyard_step(const void* operations, int64_t count, int64_t rows, const int64_t* positions, const int64_t* slots,
-                     const int64_t* sequences, const int32_t* tables, int64_t table_size, int threads) {
+// Goes through the operations once, and says how many seconds the first thread has spent on what experts add. Every
+// pointer in them must be valid, every size right: nothing is checked here.
+double switchyard_step(const void* operations, int64_t count, int64_t rows, const int64_t* positions,
+                       const int64_t* slots, const int64_t* sequences, const int32_t* tables, int64_t table_size,
+                       int threads) {
     const Operation* first = static_cast<const Operation*>(operations);
     Rows batch = {rows, positions, slots, sequences, tables, table_size};
     Barrier barrier;
+    spent = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
     run(first, first + count, batch, {omp_get_thread_num(), omp_get_num_threads()}, barrier);
@@ -354,5 +375,6 @@ void switchyard_step(const void* operations, int64_t count, int64_t rows, const 
     (void)threads;
     run(first, first + count, batch, {0, 1}, barrier);
 #endif
+    return spent;
 }
 }
