@@ -25,7 +25,7 @@ RECORD = np.dtype(
         *((name, "i8") for name in ("cos", "sin")),
     ]
 )
-"""`Operation` of step.cpp: numbers and addresses, 0 is none."""
+"""`Operation` of operations.hpp: numbers and addresses, 0 is none."""
 
 NORM, PRODUCT, ROTATE, ATTEND, GATE = range(5)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -19,10 +19,8 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step"))
-HEADERS = tuple(
-    _HERE / f"{name}.hpp"
-    for name in ("native", "planes", "sparse", "terms", "integers", "vectors", "merging", "products", "layers")
-)
+_SHARED = ("native", "vectors", "planes", "sparse", "terms", "integers", "products", "merging", "layers", "operations")
+HEADERS = tuple(_HERE / f"{name}.hpp" for name in _SHARED)
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0

@@ -91,16 +91,19 @@ inline void merge_word(T* out, const T* pristine, uint32_t plus, uint32_t minus,
     }
 }
 
-// The rows [first, last) of one block of 32, to `out`, which begins with the first of them.
+// Some rows, [first, last), to `out`, which begins with the first of them.
 template <bool EXACT, typename T>
 void merge_planes(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const uint32_t* planes,
                   float factor) {
     int64_t words = (columns + BLOCK - 1) / BLOCK;
     for (int64_t r = first; r < last; r++, out += columns) {
-        const uint32_t* word = planes + first / BLOCK * words * 2 * BLOCK + r - first;
+        const uint32_t* word = planes + r / BLOCK * words * 2 * BLOCK + r % BLOCK;
         const T* from = pristine + r * columns;
-        for (int64_t j = 0; j < words; j++, word += 2 * BLOCK)
+        for (int64_t j = 0; j < words; j++, word += 2 * BLOCK) {
+            // Who calls multiplies with these before it comes back for the next: memory is to be read meanwhile.
+            if (!EXACT) __builtin_prefetch(from + (last - first) * columns + j * BLOCK);
             merge_word<EXACT>(out + j * BLOCK, from + j * BLOCK, word[0], word[BLOCK], factor, columns - j * BLOCK);
+        }
     }
 }
 
@@ -130,19 +133,22 @@ inline void merge_levels(T* out, const T* pristine, int64_t columns, const uint1
     }
 }
 
-// The same for lists.
+// The same for lists; all rows lie in one block of 32, of `rows` in all.
 template <bool EXACT, typename T>
-void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const int32_t* order,
-                  const int32_t* starts, const uint16_t* entries, const uint8_t* levels, float factor) {
+void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t rows, int64_t columns,
+                  const int32_t* order, const int32_t* starts, const uint16_t* entries, const uint8_t* levels,
+                  float factor) {
     // Rounded here, so that no product is fused with its addition.
     float values[256];
     for (int level = 0; levels != nullptr && level < 256; level++) values[level] = float(level) * factor;
     // Lists are sorted by length within a block. Weights are walked through as they lie: memory is read ahead.
-    int64_t place[BLOCK];
-    for (int64_t i = first; i < last; i++) place[order[i] - first] = i;
+    int64_t block = first / BLOCK * BLOCK, place[BLOCK];
+    for (int64_t i = block; i < smaller(block + BLOCK, rows); i++) place[order[i] - block] = i;
     for (int64_t r = first; r < last; r++, out += columns) {
         const T* from = pristine + r * columns;
-        int32_t start = starts[place[r - first]], stop = starts[place[r - first] + 1];
+        int32_t start = starts[place[r - block]], stop = starts[place[r - block] + 1];
+        if (!EXACT)
+            for (int64_t j = 0; j < columns; j += BLOCK) __builtin_prefetch(from + (last - first) * columns + j);
         if (levels == nullptr)
             merge_list<EXACT>(out, from, columns, entries + start, entries + stop, factor);
         else

@@ -7,108 +7,13 @@
 #include "integers.hpp"
 #include "layers.hpp"
 #include "merging.hpp"
+#include "operations.hpp"
 #include "products.hpp"
 #include "terms.hpp"
 
-#include <atomic>
-#include <chrono>
-#ifdef __linux__
-#include <sched.h>
-#endif
-
 namespace {
 
-enum Kind : int64_t { NORM = 0, PRODUCT = 1, ROTATE = 2, ATTEND = 3, GATE = 4 };
-enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, EIGHT_BITS = 2, FOUR_BITS = 3 };
-
-// One operation. Mirrors `RECORD` in programs.py: every field has eight bytes.
-struct Operation {
-    int64_t kind;
-    int64_t waits;      // whether all threads wait for each other after it
-    int64_t rows;
-    const float* in;    // NORM, PRODUCT: [rows, in_size]; ATTEND: queries; ROTATE: values
-    float* out;
-    float* other;       // NORM: what is added to `in` first, or none; ROTATE: queries; GATE: up
-    int64_t in_size;    // NORM: of a head; PRODUCT: of a row
-    int64_t out_size;   // PRODUCT: of a row; GATE: of a row; NORM: heads per row
-    const void* weight; // NORM, PRODUCT
-    int64_t dtype;      // of the weight; ROTATE, ATTEND: of the cache
-    const uint16_t* scales;  // PRODUCT, of weights in eight or four bits
-    const void* bias;   // PRODUCT, in the model's dtype, or none
-    int64_t bias_dtype;
-    const Term* terms;  // PRODUCT
-    int64_t term_count;
-    const char* choices;  // vectors of the step's mixes: NORM its weights, PRODUCT what moves the bias; or none
-    int64_t choice_bytes;
-    const int64_t* which; // of each row, its mix
-    const int64_t* picked;  // NORM: rows of `in` to read, or none: all, and their sums with `other` are kept
-    double eps;         // NORM; ATTEND: scale
-    double plus;        // NORM: added to its weights; ATTEND: softcap, or 0
-    int64_t gate;
-    void* keys;         // ROTATE, ATTEND: the layer's
-    void* values;
-    int64_t heads, kv_heads, head_size;
-    int64_t window;     // ATTEND: or 0
-    const float* cos;   // ROTATE: [positions, head_size]
-    const float* sin;
-};
-
-// The rows of a step.
-struct Rows {
-    int64_t count;
-    const int64_t* positions;
-    const int64_t* slots;
-    const int64_t* sequences;  // of each row, its place in `tables`
-    const int32_t* tables;
-    int64_t table_size;
-};
-
-struct Thread {
-    int index, count;
-    int64_t from(int64_t units) const { return units * index / count; }
-    int64_t to(int64_t units) const { return units * (index + 1) / count; }
-};
-
-// Where the threads of one step wait for each other.
-class Barrier {
-  public:
-    void wait(const Thread& thread) {
-        if (thread.count == 1) return;
-        int phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == thread.count) {
-            arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        // Who has no core of its own must not keep the others from theirs.
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
-#if defined(__AVX2__) || defined(__AVX512F__)
-            _mm_pause();
-#endif
-#ifdef __linux__
-            if (spins > PATIENCE) sched_yield();
-#endif
-        }
-    }
-
-  private:
-    static constexpr int PATIENCE = 4000;
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> phase_{0};
-};
-
 thread_local Scratch halves, merged, chosen;
-
-// Seconds that pass while it lives, added up.
-class Watch {
-  public:
-    explicit Watch(double& total) : total_(total), began_(std::chrono::steady_clock::now()) {}
-    ~Watch() { total_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count(); }
-
-  private:
-    double& total_;
-    std::chrono::steady_clock::time_point began_;
-};
 
 thread_local double spent;  // on what experts add
 
@@ -147,7 +52,8 @@ void add_vector(const void* vector, int64_t dtype, float* y, int64_t first, int6
 
 // Rows of one expert from which weights are moved for them, block by block, in place of adding to their products: what
 // that takes does not depend on how many they are. Measured.
-constexpr int64_t MANY_DENSE = 4, MANY_SPARSE = 12;
+constexpr int64_t MANY_DENSE = 3, MANY_SPARSE = 40;
+constexpr int64_t TOGETHER_MOVED = 4;
 
 // Whether that is so for the group of terms [term, end).
 bool moves(const Operation& op, const Term* term, const Term* end) {
@@ -155,11 +61,13 @@ bool moves(const Operation& op, const Term* term, const Term* end) {
     return term->stop - term->start >= (term->form == PLANES ? MANY_DENSE : MANY_SPARSE);
 }
 
-template <typename T> void merge_block(T* out, const T* weights, int64_t in, const Term& term, int64_t first, int64_t last) {
+template <typename T> void merge_rows(T* out, const Operation& op, const Term& term, int64_t first, int64_t last) {
+    const T* weights = static_cast<const T*>(op.weight);
     if (term.form == PLANES)
-        merge_planes<false>(out, weights, first, last, in, term.words, term.factor);
+        merge_planes<false>(out, weights, first, last, op.in_size, term.words, term.factor);
     else
-        merge_sparse<false>(out, weights, first, last, in, term.order, term.starts, term.entries, term.levels, term.factor);
+        merge_sparse<false>(out, weights, first, last, op.out_size, op.in_size, term.order, term.starts, term.entries,
+                            term.levels, term.factor);
 }
 
 struct Range {
@@ -184,18 +92,23 @@ Range run_full(const Operation& op, const Thread& thread, const U* x, int64_t st
         multiplied(weights + from * op.in_size, 0, op.rows, from, to);
         return {from, to};
     }
-    T* block = reinterpret_cast<T*>(merged.floats(BLOCK * op.in_size));
+    T* block = reinterpret_cast<T*>(merged.floats(TOGETHER_MOVED * op.in_size));
     for (int64_t first = from; first < to; first += BLOCK) {
         int64_t last = smaller(first + BLOCK, to), row = 0;
         for (const Term *term = op.terms, *next; term < end; term = next) {
             next = group_end(term, end);
             if (!moves(op, term, next)) continue;
             multiplied(weights + first * op.in_size, row, term->start, first, last);
-            {
-                Watch watch(spent);
-                merge_block(block, weights, op.in_size, *term, first, last);
+            // As few rows as possible, so that they are still in the first cache when they are multiplied.
+            for (int64_t o = first; o < last; o += TOGETHER_MOVED) {
+                int64_t until = smaller(o + TOGETHER_MOVED, last);
+                {
+                    Watch watch(spent);
+                    merge_rows(block, op, *term, o, until);
+                }
+                multiplied(block, term->start, term->stop, o, until);
             }
-            multiplied(block, term->start, row = term->stop, first, last);
+            row = term->stop;
         }
         multiplied(weights + first * op.in_size, row, op.rows, first, last);
     }
