@@ -39,14 +39,14 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | No
         A token per row; None where the row holds NaN or no finite value at all, which only a broken expert causes.
     """
     logits_of_model = logits
-    best, chosen = logits.max(dim=-1)  # NaN is larger than everything
+    best, chosen = _largest(logits)
     edited = edited_rows(sequences)
     random = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     if edited:
         at = torch.tensor(edited, device=logits.device)
         rows = logits[at]
         edit(rows, [sequences[row] for row in edited])
-        best[at], chosen[at] = rows.max(dim=-1)
+        best[at], chosen[at] = _largest(rows)
         if random:
             logits = logits.index_copy(0, at, rows)
     sane = best.isfinite()
@@ -59,6 +59,15 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | No
     tokens = [token if fine else None for token, fine in zip(chosen.tolist(), sane.tolist(), strict=True)]
     told = _told(logits_of_model, sequences, tokens)
     return [None if token is None else Sampled(token, told.get(row)) for row, token in enumerate(tokens)]
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest number of each row and where it is. NaN is larger than everything."""
+    if logits.device.type != "cpu" or logits.dtype is not torch.float32:
+        return logits.max(dim=-1)
+    # A tenth of the time that PyTorch takes, and on one thread: none is waited for.
+    chosen = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.gather(1, chosen[:, None])[:, 0], chosen
 
 
 def _told(logits: torch.Tensor, sequences: Rows[Sequence], tokens: Rows[int | None]) -> dict[int, Likelihood]:
