@@ -96,7 +96,7 @@ class TransformersEngine:
         host = HostTier(_host_bytes(settings, device), page_locked=device.type == "cuda")
         kernels = backend(settings.kernels, device, cache_dir)
         kernels.prepare(dtype, device)
-        transcode = kernels.transcode if device.type == "cuda" else None
+        transcode = kernels.transcode if device.type == "cuda" or kernels.name == "cpu" else None
         loader = ExpertLoader(self._model.manifest, device, read_expert, host, open_checkpoint(folder), transcode)
         self._worker = Worker(self._model, kernels, loader, self._outbox, settings)
         self._base = BaseInfo(

@@ -48,8 +48,8 @@ class ExpertLoader:
     Args:
         read: digest → exactly the bytes of that digest; may block, may raise ExpertUnavailableError.
         base: the base's weights as they are on disk; experts that overwrite weights need them.
-        transcode: `Kernels.transcode`, where the device decodes; None decodes on the host. Its temporary tensors take
-            memory besides the expert's: where there is none, the host decodes.
+        transcode: `Kernels.transcode`, where the device decodes, or the host in native code; None decodes in NumPy. A
+            GPU's temporary tensors take memory besides the expert's: where there is none, the host decodes.
     """
 
     def __init__(
@@ -163,12 +163,12 @@ class ExpertLoader:
             yield self.host.take(digest)
 
     def _decode(self, digest: str) -> tuple[Parcel, bool]:
-        """On the device, if it decodes and has the memory; else on the host. And whether the device did."""
+        """On the device, if it decodes and has the memory; else on the host. And whether a device apart did."""
         data = self._read(digest)
         if self._transcode is not None:
             try:
                 with on(self.bus.stream):
-                    return self._packed(digest, data, self._transcode), True
+                    return self._packed(digest, data, self._transcode), not self._in_place
             except torch.OutOfMemoryError:
                 _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
         return self._packed(digest, data, None), False

@@ -318,6 +318,22 @@ def test_a_device_that_decodes_is_given_what_is_stored(shelf: Shelf) -> None:
     assert not decoded, "it came from host memory"
 
 
+def test_a_cpu_that_decodes_in_native_code_makes_the_same_and_keeps_it_once(shelf: Shelf) -> None:
+    kernels = backend("auto", CPU)
+    loader = ExpertLoader(
+        base_manifest(), CPU, shelf.store.read, HostTier(10 * shelf.size), transcode=kernels.transcode
+    )
+    digest = shelf.digests[1]
+    expert, plain = loader.load(digest), shelf.loader(0).load(digest)
+    assert expert.parcel is not None
+    assert plain.parcel is not None
+    assert torch.equal(expert.parcel.buffer, plain.parcel.buffer)
+    loader.keep(digest)
+    assert loader.host.used_bytes == 0
+    loader.evicted(expert)
+    assert kept(loader, digest) is expert.parcel
+
+
 def by_device(shelf: Shelf, host: HostTier) -> ApartLoader:
     """A loader whose device decodes."""
     return ApartLoader(shelf.store.read, host, lambda name, tensor, device: pack(tensor.decode(name), device))

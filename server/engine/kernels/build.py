@@ -18,7 +18,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step"))
+SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step", "decode"))
 _SHARED = ("native", "vectors", "planes", "sparse", "terms", "integers", "products", "merging", "layers", "operations")
 HEADERS = tuple(_HERE / f"{name}.hpp" for name in _SHARED)
 COMPILERS = ("c++", "g++", "clang++")
@@ -61,7 +61,13 @@ def find_compiler() -> str:
     raise BuildError("there is no C++ compiler (on Debian: apt-get install g++)")
 
 
-def load(cache_dir: Path, *, flags: tuple[str, ...] = (), compiler: str | None = None) -> ctypes.CDLL:
+def load(
+    cache_dir: Path,
+    *,
+    flags: tuple[str, ...] = (),
+    compiler: str | None = None,
+    sources: tuple[Path, ...] = SOURCES,
+) -> ctypes.CDLL:
     """The library, built unless `cache_dir` holds it already.
 
     The file's name is a digest of all it was made from and for: source, flags, compiler and the CPU's features. Any
@@ -70,6 +76,7 @@ def load(cache_dir: Path, *, flags: tuple[str, ...] = (), compiler: str | None =
     Args:
         cache_dir: must be trusted: what lies there is run.
         flags: for the compiler, after the usual ones.
+        sources: what to build; a part of it is built sooner.
 
     Raises:
         BuildError: no compiler, or it failed, or what it made cannot be loaded.
@@ -79,7 +86,7 @@ def load(cache_dir: Path, *, flags: tuple[str, ...] = (), compiler: str | None =
     with _LOCK:
         for recipe in RECIPES:
             try:
-                library = _load(cache_dir, compiler, recipe, flags)
+                library = _load(cache_dir, compiler, recipe, flags, sources)
                 log.info("native kernels: %s, %s", compiler, recipe.name)
                 return library
             except (BuildError, OSError) as error:
@@ -88,18 +95,20 @@ def load(cache_dir: Path, *, flags: tuple[str, ...] = (), compiler: str | None =
     raise BuildError(reason)
 
 
-def _load(cache_dir: Path, compiler: str, recipe: Recipe, flags: tuple[str, ...]) -> ctypes.CDLL:
+def _load(
+    cache_dir: Path, compiler: str, recipe: Recipe, flags: tuple[str, ...], sources: tuple[Path, ...]
+) -> ctypes.CDLL:
     options = (*_FLAGS, *recipe.compile, *flags)
-    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
-    made_from = (sources, options, recipe.link, _run([compiler, "--version"]), _cpu())
+    texts = [source.read_text(encoding="utf-8") for source in (*sources, *HEADERS)]
+    made_from = (texts, options, recipe.link, _run([compiler, "--version"]), _cpu())
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:20]
     path = cache_dir / "kernels" / f"native-{digest}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             linked = Path(scratch, "native.so")
-            made = [str(Path(scratch, f"{source.stem}.o")) for source in SOURCES]
-            commands = ([compiler, *options, "-c", str(s), "-o", into] for s, into in zip(SOURCES, made, strict=True))
+            made = [str(Path(scratch, f"{source.stem}.o")) for source in sources]
+            commands = ([compiler, *options, "-c", str(s), "-o", into] for s, into in zip(sources, made, strict=True))
             with ThreadPoolExecutor() as pool:
                 list(pool.map(_run, commands))
             _run([compiler, "-shared", *recipe.link, *made, "-o", str(linked)])

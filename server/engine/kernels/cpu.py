@@ -1,4 +1,4 @@
-"""The kernels of `native.cpp` and `merge.cpp`, called from Python."""
+"""The kernels of `native.cpp`, `merge.cpp` and `decode.cpp`, called from Python."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
+from server.engine.kernels.decoding import Decoder
 from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels, multiply_merged
 from server.engine.kernels.trial import computes_rightly
@@ -81,6 +82,7 @@ class CpuKernels:
         library.switchyard_operation_bytes.restype = size
         self.operation_bytes = int(library.switchyard_operation_bytes())
         """Of a record of `step`."""
+        self._decoder = Decoder(library)
         self._plain = ReferenceKernels()
         self._terms: WeakKeyDictionary[PackedDelta, Fields] = WeakKeyDictionary()
         self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
@@ -155,7 +157,8 @@ class CpuKernels:
         multiply_merged(self.merge, y, x, weight, bias, groups)
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
-        return pack(tensor.decode(name), device)
+        made = self._decoder.decode(tensor) if device.type == "cpu" else None
+        return pack(tensor.decode(name), device) if made is None else made
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
         weight, delta = terms[0]

@@ -136,16 +136,20 @@ def stored(delta: SparseDelta, *, grouped: bool = False) -> PackedTernary:
 
 def check_transcode(kernels: Kernels, tensor: PackedTernary) -> None:
     """`transcode` against decoding and packing, bit for bit."""
-    made = kernels.transcode("t", tensor, device_of(kernels))
-    expected: PackedDelta = pack(tensor.decode("t"), CPU)
-    assert type(made) is type(expected)
-    assert made.shape == expected.shape
+    assert same(kernels.transcode("t", tensor, device_of(kernels)), pack(tensor.decode("t"), CPU))
+
+
+def same(made: PackedDelta, expected: PackedDelta) -> bool:
+    """Whether two packed deltas are equal bit for bit."""
     names = {BitPlanes: ("words",), SparseRows: ("order", "starts", "entries", "levels")}.get(type(made), ("values",))
-    assert getattr(made, "scale", None) == getattr(expected, "scale", None)
-    for name in names:
-        ours, theirs = getattr(made, name), getattr(expected, name)
-        if theirs is None:
-            assert ours is None
-        else:
-            assert ours.dtype is theirs.dtype
-            assert torch.equal(ours.cpu(), theirs)
+    if type(made) is not type(expected) or made.shape != expected.shape:
+        return False
+    if getattr(made, "scale", None) != getattr(expected, "scale", None):
+        return False
+    pairs = ((getattr(made, name), getattr(expected, name)) for name in names)
+    return all(
+        ours is theirs
+        if ours is None or theirs is None
+        else ours.dtype is theirs.dtype and torch.equal(ours.cpu(), theirs.cpu())
+        for ours, theirs in pairs
+    )

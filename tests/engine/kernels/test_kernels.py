@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
+from store.errors import ExpertFileError
 from tests.engine.kernels.builders import sparse_delta
 from tests.engine.kernels.comparing import (
     CPU,
@@ -113,6 +115,16 @@ def test_what_is_stored_becomes_what_is_packed(
     delta = sparse_delta(seed, shape, density, top=top)
     assume(len(delta.indices))
     check_transcode(kernels, stored(delta))
+
+
+@pytest.mark.parametrize("density", [0.02, 0.2, 0.5])
+def test_a_damaged_tensor_is_refused_by_name(kernels: Kernels, density: float) -> None:
+    good = stored(sparse_delta(1, (40, 40), density))
+    payload = b"\xff" * 4 + good.payload[4:]
+    bad = dataclasses.replace(good, encoded=dataclasses.replace(good.encoded, payload=payload))
+    with pytest.raises(ExpertFileError, match="tensor t has") as caught:
+        kernels.transcode("t", bad, device_of(kernels))
+    assert caught.value.param == "t"
 
 
 @pytest.mark.parametrize("density", [0.012, 0.3])
