@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step", "decode"))
-_SHARED = ("native", "vectors", "planes", "sparse", "terms", "integers", "products", "merging", "layers", "operations")
+_SHARED = (
+    "native", "vectors", "planes", "sparse", "terms", "amx", "integers_vectors", "integers_amx", "integers",
+    "products", "products_amx", "merging", "layers", "operations", "segments",
+)  # fmt: skip
 HEADERS = tuple(_HERE / f"{name}.hpp" for name in _SHARED)
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")

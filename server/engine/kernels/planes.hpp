@@ -12,6 +12,7 @@ constexpr int INDEX_BITS = PERMUTE == 16 ? 4 : 3;
 constexpr int STEPS = (BLOCK + INDEX_BITS - 1) / INDEX_BITS;  // tables per word; the last may be of fewer bits
 constexpr int PARTS = BLOCK / PERMUTE;                       // vectors per block
 constexpr int TOGETHER = PARTS < 4 ? PARTS : 4;
+constexpr int64_t AHEAD = 1024;  // numbers after those that are read, to be in the cache by then
 
 typedef float Floats __attribute__((vector_size(4 * PERMUTE)));
 typedef uint32_t Words __attribute__((vector_size(4 * PERMUTE)));
@@ -48,6 +49,21 @@ void permute_tables(const float* x, int64_t words, float* out) {
         for (int t = 0; t < STEPS; t++, out += PERMUTE) permute_table(x + t * INDEX_BITS, out);
 }
 
+// What the bits of as many weight rows as `sums` has lanes select of one word's tables, added to `sums`. Vectors are
+// loaded one by one: copied together, they go through memory in halves, which takes as long as all lookups.
+inline void select(const uint32_t* word, const float* table, Floats (&sums)[TOGETHER]) {
+    Words bits[TOGETHER];
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++) std::memcpy(&bits[i], word + i * PERMUTE, sizeof bits[i]);
+#pragma GCC unroll 11
+    for (int t = 0; t < STEPS; t++) {
+        Floats entries;
+        std::memcpy(&entries, table + t * PERMUTE, sizeof entries);
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) sums[i] += lookup(entries, bits[i]), bits[i] >>= INDEX_BITS;
+    }
+}
+
 // y[0:32] (the first `valid` of them) += factor * (x @ block^T); `block` is [words, 2, 32].
 void permute_block(const uint32_t* block, int64_t words, const float* tables, float factor, float* y, int64_t valid) {
     float out[BLOCK];
@@ -56,23 +72,9 @@ void permute_block(const uint32_t* block, int64_t words, const float* tables, fl
         const float* table = tables;
         for (int64_t j = 0; j < words; j++, table += STEPS * PERMUTE) {
             const uint32_t* word = block + j * 2 * BLOCK + part * PERMUTE;
-            Words bits[TOGETHER];
-            std::memcpy(bits, word, sizeof bits);
-#pragma GCC unroll 11
-            for (int t = 0; t < STEPS; t++) {
-                Floats entries;
-                std::memcpy(&entries, table + t * PERMUTE, sizeof entries);
-#pragma GCC unroll 4
-                for (int i = 0; i < TOGETHER; i++) plus[i] += lookup(entries, bits[i]), bits[i] >>= INDEX_BITS;
-            }
-            std::memcpy(bits, word + BLOCK, sizeof bits);
-#pragma GCC unroll 11
-            for (int t = 0; t < STEPS; t++) {
-                Floats entries;
-                std::memcpy(&entries, table + t * PERMUTE, sizeof entries);
-#pragma GCC unroll 4
-                for (int i = 0; i < TOGETHER; i++) minus[i] += lookup(entries, bits[i]), bits[i] >>= INDEX_BITS;
-            }
+            __builtin_prefetch(word + AHEAD), __builtin_prefetch(word + AHEAD + BLOCK);
+            select(word, table, plus);
+            select(word + BLOCK, table, minus);
         }
         for (int i = 0; i < TOGETHER; i++) {
             Floats difference = plus[i] - minus[i];

@@ -6,16 +6,13 @@
 
 #include "integers.hpp"
 #include "layers.hpp"
-#include "merging.hpp"
 #include "operations.hpp"
-#include "products.hpp"
+#include "segments.hpp"
 #include "terms.hpp"
 
 namespace {
 
-thread_local Scratch halves, merged, chosen;
-
-thread_local double spent;  // on what experts add
+thread_local Scratch halves, chosen;
 
 void run_norm(const Operation& op, const Thread& thread) {
     int64_t size = op.in_size, row_size = size * op.out_size;
@@ -50,71 +47,6 @@ void add_vector(const void* vector, int64_t dtype, float* y, int64_t first, int6
         add_vector(static_cast<const Brain*>(vector), y, first, last);
 }
 
-// Rows of one expert from which weights are moved for them, block by block, in place of adding to their products: what
-// that takes does not depend on how many they are. Measured.
-constexpr int64_t MANY_DENSE = 3, MANY_SPARSE = 40;
-constexpr int64_t TOGETHER_MOVED = 4;
-
-// Whether that is so for the group of terms [term, end).
-bool moves(const Operation& op, const Term* term, const Term* end) {
-    if (op.dtype > BFLOAT16 || end - term > 1 || (term->form == PLANES && term->digits > 1)) return false;
-    return term->stop - term->start >= (term->form == PLANES ? MANY_DENSE : MANY_SPARSE);
-}
-
-template <typename T> void merge_rows(T* out, const Operation& op, const Term& term, int64_t first, int64_t last) {
-    const T* weights = static_cast<const T*>(op.weight);
-    if (term.form == PLANES)
-        merge_planes<false>(out, weights, first, last, op.in_size, term.words, term.factor);
-    else
-        merge_sparse<false>(out, weights, first, last, op.out_size, op.in_size, term.order, term.starts, term.entries,
-                            term.levels, term.factor);
-}
-
-struct Range {
-    int64_t first, last;
-};
-
-// Products with weights that can be moved; `x` is what they read of op.in. Which columns of op.out the thread has made.
-template <typename T, typename U>
-Range run_full(const Operation& op, const Thread& thread, const U* x, int64_t stride) {
-    const T* weights = static_cast<const T*>(op.weight);
-    const Term* end = op.terms + op.term_count;
-    bool moved = false;
-    for (const Term *term = op.terms, *next; term < end; term = next) moved |= moves(op, term, next = group_end(term, end));
-    auto multiplied = [&](const T* from, int64_t row, int64_t until, int64_t first, int64_t last) {
-        if (row < until)
-            multiply(from, op.in_size, x + row * stride, stride, until - row, op.out + row * op.out_size + first,
-                     op.out_size, 0, last - first);
-    };
-    int64_t unit = moved ? BLOCK : 4, units = (op.out_size + unit - 1) / unit;
-    int64_t from = thread.from(units) * unit, to = smaller(thread.to(units) * unit, op.out_size);
-    if (!moved) {
-        multiplied(weights + from * op.in_size, 0, op.rows, from, to);
-        return {from, to};
-    }
-    T* block = reinterpret_cast<T*>(merged.floats(TOGETHER_MOVED * op.in_size));
-    for (int64_t first = from; first < to; first += BLOCK) {
-        int64_t last = smaller(first + BLOCK, to), row = 0;
-        for (const Term *term = op.terms, *next; term < end; term = next) {
-            next = group_end(term, end);
-            if (!moves(op, term, next)) continue;
-            multiplied(weights + first * op.in_size, row, term->start, first, last);
-            // As few rows as possible, so that they are still in the first cache when they are multiplied.
-            for (int64_t o = first; o < last; o += TOGETHER_MOVED) {
-                int64_t until = smaller(o + TOGETHER_MOVED, last);
-                {
-                    Watch watch(spent);
-                    merge_rows(block, op, *term, o, until);
-                }
-                multiplied(block, term->start, term->stop, o, until);
-            }
-            row = term->stop;
-        }
-        multiplied(weights + first * op.in_size, row, op.rows, first, last);
-    }
-    return {from, to};
-}
-
 // Products with weights in eight or four bits.
 Range run_integers(const Operation& op, const Thread& thread, const uint16_t* x, int64_t stride) {
     int64_t unit = 2 * integers::ABREAST, units = (op.out_size + unit - 1) / unit;
@@ -135,7 +67,10 @@ void run_product(const Operation& op, const Thread& thread, bool fresh) {
     uint16_t* x = nullptr;
     if (op.dtype >= EIGHT_BITS || (PAIRS && op.dtype == BFLOAT16)) {
         x = reinterpret_cast<uint16_t*>(halves.floats((op.rows * stride + 1) / 2));
-        if (fresh) round_rows(op.in, op.in_size, op.rows, x);
+        if (fresh) {
+            round_rows(op.in, op.in_size, op.rows, x);
+            packed_from = nullptr;
+        }
     }
     Range made;
     if (op.dtype == FLOAT32)

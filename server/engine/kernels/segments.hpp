@@ -1,0 +1,148 @@
+// Products of a step with weights in float32 or bfloat16: rows on the base, and rows of experts for whom the weights are
+// moved on the way.
+#pragma once
+
+#include "merging.hpp"
+#include "operations.hpp"
+#include "products.hpp"
+#include "products_amx.hpp"
+#include "terms.hpp"
+
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+thread_local Scratch merged, packs;
+
+thread_local double spent;  // on what experts add
+
+// Rows of one expert from which weights are moved for them, block by block, in place of adding to their products: what
+// that takes does not depend on how many they are. Measured.
+constexpr int64_t MANY_DENSE = 3, MANY_SPARSE = 40;
+constexpr int64_t TOGETHER_MOVED = 4;
+
+// Whether that is so for the group of terms [term, end).
+bool moves(const Operation& op, const Term* term, const Term* end) {
+    if (op.dtype > BFLOAT16 || end - term > 1 || (term->form == PLANES && term->digits > 1)) return false;
+    return term->stop - term->start >= (term->form == PLANES ? MANY_DENSE : MANY_SPARSE);
+}
+
+template <typename T> void merge_rows(T* out, const Operation& op, const Term& term, int64_t first, int64_t last) {
+    const T* weights = static_cast<const T*>(op.weight);
+    if (term.form == PLANES)
+        merge_planes<false>(out, weights, first, last, op.in_size, term.words, term.factor);
+    else
+        merge_sparse<false>(out, weights, first, last, op.out_size, op.in_size, term.order, term.starts, term.entries,
+                            term.levels, term.factor);
+}
+
+struct Range {
+    int64_t first, last;
+};
+
+// Rows of a product that read the same weights: the base's, or what one term moves them to.
+struct Segment {
+    int64_t row, until;
+    const Term* term;        // or none
+    const uint16_t* packed;  // the rows as tiles, or none
+};
+
+thread_local std::vector<Segment> segments;
+thread_local const float* packed_from;  // what `packs` was made of, if that was all of it
+
+// Cuts the rows of a product; whether any of its weights are moved.
+bool cut_rows(const Operation& op) {
+    const Term* end = op.terms + op.term_count;
+    int64_t row = 0;
+    segments.clear();
+    for (const Term *term = op.terms, *next; term < end; term = next) {
+        next = group_end(term, end);
+        if (!moves(op, term, next)) continue;
+        if (row < term->start) segments.push_back({row, term->start, nullptr, nullptr});
+        segments.push_back({term->start, term->stop, term, nullptr});
+        row = term->stop;
+    }
+    if (row < op.rows) segments.push_back({row, op.rows, nullptr, nullptr});
+    return segments.size() > 1 || (op.rows && segments[0].term);
+}
+
+bool any_packed() {
+    for (const Segment& segment : segments)
+        if (segment.packed) return true;
+    return false;
+}
+
+template <typename U> void pack_segments(const Operation&, const U*, int64_t) {}
+#if AMX
+template <> void pack_segments(const Operation& op, const uint16_t* x, int64_t stride) {
+    int64_t size = 0;
+    for (const Segment& segment : segments) size += packed_size(segment.until - segment.row, op.in_size);
+    uint16_t* to = reinterpret_cast<uint16_t*>(packs.floats((size + 1) / 2));
+    bool made = segments.size() == 1 && packed_from == op.in;
+    packed_from = segments.size() == 1 ? op.in : nullptr;
+    for (Segment& segment : segments) {
+        int64_t rows = segment.until - segment.row;
+        if (!tiled(rows, op.in_size)) {
+            packed_from = nullptr;
+            continue;
+        }
+        if (!made) pack_rows(x + segment.row * stride, stride, rows, op.in_size, to);
+        segment.packed = to;
+        to += packed_size(rows, op.in_size);
+    }
+}
+#endif
+
+// op.out of the segment's rows = x * `weights`, which are those of the columns [first, last).
+template <typename T, typename U>
+void multiply_segment(const Operation& op, const Segment& segment, const T* weights, const U* x, int64_t stride,
+                      int64_t first, int64_t last) {
+    int64_t rows = segment.until - segment.row, done = 0;
+    float* y = op.out + segment.row * op.out_size + first;
+#if AMX
+    if constexpr (std::is_same_v<T, Brain>)
+        if (segment.packed)
+            done = multiply_packed(weights, op.in_size, segment.packed, rows, y, op.out_size, last - first);
+#endif
+    multiply(weights, op.in_size, x + segment.row * stride, stride, rows, y, op.out_size, done, last - first);
+}
+
+// Products with weights that can be moved; `x` is what they read of op.in. Which columns of op.out the thread has made.
+template <typename T, typename U>
+Range run_full(const Operation& op, const Thread& thread, const U* x, int64_t stride) {
+    const T* weights = static_cast<const T*>(op.weight);
+    bool moved = cut_rows(op);
+    if constexpr (std::is_same_v<T, Brain>) pack_segments(op, x, stride);
+    Tiles tiles(any_packed(), SIDE);
+    int64_t unit = moved || tiles.used ? BLOCK : 4, units = (op.out_size + unit - 1) / unit;
+    int64_t from = thread.from(units) * unit, to = smaller(thread.to(units) * unit, op.out_size);
+    if (!moved) {
+        for (const Segment& segment : segments)
+            multiply_segment(op, segment, weights + from * op.in_size, x, stride, from, to);
+        return {from, to};
+    }
+    T* block = reinterpret_cast<T*>(merged.floats(SIDE * op.in_size));
+    for (int64_t first = from; first < to; first += BLOCK) {
+        int64_t last = smaller(first + BLOCK, to);
+        for (const Segment& segment : segments) {
+            if (!segment.term) {
+                multiply_segment(op, segment, weights + first * op.in_size, x, stride, first, last);
+                continue;
+            }
+            // As few rows as possible, so that they are still in the first cache when they are multiplied.
+            int64_t together = segment.packed ? SIDE : TOGETHER_MOVED;
+            for (int64_t o = first; o < last; o += together) {
+                int64_t until = smaller(o + together, last);
+                {
+                    Watch watch(spent);
+                    merge_rows(block, op, *segment.term, o, until);
+                }
+                multiply_segment(op, segment, block, x, stride, o, until);
+            }
+        }
+    }
+    return {from, to};
+}
+
+}  // namespace
