@@ -20,8 +20,10 @@ import numpy as np
 from bench.report import Bar, Row, bar
 from bench.serving_stock import Stock, forget
 from bench.serving_turns import request
+from examples.fetch import CACHE
 from server.engine.engine import TransformersEngine
 from server.engine.host_tier import HostTier
+from server.engine.kernels import backend
 from server.engine.loader import ExpertLoader
 from server.engine.model import choose_device
 from store.mix import Mix
@@ -83,7 +85,10 @@ def disk_rate(paths: list[Path]) -> float:
 
 def decode_seconds(stored: Stock, engine: TransformersEngine, digest: str, rounds: int) -> float:
     """What the loader takes for a file that is in memory, where nothing else runs."""
-    loader = ExpertLoader(engine.base.manifest, choose_device("cpu"), stored.store.read, HostTier(0))
+    device = choose_device("cpu")
+    kernels = backend("auto", device, CACHE.parent)
+    transcode = kernels.transcode if kernels.name == "cpu" else None  # as the engine does
+    loader = ExpertLoader(engine.base.manifest, device, stored.store.read, HostTier(0), transcode=transcode)
     taken = []
     for _ in range(rounds + 1):
         began = time.perf_counter()

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int64_t FETCHED = 2048;  // entries after those that are read, to be in the cache by then
+
 inline float magnitude(const uint8_t* levels, int64_t i) { return levels[i]; }
 
 // y[order] += factor * (x @ rows^T) for the rows of the blocks [first, last); `spread` is x, -x interleaved.
@@ -17,6 +19,7 @@ void add_sparse_row(const Term& term, int64_t first, int64_t last, const float* 
     for (; i + 4 <= last; i += 4) {
         const int32_t* s = term.starts + i;
         float a = 0, b = 0, c = 0, d = 0;
+        for (int32_t k = s[0]; k < s[4]; k += 32) __builtin_prefetch(term.entries + k + FETCHED);
         int32_t shared = s[4] - s[3];  // the shortest but at a block's border
         for (int k = 0; k < 3; k++) shared = s[k + 1] - s[k] < shared ? s[k + 1] - s[k] : shared;
         for (int32_t k = 0; k < shared; k++)
