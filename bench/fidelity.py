@@ -3,7 +3,8 @@
 `python -m bench.fidelity --base FOLDER --tuned FOLDER` measures cell after cell, task by method by size, the bars'
 first, and keeps each under `.cache/bench/fidelity/`: it may be killed at any moment, and the same command goes on.
 `--minutes` stops in time, `--report` measures nothing. Table, curve and JSON are made of the cells that there are;
-those that are missing are named.
+those that are missing are named. A cell that is missing but stands in the JSON, of another fine-tune or other settings,
+stays there with what its own base and fine-tune scored, and with the day and the commit that measured it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.fidelity_cells import Cell, cells
+from bench.fidelity_cells import BASE, TUNED, Cell, cells
 from bench.fidelity_report import bars_of, draw, rows_of, smallest_of
-from bench.report import show, write
+from bench.report import RESULTS, show, write
 from examples.fetch import CACHE
 from examples.tasks import TASKS
 
@@ -71,6 +72,22 @@ def measure_all(bench: Any, kept: Kept, wanted: Sequence[Cell], deadline: float)
         print(f"{cell.key}: {figures}", flush=True)
 
 
+def earlier(path: Path, wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+    """The measurements of cells that a JSON of this benchmark holds, each with the scores of its base and fine-tune
+    (`ends`), and of which run it is (`run`)."""
+    if not path.is_file():
+        return {}
+    said = json.loads(path.read_text(encoding="utf-8"))
+    run = {"date": said["date"], "commit": said["commit"], "cpu": said["machine"]["cpu"]}
+    held = {(row["task"], row["method"], row["size"]): row for row in said["rows"] if "identity" in row}
+
+    def ends(task: str) -> list[float | None]:
+        return [held.get((task, method.name, 0.0), {}).get("score") for method in (BASE, TUNED)]
+
+    found = {cell: held.get((cell.task, cell.method.name, cell.size)) for cell in wanted}
+    return {cell: {"ends": ends(cell.task), "run": run} | row for cell, row in found.items() if row is not None}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__)
@@ -92,7 +109,8 @@ def main() -> None:
     if not args.report:
         chosen = [cell for cell in wanted if args.only in cell.key]
         measure_all(bench, kept, chosen, started + 60 * args.minutes)
-    found = {cell: measured for cell in wanted if (measured := kept.find(cell, bench.identity(cell))) is not None}
+    found = earlier(RESULTS / "fidelity.json", wanted)
+    found |= {cell: measured for cell in wanted if (measured := kept.find(cell, bench.identity(cell))) is not None}
     rows, bars = rows_of(wanted, found), bars_of(wanted, found)
     smallest = smallest_of(wanted, found)
     narrow = [{key: value for key, value in row.items() if key not in ("bytes", "score")} for row in rows]

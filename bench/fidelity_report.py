@@ -20,11 +20,14 @@ GOALS = ((FLEX, 0.04, 0.99), (FLEX, 0.02, 0.97), ("T-Switch (calibrated)", 0.4, 
 
 
 def retention(cell: Cell, found: Found) -> float | None:
-    """(score − base's) / (fine-tune's − base's); None while one of the three is missing, or nothing was gained."""
-    ends = [found.get(Cell(cell.task, method, 0.0)) for method in (BASE, TUNED)]
-    if cell not in found or ends[0] is None or ends[1] is None:
+    """(score − base's) / (fine-tune's − base's); None while one of the three is missing, or nothing was gained. What an
+    earlier run measured is compared with that run's base and fine-tune."""
+    if cell not in found:
         return None
-    low, high = ends[0]["score"], ends[1]["score"]
+    scores = [found.get(Cell(cell.task, method, 0.0), {}).get("score") for method in (BASE, TUNED)]
+    low, high = found[cell].get("ends", scores)
+    if low is None or high is None:
+        return None
     return (found[cell]["score"] - low) / (high - low) if high > low else None
 
 
@@ -41,6 +44,7 @@ def _row(column: Sequence[Cell], found: Found) -> dict[str, Any]:
     each = {cell.task: retention(cell, found) for cell in column}
     known = [value for value in each.values() if value is not None]
     row: dict[str, Any] = {"method": column[0].method.name, "size": column[0].size, "tasks": len(measured)}
+    row["runs"] = sorted({measurement["run"]["commit"][:7] for measurement in measured if "run" in measurement})
     for figure in FIGURES:
         values = [measurement[figure] for measurement in measured if figure in measurement]
         row[figure] = mean(values) if values else None

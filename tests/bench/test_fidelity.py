@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.fidelity import Kept, measure_all
+from bench.fidelity import Kept, earlier, measure_all
 from bench.fidelity_cells import BASE, TUNED, Cell, cells
 from bench.fidelity_report import FLEX, MISSING, bars_of, draw, retention, rows_of, smallest_of
 
@@ -106,3 +106,27 @@ def test_the_report_is_of_what_is_there(tmp_path: Path) -> None:
     assert (smallest["task"], smallest["method"], smallest["faithful_at"]) == ("cron", FLEX, flex.size)
     draw(rows_of(wanted, found), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_an_earlier_run_measured_stays_in_the_report(tmp_path: Path) -> None:
+    wanted = cells(TASKS)
+    flex = next(cell for cell in wanted if cell.method.name == FLEX and cell.task == "cron")
+    ends = [cell for cell in wanted if cell.task == "cron" and cell.method in (BASE, TUNED)]
+    named = [
+        {"task": "cron", "method": cell.method.name, "size": cell.size, "identity": "old"} for cell in (flex, *ends)
+    ]
+    rows = [FakeBench().measure(cell) | name for cell, name in zip([flex, *ends], named, strict=True)]
+    said = {"date": "2026-11-01", "commit": "abcdef0123", "machine": {"cpu": "another"}, "rows": [{"size": 1}, *rows]}
+    path = tmp_path / "fidelity.json"
+    assert not earlier(path, wanted)
+    path.write_text(json.dumps(said))
+    before = earlier(path, wanted)
+    assert before.keys() == {flex, *ends}
+    # The fine-tune is trained again and scores otherwise; the expert of the old one is not compared with it.
+    found = before | {Cell("cron", TUNED, 0.0): {"score": 1.0}}
+    assert retention(flex, found) == pytest.approx(0.5)
+    row = next(row for row in rows_of(wanted, found) if row["method"] == FLEX and row["size"] == flex.size)
+    assert row["runs"] == ["abcdef0"]
+    # And so it is after the report has been written anew.
+    path.write_text(json.dumps({**said, "commit": "1234567", "rows": list(found.values())}))
+    assert earlier(path, wanted)[flex] == before[flex]
