@@ -4,8 +4,8 @@ One trace, the same prompts and lengths for all, is asked of our server and of i
 eight fine-tunes of one base: 64 requests, experts by Zipf's law, 16 at a time, every answer exactly as long as asked
 for. Servers take turns within a round, and a ratio is of one round. Against llama.cpp, which has the base in four bits,
 ours has it in four bits too; there, also one stream of the base alone, and eight streams on eight experts. What cannot
-run here is skipped, and the table says why. `--prepare` downloads, builds and converts, and measures nothing;
-`--quick` goes through everything with a few requests, and writes nothing.
+run here, or fails on the way, is left out, and the table says why. `--prepare` downloads, builds and converts, and
+measures nothing; `--quick` goes through everything with a few requests, and writes nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from bench.peers.adapters import write_adapter
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="base folder (safetensors)")
     parser.add_argument("--tuned", type=Path, required=True, help="folder with one fine-tune per task in it")
     parser.add_argument("--prepare", action="store_true", help="download, build and convert; measure nothing")
+    parser.add_argument("--rounds", type=int, default=FULL.rounds, help=f"of the mixed trace (default {FULL.rounds})")
     parser.add_argument("--quick", action="store_true", help="a few requests, nothing written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     given = parser.parse_args()
@@ -104,7 +106,7 @@ def main() -> None:
     if given.prepare:
         llama_parts(subject, environment())
         return
-    rows, bars = run(subject, QUICK if given.quick else FULL)
+    rows, bars = run(subject, QUICK if given.quick else replace(FULL, rounds=given.rounds))
     show([row for row in rows if "server" in row], title="one mixed trace")
     show([row for row in rows if "against" in row], bars, title="ours against theirs, in turns")
     if not given.quick:

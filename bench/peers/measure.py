@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 
-from bench.peers.replay import Peer, Replay, decode_speed, replay
+from bench.peers.replay import Peer, Replay, WrongAnswerError, decode_speed, replay
 from bench.peers.servers import CLIENTS, resident_bytes
 from bench.peers.trace import Asked, mixed, natural, one_each
 from bench.report import Bar, Row, bar
@@ -49,7 +49,7 @@ def ours_against(name: str) -> str:
 async def measure(
     peers: Sequence[Peer], tests: Mapping[str, Sequence[Example]], effort: Effort
 ) -> tuple[list[Row], list[Bar]]:
-    """Everything that is measured of servers that run.
+    """Everything that is measured of servers that run. A peer that fails on the way is left out, and the rows say why.
 
     Args:
         tests: held-out rows of every expert.
@@ -69,8 +69,17 @@ async def measure(
     for turn in range(effort.rounds):
         trace = mixed(tests, effort.requests, seed=turn)
         for peer in _rotated(peers, turn):
-            replays[peer.name].append(await replay(peer, trace, CLIENTS))
-            print(f"round {turn}: {peer.name}, {replays[peer.name][-1].seconds:.1f} s", file=sys.stderr)
+            try:
+                replays[peer.name].append(await replay(peer, trace, CLIENTS))
+            except (httpx.HTTPError, WrongAnswerError) as problem:
+                if peer.name in (OURS, OURS_INT4):
+                    raise
+                failed.append({"server": peer.name, "skipped": f"in round {turn}: {problem}"})
+                print(f"round {turn}: {peer.name} failed, and is left out", file=sys.stderr)
+                peers = [other for other in peers if other is not peer]
+            else:
+                print(f"round {turn}: {peer.name}, {replays[peer.name][-1].seconds:.1f} s", file=sys.stderr)
+    replays = {peer.name: replays[peer.name] for peer in peers}
     rows: list[Row] = [_row(peer, replays[peer.name], scores[peer.name]) for peer in peers] + failed
     speeds = {name: [one.tokens_per_second for one in some] for name, some in replays.items()}
     theirs = [name for name in speeds if name not in (OURS, OURS_INT4)]

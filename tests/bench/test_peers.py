@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +16,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.peers.adapters import MODULES, factors, write_adapter
+from bench.peers.measure import OURS, OURS_INT4, QUICK, measure
 from bench.peers.peft_server import Generator, Waiting
-from bench.peers.replay import SHORT, Peer, Replay, WrongAnswerError, decode_speed, replay
+from bench.peers.replay import SHORT, Answer, Peer, Replay, WrongAnswerError, decode_speed, replay
 from bench.peers.servers import Subject, peft
 from bench.peers.trace import LENGTHS, Asked, mixed, one_each
-from examples.tasks import Row
+from examples.tasks import TASKS, Row
 from tests.tiny import save_base, save_tuned
 
 RANK = 64
@@ -177,3 +178,24 @@ def alone(subject: Subject, asked: Asked) -> str:
     with torch.inference_mode():
         made = model.generate(prompt, max_new_tokens=most, min_new_tokens=most, do_sample=False)
     return str(tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_peer_that_fails_on_the_way_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are measured to the end, and the rows say what was wrong; our own failures are not passed over."""
+
+    async def stand_in(peer: Peer, trace: Sequence[Asked], _: int) -> Replay:
+        if peer.name == failing and trace[0].max_tokens in LENGTHS and len(trace) == QUICK.requests:
+            raise WrongAnswerError("its worker died")
+        return Replay(1.0, tuple(Answer("", 1, one.max_tokens or 1, 1.0) for one in trace))
+
+    monkeypatch.setattr("bench.peers.measure.replay", stand_in)
+    monkeypatch.setattr("bench.peers.measure.resident_bytes", lambda _: 1)
+    tests = {name: rows(name) for name in list(TASKS)[:2]}
+    peers = [Peer(name, "", 0, lambda _: {}) for name in (OURS, OURS_INT4, "one peer", "another")]
+    failing = "one peer"
+    found, bars = asyncio.run(measure(peers, tests, QUICK))
+    assert {"server": "one peer", "skipped": "in round 0: its worker died"} in found
+    assert [one["id"] for one in bars] == ["peers.mixed.another"]
+    failing = OURS
+    with pytest.raises(WrongAnswerError):
+        asyncio.run(measure(peers, tests, QUICK))
