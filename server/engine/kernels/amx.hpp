@@ -1,5 +1,5 @@
-// Tiles, the registers of AMX: who may use them, and how they are set up. Two of the tiles of eight are multiplied by
-// products_amx.hpp and integers_amx.hpp.
+// Tiles, the registers of AMX: who may use them, and how they are set up. products_amx.hpp and integers_amx.hpp multiply
+// with them.
 #pragma once
 
 #include "native.hpp"
@@ -15,16 +15,20 @@
 
 namespace {
 
+constexpr int64_t SIDE = 16;  // rows of a tile
+
 #if AMX
 
-constexpr int64_t SIDE = 16;    // rows of a tile
-constexpr int64_t ACROSS = 32;  // its columns, in bfloat16
+constexpr int64_t ACROSS = 32;  // columns of a tile, in bfloat16
 
 // Whether the kernel lets this process use tiles: it must be asked once.
 inline bool tiles_allowed() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
 }
+
+// Whether so many rows of x, at least `few`, are multiplied as tiles.
+inline bool tiled(int64_t rows, int64_t few, int64_t in) { return rows >= few && in % ACROSS == 0 && tiles_allowed(); }
 
 // The compiler does not know what tiles are loaded from: what was written so far is in memory from here on.
 inline void settle() { __asm__ volatile("" ::: "memory"); }
@@ -51,7 +55,6 @@ struct Tiles {
     Tiles(bool, int64_t) {}
     static constexpr bool used = false;
 };
-constexpr int64_t SIDE = 16;
 
 #endif
 

@@ -69,7 +69,7 @@ void multiply(const Product& product, int64_t in, const uint16_t* x, int64_t x_s
 #endif
     const float* sums = FOUR ? sum_groups(batch, rows) : nullptr;
 #if AMX
-    if (rows >= FEW_TILED && in % ACROSS == 0 && tiles_allowed())
+    if (tiled(rows, FEW_TILED, in))
         return multiply_tiled<FOUR>(product, {in, x, x_stride, sums}, rows);
 #endif
     int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t FEW_TILED = 5;         // rows of x from which tiles are faster than vectors; measured
 constexpr int64_t NEAR_TILED = 1 << 20;  // bytes
 
-inline bool tiled(int64_t rows, int64_t in) { return rows >= FEW_TILED && in % ACROSS == 0 && tiles_allowed(); }
-
 // Elements that `rows` packed rows of x take.
 inline int64_t packed_size(int64_t rows, int64_t in) { return (rows + SIDE - 1) / SIDE * SIDE * in; }
 

@@ -83,7 +83,7 @@ template <> void pack_segments(const Operation& op, const uint16_t* x, int64_t s
     packed_from = segments.size() == 1 ? op.in : nullptr;
     for (Segment& segment : segments) {
         int64_t rows = segment.until - segment.row;
-        if (!tiled(rows, op.in_size)) {
+        if (!tiled(rows, FEW_TILED, op.in_size)) {
             packed_from = nullptr;
             continue;
         }
