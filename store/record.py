@@ -86,8 +86,12 @@ class ExpertRecord:
 
     @property
     def versions(self) -> tuple[ExpertRecord, ...]:
-        """This version and the earlier ones, each by itself."""
-        return (dataclasses.replace(self, access=Access(), earlier=()), *self.earlier)
+        """This version and the earlier ones, each by itself and once: where it was last."""
+        once: list[ExpertRecord] = []
+        for version in (dataclasses.replace(self, access=Access(), earlier=()), *self.earlier):
+            if version not in once:
+                once.append(version)
+        return tuple(once)
 
     def pointing_to(self, version: ExpertRecord, earlier: tuple[ExpertRecord, ...]) -> ExpertRecord:
         """The name with another version of it: whose it is stays as it is."""

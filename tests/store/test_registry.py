@@ -353,6 +353,17 @@ def test_versions_beyond_the_limit_leave_with_their_bytes(store: BlobStore, regi
     assert store.blobs() == {one.digest for one in versions}
 
 
+def test_a_name_that_goes_to_and_fro_keeps_each_version_once(store: BlobStore, registry: Registry) -> None:
+    for turn in range(3 * KEPT_VERSIONS):
+        record, is_new = registry.publish(upload(store, turn % 2), name="a", replace=True)
+        assert is_new
+    assert len(record.earlier) == 2
+    assert registry.get("a") == record
+    other = record.earlier[0]
+    assert registry.roll_back("a").versions == (other, record.versions[0])
+    assert registry.get("a").digest == other.digest
+
+
 def test_a_version_whose_bytes_are_gone_is_not_gone_back_to(disk: DiskStore) -> None:
     registry = Registry(disk, base_manifest(), RESERVED)
     first, _ = registry.publish(upload(disk, 0), name="a")
