@@ -14,6 +14,7 @@ from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment, Slo
 from server.engine.fused import fuse
 from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
+from server.engine.large_pages import lay_out
 from server.engine.options import BaseWeights
 from server.engine.quantised import Packed, quantise
 from store.errors import CheckpointError, InvalidRequestError
@@ -123,6 +124,8 @@ class BaseModel:
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the base: {error}", param="base") from error
         nn.Module.to(model, device)
+        if device.type == "cpu":
+            lay_out(model.parameters())
         stop_tokens = _stop_tokens(folder, config.get_text_config())
         self._take_over(model, manifest, stop_tokens, feature_layer, weights, cache_dir)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from server.engine.kernels import LoadedDelta
+from server.engine.large_pages import zeros
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of so many bytes: a cache line, and what vector loads like."""
@@ -101,7 +102,7 @@ def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]], de
     Raises:
         ValueError: they do not take exactly `nbytes`.
     """
-    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    buffer = zeros(nbytes) if device == _CPU else torch.zeros(nbytes, dtype=torch.uint8, device=device)
     pieces: dict[str, _Piece] = {}
     end = 0
     for name, delta in deltas:

@@ -51,6 +51,8 @@ class Tiles {
 
 #else
 
+inline bool tiles_allowed() { return false; }
+
 struct Tiles {
     Tiles(bool, int64_t) {}
     static constexpr bool used = false;

@@ -63,7 +63,7 @@ class CpuKernels:
         self._add.restype = None
         self._add.argtypes = (
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
-            *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int),
+            *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int),
         )
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         common = (pointer, pointer, size, size, ctypes.c_int)
@@ -86,18 +86,28 @@ class CpuKernels:
         self._plain = ReferenceKernels()
         self._terms: WeakKeyDictionary[PackedDelta, Fields] = WeakKeyDictionary()
         self._records: WeakKeyDictionary[Group, tuple[tuple[int, ...], bytes]] = WeakKeyDictionary()
-        if not computes_rightly(self, torch.float32, torch.device("cpu")):
+        if not all(computes_rightly(self, dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)):
             raise BuildError("what the compiler made computes wrongly on this machine")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """There is nothing to do."""
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
-        if y.dtype is not torch.float32:
-            wide = y.float()
-            self.add_linear(wide, x.float(), groups)
-            y.copy_(wide)
+        if y.dtype is torch.float32:
+            self._add_linear(y, x, groups, coarse=False)
             return
+        wide = y.float()
+        self.add_coarsely(wide, x.float(), groups)
+        y.copy_(wide)
+
+    def add_coarsely(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
+        """`add_linear` in float32 of an x that may be rounded to 16 bits of its row's largest number.
+
+        Steps whose activations are bfloat16, or are rounded to it, do the same.
+        """
+        self._add_linear(y, x, groups, coarse=True)
+
+    def _add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group], *, coarse: bool) -> None:
         rows, shape = y.shape[0], (y.shape[1], x.shape[1])
         if not (y.is_contiguous() and x.is_contiguous() and x.dtype is torch.float32 and x.shape[0] == rows):
             raise ValueError("y and x must be contiguous, of one dtype, and have the same rows")
@@ -107,7 +117,7 @@ class CpuKernels:
         joined = self._joined(groups, shape)
         if joined:
             count = len(joined) // _TERM.size
-            self._add(y.data_ptr(), x.data_ptr(), *shape, joined, count, torch.get_num_threads())
+            self._add(y.data_ptr(), x.data_ptr(), *shape, joined, count, coarse, torch.get_num_threads())
         for group in groups:
             if any(isinstance(delta, DenseValues) for _, delta in group.terms):
                 dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))

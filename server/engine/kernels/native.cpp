@@ -6,8 +6,8 @@ extern "C" {
 
 // In place: y[start:stop] += sum over the terms of each group. Terms of a group follow each other; groups are disjoint.
 void switchyard_add_linear(float* y, const float* x, int64_t out, int64_t in, const void* records, int64_t count,
-                           int threads) {
-    Call call = {y, x, out, in, blocks_of(in), blocks_of(out)};
+                           int coarse, int threads) {
+    Call call = {y, x, out, in, blocks_of(in), blocks_of(out), coarse != 0};
     const Term* terms = static_cast<const Term*>(records);
     const Term* end = terms + count;
     int64_t line = line_of(call, terms, end, threads);

@@ -24,6 +24,8 @@
 #endif
 #endif
 
+#define INLINE __attribute__((always_inline))
+
 namespace {
 
 constexpr int64_t BLOCK = 32;
@@ -50,6 +52,14 @@ struct Term {
     const uint8_t* levels;
 };
 static_assert(sizeof(Term) == 72, "cpu.py packs 72 bytes");
+
+// What terms are added to. `coarse`: whether x may be rounded to 16 bits of its row's largest number.
+struct Call {
+    float* y;
+    const float* x;
+    int64_t out, in, words, blocks;
+    bool coarse;
+};
 
 // Memory that a thread keeps from call to call. Never initialised, always aligned to a cache line.
 class Scratch {

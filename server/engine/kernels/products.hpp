@@ -26,8 +26,6 @@ constexpr int64_t PADDING = 64;  // rows of x are padded to a multiple of so man
 
 inline int64_t padded(int64_t width) { return (width + PADDING - 1) / PADDING * PADDING; }
 
-#define INLINE __attribute__((always_inline))
-
 // f(0), f(1), ...: spelt out, so that arrays that are indexed so can stay in registers.
 template <typename F, int... I> INLINE inline void spelt(F f, std::integer_sequence<int, I...>) {
     (f(std::integral_constant<int, I>{}), ...);

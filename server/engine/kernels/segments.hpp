@@ -19,13 +19,14 @@ thread_local double spent;  // on what experts add
 
 // Rows of one expert from which weights are moved for them, block by block, in place of adding to their products: what
 // that takes does not depend on how many they are. Measured.
-constexpr int64_t MANY_DENSE = 3, MANY_SPARSE = 40;
+constexpr int64_t MANY_DENSE = 3, MANY_TILED = 48, MANY_SPARSE = 40;
 constexpr int64_t TOGETHER_MOVED = 4;
 
 // Whether that is so for the group of terms [term, end).
 bool moves(const Operation& op, const Term* term, const Term* end) {
     if (op.dtype > BFLOAT16 || end - term > 1 || (term->form == PLANES && term->digits > 1)) return false;
-    return term->stop - term->start >= (term->form == PLANES ? MANY_DENSE : MANY_SPARSE);
+    int64_t many = op.dtype != FLOAT32 && tiles_allowed() ? MANY_TILED : MANY_DENSE;
+    return term->stop - term->start >= (term->form == PLANES ? many : MANY_SPARSE);
 }
 
 template <typename T> void merge_rows(T* out, const Operation& op, const Term& term, int64_t first, int64_t last) {

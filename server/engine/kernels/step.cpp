@@ -93,7 +93,7 @@ void run_product(const Operation& op, const Thread& thread, bool fresh) {
 
 // What is added beside the products; those of moved weights have it.
 void run_terms(const Operation& op, const Thread& thread) {
-    Call call = {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size)};
+    Call call = {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size), op.dtype != FLOAT32};
     Watch watch(spent);
     const Term* end = op.terms + op.term_count;
     Term* left = reinterpret_cast<Term*>(chosen.floats(op.term_count * sizeof(Term) / sizeof(float)));

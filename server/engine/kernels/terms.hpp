@@ -3,6 +3,7 @@
 // No delta is ever decoded to numbers. What the nonzeros select is summed by table: all sums of a few neighbouring
 // activations are computed once per row, and the bits of a plane look up which of them a weight row takes.
 //
+//   tiles       with AMX, where x may be rounded: planes become bytes, see planes_amx.hpp
 //   few rows    a vector permutation is a table of 8 (AVX2: 3 activations) or 16 (AVX-512: 4) entries, looked up for
 //               as many weight rows at once
 //   more rows   the lanes of a vector are 8 batch rows, and one byte of a plane looks up a sum of 8 activations
@@ -12,22 +13,26 @@
 // write to the same element. The layouts are those of server/engine/kernels/types.py.
 #pragma once
 
+#include "amx.hpp"
 #include "planes.hpp"
+#include "planes_amx.hpp"
 #include "sparse.hpp"
 
 namespace {
 
-struct Call {
-    float* y;
-    const float* x;
-    int64_t out, in, words, blocks;
-};
+inline bool any(Form form, const Term* term, const Term* end) {
+    while (term < end && term->form != form) term++;
+    return term < end;
+}
 
-// Rows [start, stop), few, of one group: one after the other.
+// Whether planes are multiplied as tiles.
+inline bool by_tiles(const Call& call) { return call.coarse && tiles_allowed(); }
+
+// Rows [start, stop), few, of one group: one after the other; `tiled`: without what their planes add.
 void few_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
-              int64_t last) {
-    bool planes = false, sparse = false;
-    for (const Term* term = terms; term < end; term++) (term->form == PLANES ? planes : sparse) = true;
+              int64_t last, bool tiled) {
+    [[maybe_unused]] bool planes = !tiled && any(PLANES, terms, end);
+    bool sparse = any(SPARSE, terms, end);
     int64_t padded = (call.words + 1) * BLOCK;
     for (int64_t row = start; row < stop; row++) {
         float* x = inputs.floats(padded + 2 * call.in);
@@ -53,6 +58,7 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
                     add_sparse_row<false>(*term, first * BLOCK, rows, spread, y);
                 continue;
             }
+            if (tiled) continue;
 #if PERMUTE
             float power = 1;
             for (int32_t k = 0; k < term->digits; k++, power *= 3)
@@ -70,11 +76,10 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
     }
 }
 
-// Rows [start, stop), at most LANES, of one group: one per lane.
+// The same for at most LANES rows: one per lane.
 void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
-                  int64_t last) {
-    bool sparse = false;
-    for (const Term* term = terms; term < end; term++) sparse |= term->form == SPARSE;
+                  int64_t last, bool tiled) {
+    bool sparse = any(SPARSE, terms, end);
     int64_t padded = call.words * BLOCK, rows = stop - start;
     Row8* x = reinterpret_cast<Row8*>(inputs.floats((padded + 2 * call.in) * LANES));
     Row8* spread = x + padded;
@@ -91,9 +96,9 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
         Row8* sum = reinterpret_cast<Row8*>(sums.floats((until - tile) * BLOCK * LANES));
         std::memset(sum, 0, (until - tile) * BLOCK * sizeof(Row8));
         for (const Term* term = terms; term < end; term++) {
-            if (term->form == PLANES)
-                add_planes<Row8>(*term, call.words, tile, until, x, sum);
-            else if (term->levels)
+            if (term->form == PLANES) {
+                if (!tiled) add_planes<Row8>(*term, call.words, tile, until, x, sum);
+            } else if (term->levels)
                 add_sparse_lanes<true>(*term, tile * BLOCK, top, spread, sum);
             else
                 add_sparse_lanes<false>(*term, tile * BLOCK, top, spread, sum);
@@ -108,12 +113,15 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
 
 void some_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
                int64_t last) {
-    int64_t few = FEW_SPARSE;
-    for (const Term* term = terms; term < end; term++)
-        if (term->form == PLANES) few = FEW_DENSE;
+    bool tiled = by_tiles(call);
+#if AMX
+    if (tiled && any(PLANES, terms, end)) planes_by_tiles(call, terms, end, start, stop, first, last);
+    if (tiled && !any(SPARSE, terms, end)) return;
+#endif
+    int64_t few = !tiled && any(PLANES, terms, end) ? FEW_DENSE : FEW_SPARSE;
     for (int64_t row = start; row < stop; row += LANES) {
         int64_t until = smaller(row + LANES, stop);
-        (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last);
+        (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last, tiled);
     }
 }
 
@@ -122,7 +130,7 @@ int64_t cost_of(const Call& call, const Term* terms, const Term* end, int64_t ro
     int64_t cost = 64;
     for (const Term* term = terms; term < end; term++) {
         if (term->form == PLANES)
-            cost += (rows <= FEW_DENSE ? 720 * rows : 2000) * call.words * term->digits;
+            cost += (by_tiles(call) ? 200 : rows <= FEW_DENSE ? 720 * rows : 2000) * call.words * term->digits;
         else
             cost += (rows <= FEW_SPARSE ? 8 * rows : 40) * (term->starts[call.out] / call.blocks + BLOCK);
     }

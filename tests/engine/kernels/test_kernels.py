@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
+from store.deltas import SparseDelta
 from store.errors import ExpertFileError
-from tests.engine.kernels.builders import sparse_delta
+from tests.engine.kernels.builders import as_matrix, sparse_delta
 from tests.engine.kernels.comparing import (
     CPU,
     Terms,
@@ -90,6 +92,31 @@ def test_any_batch_equals_dense_matrices(kernels: Kernels, data: st.DataObject, 
 def test_shapes_of_a_model(kernels: Kernels, rows: int, density: float, dtype: torch.dtype) -> None:
     terms: Terms = [(0.75, sparse_delta(1, (192, 576), density)), (0.25, sparse_delta(2, (192, 576), density))]
     check(kernels, (192, 576), [(0, rows, terms), (1, 1, terms[:1]), (0, rows, terms[1:])], dtype)
+
+
+def test_more_rows_than_the_cache_holds(kernels: Kernels) -> None:
+    terms: Terms = [(1.0, sparse_delta(1, (40, 33_000), 0.2))]
+    check(kernels, (40, 33_000), [(0, 40, terms)], torch.bfloat16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), odd=st.sampled_from([0.0, 1e-30, 1e30, float("inf"), float("nan")]))
+def test_a_coarse_x_loses_at_most_its_rounding(folder: Path, data: st.DataObject, odd: float) -> None:
+    """Where x may be rounded, in multiples of 2⁻¹⁵ of its row's largest number; one row has an odd number."""
+    kernels = CpuKernels(folder)
+    out, width = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 140)))
+    rows = data.draw(st.integers(1, 150))
+    deltas = [(weight, delta) for weight, delta in data.draw(terms_of((out, width))) if isinstance(delta, SparseDelta)]
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+    x[rows // 2, width // 2] = odd
+    y = torch.zeros(rows, out)
+    kernels.add_coarsely(y, x, [Group(0, rows, tuple((weight, pack(delta, CPU)) for weight, delta in deltas))])
+    matrix = sum((weight * as_matrix(delta).astype(np.float64) for weight, delta in deltas), np.zeros((out, width)))
+    moved = sum((abs(weight * as_matrix(delta)).astype(np.float64) for weight, delta in deltas), np.zeros((out, width)))
+    plain = torch.isfinite(x).all(1)
+    expected, most = x[plain].double() @ torch.from_numpy(matrix).T, x[plain].double().abs().amax(1, keepdim=True)
+    error = (y[plain].double() - expected).abs()
+    assert bool((error <= 2**-15 * most * torch.from_numpy(moved).sum(1) + 1e-37).all())
 
 
 @settings(max_examples=60, deadline=None)
