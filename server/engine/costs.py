@@ -98,7 +98,7 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
     dtype = model.dtype if fast is None else torch.float32
     delta: dict[Form, Curve] = {}
     patch: dict[Form, float] = {}
-    for form, packed in _synthetic(model).items():
+    for form, packed in _synthetic(model, kernels.lanes).items():
         out, size = packed.shape
         curve = []
         for rows in _ROWS:
@@ -123,7 +123,7 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
     return Costs(Curve(tuple(steps)), delta, patch)
 
 
-def _synthetic(model: BaseModel) -> dict[type[PackedDelta], PackedDelta]:
+def _synthetic(model: BaseModel, lanes: int) -> dict[type[PackedDelta], PackedDelta]:
     """A delta of every form, of the shape of the model's largest layer or of some of its rows."""
     layers = [p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in f".{name}"]
     out, size = max(layers, key=math.prod, default=torch.Size((1024, 1024)))
@@ -133,7 +133,7 @@ def _synthetic(model: BaseModel) -> dict[type[PackedDelta], PackedDelta]:
     for density in (0.3, 0.01):
         indices = np.flatnonzero(rng.random(math.prod(shape)) < density).astype(np.int32)
         levels = rng.choice(np.array([-1, 1], np.int8), len(indices))
-        made.append(pack(SparseDelta(shape, indices, levels, 0.01), model.device))
+        made.append(pack(SparseDelta(shape, indices, levels, 0.01), model.device, lanes))
     forms: dict[type[PackedDelta], PackedDelta] = {type(delta): delta for delta in made}
     for missing in {BitPlanes, SparseRows, DenseValues} - forms.keys():
         forms[missing] = made[0]  # tensors of this shape never take it: the price of the dense form is an upper bound

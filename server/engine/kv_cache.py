@@ -103,6 +103,8 @@ class KVCache:
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give `sequence` the blocks for its first `tokens` tokens; False, and nothing changed, if they are short."""
+        if tokens <= len(sequence.blocks) * BLOCK_TOKENS:
+            return True
         fresh = self._pool.take(self.blocks_missing(sequence, tokens))
         if fresh is None:
             return False

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -99,6 +100,7 @@ class MixedWeights:
         self._kernels = kernels
         self._launching: Any = kernels if kernels.name == "triton" else None
         """The kernels, if they take tables that are there already."""
+        self._carried: WeakKeyDictionary[DecodedExpert, bool] = WeakKeyDictionary()
         self._terms: Terms | None = None
         self._plan: list[tuple[nn.Module, Forward]] | None = None
         self.seconds = 0.0
@@ -106,8 +108,11 @@ class MixedWeights:
     def carries(self, expert: DecodedExpert) -> bool:
         """Whether everything the expert moves can be applied row by row. What overwrites cannot: a sum in floats would
         not give its fine-tune's bits, so it is always merged."""
-        overwrites = any(isinstance(delta, Overwrites) for delta in expert.tensors.values())
-        return not overwrites and self._unserved.isdisjoint(expert.tensors)
+        known = self._carried.get(expert)
+        if known is None:
+            overwrites = any(isinstance(delta, Overwrites) for delta in expert.tensors.values())
+            known = self._carried[expert] = not overwrites and self._unserved.isdisjoint(expert.tensors)
+        return known
 
     def forget(self) -> None:
         """Let go of the experts of the last step, so that they can leave memory."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from server.engine.attention import AttentionBatch, Segment
-from server.engine.forwards import looked_up, moved_rows
 from server.engine.kernels.cpu import CpuKernels
 from server.engine.kv_cache import BLOCK_TOKENS, KVCache
 from server.engine.layout import Layout
@@ -72,7 +70,6 @@ class NativeSteps:
         """Whether it has so few rows."""
         return 0 < len(layout.tokens) <= MOST_ROWS
 
-    @torch.inference_mode()
     def run(self, layout: Layout, moved: frozenset[tuple[str, int]], terms: Terms | None = None) -> torch.Tensor | None:
         """One step with the parameters as they are.
 
@@ -100,9 +97,9 @@ class NativeSteps:
                 return None
             records = beside.records
         rows, wanted = len(layout.tokens), len(layout.logit_rows)
-        self._program.hidden[:rows] = self._embedded(torch.tensor(layout.tokens), terms)
-        picked = np.array(layout.logit_rows, np.int64)
+        tokens, picked = np.array(layout.tokens, np.int64), np.array(layout.logit_rows, np.int64)
         records["rows"] = rows
+        records["which"][0] = tokens.ctypes.data
         records["rows"][-self._program.tail :] = wanted
         records["picked"][-self._program.tail] = picked.ctypes.data
         is_small = self._program.weights * rows < _SMALL
@@ -126,16 +123,6 @@ class NativeSteps:
                 self._records.popitem(last=False)
         self._records.move_to_end(moved)
         return records
-
-    def _embedded(self, ids: torch.Tensor, terms: Terms | None) -> torch.Tensor:
-        module = self._outline.embedding
-        if terms is not None:
-            for index in terms.weights.embeddings:
-                site = terms.weights.sites[index]
-                if site.module is module and (groups := terms.groups(site)):
-                    return looked_up(site, partial(moved_rows, module, groups))(ids[None])[0]
-        embedded: torch.Tensor = module(ids[None])[0]
-        return embedded
 
 
 def _places(

@@ -49,12 +49,13 @@ class NativeTerms:
         self._kernels = kernels
         places = {id(module): place for place, module in enumerate(program.modules) if module is not None}
         self._places = {i: places[id(site.module)] for i, site in enumerate(weights.sites) if id(site.module) in places}
-        products = [i for i, site in enumerate(weights.sites) if site.kind is Kind.LINEAR and i in self._places]
+        matrices = (Kind.LINEAR, Kind.EMBEDDING)
+        products = [i for i, site in enumerate(weights.sites) if site.kind in matrices and i in self._places]
         self._names = [weights.sites[i].names["weight"] for i in products]
         self._at = np.array([self._places[i] for i in products], np.int64)
         self._shapes = [tuple(weights.sites[i].module.get_parameter("weight").shape) for i in products]
         self._is_head = np.array([weights.sites[i].head for i in products], np.bool_)
-        served = {id(module) for module in (*program.modules, program.embedding)}
+        served = {id(module) for module in program.modules}
         others = [site for site in weights.sites if id(site.module) not in served]
         self._unserved = {name for site in others for name in site.names.values()}
         self._listed: WeakKeyDictionary[DecodedExpert, _Listed] = WeakKeyDictionary()

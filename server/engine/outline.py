@@ -26,6 +26,8 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _GROWING = ("dynamic", "longrope")
 """Rotary embeddings that depend on more than the position."""
+_LOOKED_UP = 64
+"""Rows of the table that show what is done to them."""
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -88,10 +90,12 @@ class Outline:
     """A network.
 
     Attributes:
+        scale: what the rows of the embedding's table are multiplied by.
         rotaries: for each rotary embedding, `[1, n]` positions → cosines and sines, `[1, n, head_size]` each.
     """
 
     embedding: nn.Module
+    scale: float
     layers: tuple[Layer, ...]
     norm: Norm
     head: nn.Linear
@@ -127,7 +131,20 @@ def outline_of(network: Any) -> Outline:
     seen = _observe(network, decoder)
     layers = tuple(_layer(module, place, seen) for place, module in enumerate(stack))
     rotaries = tuple(_rotary(decoder.rotary_emb, args, kwargs) for args, kwargs, _ in seen.rotary)
-    return Outline(decoder.embed_tokens, layers, _norm(decoder.norm), head, rotaries)
+    embedding = decoder.embed_tokens
+    return Outline(embedding, _scale(embedding), layers, _norm(decoder.norm), head, rotaries)
+
+
+@torch.no_grad()
+def _scale(embedding: Any) -> float:
+    """What an embedding multiplies the rows of its table by."""
+    ids = torch.arange(min(_LOOKED_UP, len(embedding.weight)))
+    rows, found = embedding.weight[ids].double(), embedding(ids).double()
+    exact = (rows * found).sum() / rows.square().sum()
+    scale = float(exact.to(embedding.weight.dtype))
+    if not torch.allclose(found, rows * scale, rtol=1e-2, atol=1e-2 * float(found.abs().mean())):
+        raise UnknownNetworkError("embeddings are more than rows of a table")
+    return scale
 
 
 def _rotary_kinds(rotary: Any) -> list[str]:

@@ -27,7 +27,7 @@ RECORD = np.dtype(
 )
 """`Operation` of operations.hpp: numbers and addresses, 0 is none."""
 
-NORM, PRODUCT, ROTATE, ATTEND, GATE = range(5)
+NORM, PRODUCT, ROTATE, ATTEND, GATE, EMBED = range(6)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _EIGHT_BITS, _FOUR_BITS = 2, 3
 _GATES = {"silu": 0, "gelu_tanh": 1}
@@ -49,8 +49,6 @@ class Program:
     """The operations of a step of up to so many rows, and the memory that they work in.
 
     Attributes:
-        hidden: `[most_rows, hidden_size]` float32: what a step begins with, the embeddings of its tokens.
-        embedding: what looks up the embeddings.
         modules: of every operation its module, or None: where weights come from.
         weights: numbers in all matrices.
         tail: operations on the rows whose logits are wanted: the last so many.
@@ -58,7 +56,6 @@ class Program:
 
     def __init__(self, outline: Outline, cache: KVCache, most_rows: int) -> None:
         self._outline = outline
-        self.embedding = outline.embedding
         self._cache = cache
         self._dtype = DTYPES[cache.shape.dtype]
         self.most_rows = most_rows
@@ -71,7 +68,6 @@ class Program:
         sizes |= {"keys": keys, "values": keys, "gate": gates, "up": gates}
         self._room = {name: torch.zeros(most_rows, size, dtype=torch.float32) for name, size in sizes.items()}
         self._room["logits"] = torch.zeros(min(most_rows, _FIRST_ANSWERS), outline.head.out_features)
-        self.hidden = self._room["hidden"]
         self._angles: list[Angles] = []
         self._positions = 0
         steps = list(self._operations())
@@ -131,6 +127,14 @@ class Program:
         return records
 
     def _operations(self) -> Iterator[tuple[nn.Module | None, dict[str, Any]]]:
+        table = self._outline.embedding.get_parameter("weight")
+        yield (
+            self._outline.embedding,
+            {
+                **{"kind": EMBED, "waits": 1, "out": self._at("hidden"), "eps": self._outline.scale},
+                **{"in_size": table.shape[1], "out_size": table.shape[0]},
+            },
+        )
         residual = None
         for place, layer in enumerate(self._outline.layers):
             heads = {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_size": layer.head_size}

@@ -14,7 +14,7 @@ import torch
 
 from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
-from server.engine.kernels.decoding import Decoder
+from server.engine.kernels.decoding import LANES, Decoder
 from server.engine.kernels.packing import pack
 from server.engine.kernels.reference import ReferenceKernels, multiply_merged
 from server.engine.kernels.trial import computes_rightly
@@ -32,11 +32,12 @@ from store.packed import PackedTernary
 
 TERM = np.dtype(
     [
-        *(("start", "i8"), ("stop", "i8"), ("form", "i4"), ("opens", "i4"), ("factor", "f4"), ("digits", "i4")),
+        *(("start", "i8"), ("stop", "i8"), ("form", "i4"), ("opens", "i4"), ("factor", "f4"), ("count", "i4")),
         *((name, "u8") for name in ("words", "order", "starts", "entries", "levels")),
     ]
 )
-"""`Term` of native.hpp: rows, form, whether it opens a group, weight of the mix · scale, digits, addresses or 0."""
+"""`Term` of native.hpp: rows, form, whether it opens a group, weight of the mix · scale, how many digits or entries,
+addresses or 0."""
 _TERM = struct.Struct("<qqiifi5Q")
 
 Fields = tuple[int, int, int, int, float, int, int, int, int, int, int]
@@ -56,6 +57,7 @@ class CpuKernels:
 
     name = "cpu"
     fuse_rows: int | None = None
+    lanes = LANES
 
     def __init__(self, cache_dir: Path, *, flags: tuple[str, ...] = ()) -> None:
         library = build.load(cache_dir, flags=flags)
@@ -70,7 +72,7 @@ class CpuKernels:
         self._merge_planes, self._merge_sparse = library.switchyard_merge_planes, library.switchyard_merge_sparse
         self._merge_planes.restype = self._merge_sparse.restype = None
         self._merge_planes.argtypes = (*common, pointer, ctypes.c_float, ctypes.c_int)
-        self._merge_sparse.argtypes = (*common, pointer, pointer, pointer, pointer, ctypes.c_float, ctypes.c_int)
+        self._merge_sparse.argtypes = (*common, ctypes.c_int, pointer, pointer, pointer, pointer, ctypes.c_float, ctypes.c_int)
         self.masks = bool(library.switchyard_merge_masks())
         """Whether merging takes words of planes as masks of vector instructions."""
         self.parallel = bool(library.switchyard_parallel())
@@ -132,7 +134,7 @@ class CpuKernels:
             else:
                 levels = 0 if delta.levels is None else delta.levels.data_ptr()
                 lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
-                known = (0, 0, 1, 1, delta.scale, 0, 0, *lists)
+                known = (0, 0, 1 if delta.lanes == 1 else 2, 1, delta.scale, len(delta.entries), 0, *lists)
             self._terms[delta] = known
         return known
 
@@ -168,7 +170,7 @@ class CpuKernels:
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
         made = self._decoder.decode(tensor) if device.type == "cpu" else None
-        return pack(tensor.decode(name), device) if made is None else made
+        return pack(tensor.decode(name), device, self.lanes) if made is None else made
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
         weight, delta = terms[0]
@@ -186,7 +188,7 @@ class CpuKernels:
         else:
             levels = None if delta.levels is None else delta.levels.data_ptr()
             lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
-            self._merge_sparse(*where, *lists, *how)
+            self._merge_sparse(*where, delta.lanes > 1, *lists, *how)
 
     def _joined(self, groups: Sequence[Group], shape: tuple[int, int]) -> bytes:
         records = []

@@ -4,12 +4,9 @@
 // that `store.encodings.decode` refuses, which then says what. Positions become a bitmap whose ones meet their signs
 // word by word, or, of few nonzeros, entries of lists as they are found.
 
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
+#include "sparse.hpp"
 
-#if defined(__AVX2__) || defined(__BMI2__)
+#if defined(__BMI2__)
 #include <immintrin.h>
 #endif
 
@@ -24,7 +21,6 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "streams are read as li
 
 namespace {
 
-constexpr int64_t BLOCK = 32;
 constexpr int64_t WINDOW = 4096;  // elements that are marked before their marks become bits
 constexpr int64_t SLACK = 16;     // zeros after a stream, so that whole words can be read
 
@@ -218,25 +214,33 @@ class Lists {
     int64_t start_ = 0, rank_ = 0;
 };
 
-// Lists within each block of rows by length, longest first, rows of one length as they were.
+// Lists within each block of rows by length, longest first, rows of one length as they were; those of sixteen rows
+// abreast, as sparse.hpp reads them.
 void in_order(const uint16_t* natural, const int32_t* counts, int64_t rows, int32_t* order, int32_t* starts,
               uint16_t* entries) {
     int32_t end = 0;
     *starts++ = 0;
     for (int64_t first = 0; first < rows; first += BLOCK) {
         const int here = static_cast<int>(rows - first < BLOCK ? rows - first : BLOCK);
-        int32_t from[BLOCK], row[BLOCK];
+        const uint16_t* from[BLOCK];
+        int32_t row[BLOCK], count[BLOCK];
         for (int32_t r = 0, at = end; r < here; at += counts[first + r++]) {
-            from[r] = at;
             int place = r;
-            for (; place > 0 && counts[first + row[place - 1]] < counts[first + r]; place--) row[place] = row[place - 1];
-            row[place] = r;
+            for (; place > 0 && count[place - 1] < counts[first + r]; place--)
+                row[place] = row[place - 1], count[place] = count[place - 1], from[place] = from[place - 1];
+            row[place] = r, count[place] = counts[first + r], from[place] = natural + at;
         }
         for (int i = 0; i < here; i++) {
-            const int32_t count = counts[first + row[i]];
-            std::memcpy(entries + end, natural + from[row[i]], static_cast<size_t>(count) * sizeof(uint16_t));
             *order++ = static_cast<int32_t>(first) + row[i];
-            *starts++ = end += count;
+            *starts = starts[-1] + count[i];
+            starts++;
+        }
+        for (int group = 0; group < here; group += ABREAST_LISTS) {
+            int left = static_cast<int>(smaller(here - group, ABREAST_LISTS));
+            for (int32_t k = 0; k < count[group]; k++) {
+                while (count[group + left - 1] <= k) left--;
+                for (int l = 0; l < left; l++) entries[end++] = from[group + l][k];
+            }
         }
     }
 }

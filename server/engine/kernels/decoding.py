@@ -12,6 +12,8 @@ from store.packed import PackedLevels, PackedTernary
 from store.positions import BITMAP, MAX_K, MIN_K, RICE, RICE_ZEROS
 
 _LAYOUTS = {BITMAP: 0, RICE: 1, RICE_ZEROS: 2}
+LANES = 16
+"""Lists that `decode.cpp` lays abreast."""
 _MOST = 2**31
 """Elements of a tensor, exclusive: places in lists are int32."""
 
@@ -28,7 +30,7 @@ class Decoder:
         self._sparse.argtypes = (*common, pointer, pointer, pointer)
 
     def decode(self, tensor: PackedTernary) -> BitPlanes | SparseRows | None:
-        """`pack(tensor.decode(...))`, bit for bit.
+        """`pack(tensor.decode(...), lanes=LANES)`, bit for bit.
 
         Returns:
             None where only `tensor.decode` will do: levels other than ±1, vectors, layouts that are not known here,
@@ -52,5 +54,5 @@ class Decoder:
             order, starts = torch.empty(rows, dtype=torch.int32), torch.empty(rows + 1, dtype=torch.int32)
             entries = torch.empty(tensor.nnz, dtype=torch.int16)
             good = self._sparse(*payload, order.data_ptr(), starts.data_ptr(), entries.data_ptr())
-            return SparseRows(shape, tensor.scale, order, starts, entries, None) if good else None
+            return SparseRows(shape, tensor.scale, order, starts, entries, None, LANES) if good else None
         return None

@@ -88,6 +88,7 @@ class TritonKernels:
 
     name = "triton"
     fuse_rows: int | None = FUSE_ROWS
+    lanes = 1
 
     def __init__(self) -> None:
         self._plain = ReferenceKernels()

@@ -40,11 +40,13 @@ void switchyard_merge_planes(void* out, const void* pristine, int64_t rows, int6
     });
 }
 
-void switchyard_merge_sparse(void* out, const void* pristine, int64_t rows, int64_t columns, int form,
+// `abreast`: whether the lists of sixteen rows lie side by side.
+void switchyard_merge_sparse(void* out, const void* pristine, int64_t rows, int64_t columns, int form, int abreast,
                              const int32_t* order, const int32_t* starts, const uint16_t* entries,
                              const uint8_t* levels, float factor, int threads) {
+    Lists lists = {rows, abreast != 0, order, starts, entries, levels};
     merge_all(out, pristine, rows, columns, form, threads, [=](auto* to, auto* from, int64_t first, int64_t last) {
-        merge_sparse<true>(to, from, first, last, rows, columns, order, starts, entries, levels, factor);
+        merge_sparse<true>(to, from, first, last, columns, lists, factor);
     });
 }
 

@@ -6,6 +6,7 @@
 
 #include "native.hpp"
 #include "products.hpp"
+#include "sparse.hpp"
 #include "vectors.hpp"
 
 #include <type_traits>
@@ -107,52 +108,59 @@ void merge_planes(T* out, const T* pristine, int64_t first, int64_t last, int64_
     }
 }
 
+// The lists of a delta, one per row.
+struct Lists {
+    int64_t count;
+    bool abreast;
+    const int32_t *order, *starts;
+    const uint16_t* entries;
+    const uint8_t* levels;  // or none
+};
+
 // One row, by masks: setting a bit takes a fraction of the time that changing a number does.
 template <bool EXACT, typename T>
-inline void merge_list(T* out, const T* pristine, int64_t columns, const uint16_t* entry, const uint16_t* end,
-                       float factor) {
+inline void merge_list(T* out, const T* pristine, int64_t columns, const Lists& lists, int64_t i, float factor) {
     uint32_t bits[MOST_COLUMNS / BLOCK][2];
     int64_t words = (columns + BLOCK - 1) / BLOCK;
     std::memset(bits, 0, words * sizeof bits[0]);
-    for (; entry < end; entry++) {
-        uint32_t e = *entry;
+    each_entry(lists.starts, i, lists.count, lists.abreast, [&](int64_t place) {
+        uint32_t e = lists.entries[place];
         bits[e >> 6][e & 1] |= 1u << ((e >> 1) & 31);
-    }
+    });
     for (int64_t j = 0; j < words; j++)
         merge_word<EXACT>(out + j * BLOCK, pristine + j * BLOCK, bits[j][0], bits[j][1], factor, columns - j * BLOCK);
 }
 
 // One row of several magnitudes, worth `values` each.
 template <typename T>
-inline void merge_levels(T* out, const T* pristine, int64_t columns, const uint16_t* entry, const uint16_t* end,
-                         const uint8_t* level, const float* values) {
+inline void merge_levels(T* out, const T* pristine, int64_t columns, const Lists& lists, int64_t i, const float* values) {
     std::memcpy(out, pristine, columns * sizeof(T));
-    for (; entry < end; entry++, level++) {
-        int64_t column = *entry >> 1;
-        narrow(widened(pristine[column]) + (*entry & 1 ? -values[*level] : values[*level]), out + column);
-    }
+    each_entry(lists.starts, i, lists.count, lists.abreast, [&](int64_t place) {
+        uint16_t entry = lists.entries[place];
+        float value = values[lists.levels[place]];
+        int64_t column = entry >> 1;
+        narrow(widened(pristine[column]) + (entry & 1 ? -value : value), out + column);
+    });
 }
 
-// The same for lists; all rows lie in one block of 32, of `rows` in all.
+// The same for lists; all rows lie in one block of 32.
 template <bool EXACT, typename T>
-void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t rows, int64_t columns,
-                  const int32_t* order, const int32_t* starts, const uint16_t* entries, const uint8_t* levels,
+void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const Lists& lists,
                   float factor) {
     // Rounded here, so that no product is fused with its addition.
     float values[256];
-    for (int level = 0; levels != nullptr && level < 256; level++) values[level] = float(level) * factor;
+    for (int level = 0; lists.levels != nullptr && level < 256; level++) values[level] = float(level) * factor;
     // Lists are sorted by length within a block. Weights are walked through as they lie: memory is read ahead.
     int64_t block = first / BLOCK * BLOCK, place[BLOCK];
-    for (int64_t i = block; i < smaller(block + BLOCK, rows); i++) place[order[i] - block] = i;
+    for (int64_t i = block; i < smaller(block + BLOCK, lists.count); i++) place[lists.order[i] - block] = i;
     for (int64_t r = first; r < last; r++, out += columns) {
         const T* from = pristine + r * columns;
-        int32_t start = starts[place[r - block]], stop = starts[place[r - block] + 1];
         if (!EXACT)
             for (int64_t j = 0; j < columns; j += BLOCK) __builtin_prefetch(from + (last - first) * columns + j);
-        if (levels == nullptr)
-            merge_list<EXACT>(out, from, columns, entries + start, entries + stop, factor);
+        if (lists.levels == nullptr)
+            merge_list<EXACT>(out, from, columns, lists, place[r - block], factor);
         else
-            merge_levels(out, from, columns, entries + start, entries + stop, levels + start, values);
+            merge_levels(out, from, columns, lists, place[r - block], values);
     }
 }
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from server.engine.kernels.packing import dense
+from server.engine.kernels.packing import dense, places
 from server.engine.kernels.types import (
     BLOCK,
     BitPlanes,
@@ -36,13 +36,13 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Load
         out.view(-1).index_put_((delta.places.long(),), delta.values.to(out.dtype))
         return
     if len(terms) == 1 and isinstance(delta, SparseRows):
-        places, values = _nonzeros(delta, weight)
+        at, values = _nonzeros(delta, weight)
         out.copy_(pristine)
         flat = out.view(-1)
         if out.dtype is torch.float32:
-            flat.index_add_(0, places, values)
+            flat.index_add_(0, at, values)
         else:
-            flat.index_put_((places,), pristine.view(-1).index_select(0, places).float().add_(values).to(out.dtype))
+            flat.index_put_((at,), pristine.view(-1).index_select(0, at).float().add_(values).to(out.dtype))
         return
     if len(terms) == 1 and isinstance(delta, BitPlanes) and delta.digits == 1 and out.dtype is torch.float32:
         # Fused multiply-adds round differently, but not where one factor is 0 or ±1.
@@ -53,8 +53,8 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Load
         if isinstance(delta, SparseRows):
             total.index_add_(0, *_nonzeros(delta, weight))
         elif isinstance(delta, Overwrites):
-            places = delta.places.long()
-            total.index_add_(0, places, _moved(delta, pristine.view(-1).index_select(0, places)) * weight)
+            at = delta.places.long()
+            total.index_add_(0, at, _moved(delta, pristine.view(-1).index_select(0, at)) * weight)
         elif isinstance(delta, BitPlanes):
             total.add_((_levels(delta) * (weight * delta.scale)).view(-1))
         else:
@@ -116,10 +116,10 @@ def _levels(delta: BitPlanes) -> torch.Tensor:
 
 def _nonzeros(delta: SparseRows, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat positions, int64, and weighted values, float32, of a sparse delta's nonzeros, each once."""
-    counts = (delta.starts[1:] - delta.starts[:-1]).long()
-    entries = delta.entries.long() & 0xFFFF
-    places = torch.repeat_interleave(delta.order.long() * delta.shape[-1], counts).add_(entries >> 1)
+    owner, chosen = places(delta, torch.arange(len(delta.order), device=delta.device))
+    entries = delta.entries[chosen].long() & 0xFFFF
     levels = (1 - 2 * (entries & 1)).float()
     if delta.levels is not None:
-        levels *= delta.levels
-    return places, levels * (weight * delta.scale)
+        levels *= delta.levels[chosen]
+    rows = delta.order.long() * delta.shape[-1]
+    return rows[owner].add_(entries >> 1), levels * (weight * delta.scale)

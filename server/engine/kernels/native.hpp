@@ -36,7 +36,7 @@ constexpr int64_t FEW_SPARSE = 3;
 
 typedef float Row8 __attribute__((vector_size(4 * LANES)));
 
-enum Form : int32_t { PLANES = 0, SPARSE = 1 };
+enum Form : int32_t { PLANES = 0, SPARSE = 1, ABREAST = 2 };
 
 // One term of one group. Mirrors `_RECORD` in cpu.py.
 struct Term {
@@ -44,7 +44,7 @@ struct Term {
     int32_t form;
     int32_t opens;        // 1: first term of its group
     float factor;         // weight of the mix * scale
-    int32_t digits;
+    int32_t count;        // planes: of digits; lists: of entries
     const uint32_t* words;    // planes
     const int32_t* order;     // sparse, and the following
     const int32_t* starts;

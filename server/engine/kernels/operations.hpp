@@ -11,7 +11,7 @@
 
 namespace {
 
-enum Kind : int64_t { NORM = 0, PRODUCT = 1, ROTATE = 2, ATTEND = 3, GATE = 4 };
+enum Kind : int64_t { NORM = 0, PRODUCT = 1, ROTATE = 2, ATTEND = 3, GATE = 4, EMBED = 5 };
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, EIGHT_BITS = 2, FOUR_BITS = 3 };
 
 // One operation. Mirrors `RECORD` in programs.py: every field has eight bytes.
@@ -22,20 +22,20 @@ struct Operation {
     const float* in;    // NORM, PRODUCT: [rows, in_size]; ATTEND: queries; ROTATE: values
     float* out;
     float* other;       // NORM: what is added to `in` first, or none; ROTATE: queries; GATE: up
-    int64_t in_size;    // NORM: of a head; PRODUCT: of a row
-    int64_t out_size;   // PRODUCT: of a row; GATE: of a row; NORM: heads per row
-    const void* weight; // NORM, PRODUCT
+    int64_t in_size;    // NORM: of a head; PRODUCT: of a row; EMBED: of a row of the table
+    int64_t out_size;   // PRODUCT: of a row; GATE: of a row; NORM: heads per row; EMBED: rows of the table
+    const void* weight; // NORM, PRODUCT, EMBED
     int64_t dtype;      // of the weight; ROTATE, ATTEND: of the cache
     const uint16_t* scales;  // PRODUCT, of weights in eight or four bits
     const void* bias;   // PRODUCT, in the model's dtype, or none
     int64_t bias_dtype;
-    const Term* terms;  // PRODUCT
+    const Term* terms;  // PRODUCT, EMBED
     int64_t term_count;
     const char* choices;  // vectors of the step's mixes: NORM its weights, PRODUCT what moves the bias; or none
     int64_t choice_bytes;
-    const int64_t* which; // of each row, its mix
+    const int64_t* which; // of each row, its mix; EMBED: its token
     const int64_t* picked;  // NORM: rows of `in` to read, or none: all, and their sums with `other` are kept
-    double eps;         // NORM; ATTEND: scale
+    double eps;         // NORM; ATTEND, EMBED: scale
     double plus;        // NORM: added to its weights; ATTEND: softcap, or 0
     int64_t gate;
     void* keys;         // ROTATE, ATTEND: the layer's

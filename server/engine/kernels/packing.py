@@ -16,10 +16,13 @@ _MOST_COLUMNS = 1 << 15
 """Entries of `SparseRows` are 16 bits: a column and a sign."""
 
 
-def pack(delta: SparseDelta | DenseDelta, device: torch.device) -> PackedDelta:
+def pack(delta: SparseDelta | DenseDelta, device: torch.device, lanes: int = 1) -> PackedDelta:
     """A decoded delta in the form that mixed mode reads fastest, on the device.
 
     Vectors (norms, biases) and dense deltas are kept as float32; the others by density.
+
+    Args:
+        lanes: how many lists lie abreast, see `SparseRows`.
     """
     if not isinstance(delta, SparseDelta):
         return DenseValues(torch.from_numpy(delta.values).to(device))
@@ -30,7 +33,7 @@ def pack(delta: SparseDelta | DenseDelta, device: torch.device) -> PackedDelta:
         values.reshape(-1)[delta.indices] = delta.levels * np.float32(delta.scale)
         return DenseValues(torch.from_numpy(values).to(device))
     if form is SparseRows:
-        return _sparse_rows(delta, top, device)
+        return _sparse_rows(delta, top, device, lanes)
     return _bit_planes(delta, top, device)
 
 
@@ -72,11 +75,8 @@ def gather_rows(delta: PackedDelta, rows: torch.Tensor) -> torch.Tensor:
         return _decode_words(delta.words[rows // BLOCK, :, :, :, rows % BLOCK], delta.scale, columns)
     block = (rows // BLOCK * BLOCK)[:, None] + torch.arange(BLOCK, device=delta.device)
     block.clamp_(max=count - 1)
-    place = block.gather(1, (delta.order[block] == rows[:, None]).to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
-    starts, counts = delta.starts[place].long(), (delta.starts[place + 1] - delta.starts[place]).long()
-    owner = torch.repeat_interleave(torch.arange(len(rows), device=delta.device), counts)
-    first = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
-    chosen = first + torch.arange(len(owner), device=delta.device)
+    lists = block.gather(1, (delta.order[block] == rows[:, None]).to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
+    owner, chosen = places(delta, lists)
     entries = delta.entries[chosen].long() & 0xFFFF
     values = (1 - 2 * (entries & 1)).float() * delta.scale
     if delta.levels is not None:
@@ -84,6 +84,23 @@ def gather_rows(delta: PackedDelta, rows: torch.Tensor) -> torch.Tensor:
     dense = torch.zeros(len(rows), columns, device=delta.device)
     dense[owner, entries >> 1] = values
     return dense
+
+
+def places(delta: SparseRows, lists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of some lists has an entry, and where it is: both `[entries]` int64, list by list, of each in its order.
+
+    Args:
+        lists: `[n]` int64, in the order of `delta.order`.
+    """
+    counts = (delta.starts[1:] - delta.starts[:-1]).long()
+    own = counts[lists]
+    owner = torch.repeat_interleave(torch.arange(len(lists), device=delta.device), own)
+    rank = torch.arange(len(owner), device=delta.device) - torch.repeat_interleave(own.cumsum(0) - own, own)
+    first = lists // delta.lanes * delta.lanes
+    beside = first[:, None] + torch.arange(delta.lanes, device=delta.device)
+    sizes = counts[beside.clamp(max=len(counts) - 1)].masked_fill_(beside >= len(counts), 0)
+    before = torch.minimum(sizes[owner], rank[:, None]).sum(1)  # entries of lower rank
+    return owner, delta.starts[first[owner]].long() + before + (lists - first)[owner]
 
 
 def dense(delta: PackedDelta) -> torch.Tensor:
@@ -104,14 +121,18 @@ def form_of(shape: tuple[int, ...], nnz: int, top_level: int) -> type[PackedDelt
     return BitPlanes
 
 
-def _sparse_rows(delta: SparseDelta, top: int, device: torch.device) -> SparseRows:
+def _sparse_rows(delta: SparseDelta, top: int, device: torch.device, lanes: int) -> SparseRows:
     rows, columns = rows_and_columns(delta.shape)
     owner = (delta.indices // columns).astype(np.int64)
     counts = np.bincount(owner, minlength=rows)
     order = np.lexsort((-counts, np.arange(rows) // BLOCK))
     starts = np.concatenate([[0], np.cumsum(counts[order])])
     natural = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    chosen = np.arange(len(owner)) + np.repeat(natural[order] - starts[:-1], counts[order])
+    rank = np.arange(len(owner)) - np.repeat(starts[:-1], counts[order])
+    chosen = rank + np.repeat(natural[order], counts[order])
+    if lanes > 1:
+        lists = np.repeat(np.arange(rows), counts[order])
+        chosen = chosen[np.lexsort((lists, rank, lists // lanes))]
     entries = 2 * (delta.indices - owner * columns) + (delta.levels < 0)
     levels = np.abs(delta.levels.astype(np.int16)).astype(np.uint8)
 
@@ -125,6 +146,7 @@ def _sparse_rows(delta: SparseDelta, top: int, device: torch.device) -> SparseRo
         starts=on_device(starts.astype(np.int32)),
         entries=on_device(entries[chosen].astype(np.uint16).view(np.int16)),
         levels=None if top == 1 else on_device(levels[chosen]),
+        lanes=lanes,
     )
 
 

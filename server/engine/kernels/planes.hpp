@@ -117,9 +117,9 @@ void add_by_table(const uint32_t* planes, int64_t stride, int64_t words, int64_t
 template <typename V>
 void add_planes(const Term& term, int64_t words, int64_t first, int64_t last, const V* x, V* sums) {
     V* table = reinterpret_cast<V*>(tables.floats(2 * 256 * sizeof(V) / sizeof(float)));
-    int64_t digit_size = words * 2 * BLOCK, stride = term.digits * digit_size;
+    int64_t digit_size = words * 2 * BLOCK, stride = term.count * digit_size;
     float power = 1;
-    for (int32_t k = 0; k < term.digits; k++, power *= 3) {
+    for (int32_t k = 0; k < term.count; k++, power *= 3) {
         V factor = V{} + term.factor * power;
         const uint32_t* planes = term.words + k * digit_size;
         // Building a table of 256 pays from about a hundred weight rows on.

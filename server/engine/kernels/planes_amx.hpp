@@ -156,8 +156,8 @@ void add_planes_tiled(const Call& call, const Term* terms, const Term* end, int6
         if (term->form != PLANES) continue;
         for (int64_t b = first; b < last; b++) {
             float power = term->factor;
-            for (int32_t k = 0; k < term->digits; k++, power *= 3) {
-                const uint32_t* block = term->words + (b * term->digits + k) * call.words * 2 * BLOCK;
+            for (int32_t k = 0; k < term->count; k++, power *= 3) {
+                const uint32_t* block = term->words + (b * term->count + k) * call.words * 2 * BLOCK;
                 for (int64_t part = 0; part < parts; part += 2) {
                     const uint8_t* own = x + part * size;
                     if (part + 1 < parts)

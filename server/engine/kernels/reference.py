@@ -25,6 +25,7 @@ class ReferenceKernels:
 
     name = "reference"
     fuse_rows: int | None = None
+    lanes = 1
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """There is nothing to do."""

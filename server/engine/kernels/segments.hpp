@@ -24,7 +24,7 @@ constexpr int64_t TOGETHER_MOVED = 4;
 
 // Whether that is so for the group of terms [term, end).
 bool moves(const Operation& op, const Term* term, const Term* end) {
-    if (op.dtype > BFLOAT16 || end - term > 1 || (term->form == PLANES && term->digits > 1)) return false;
+    if (op.dtype > BFLOAT16 || end - term > 1 || (term->form == PLANES && term->count > 1)) return false;
     int64_t many = op.dtype != FLOAT32 && tiles_allowed() ? MANY_TILED : MANY_DENSE;
     return term->stop - term->start >= (term->form == PLANES ? many : MANY_SPARSE);
 }
@@ -34,8 +34,9 @@ template <typename T> void merge_rows(T* out, const Operation& op, const Term& t
     if (term.form == PLANES)
         merge_planes<false>(out, weights, first, last, op.in_size, term.words, term.factor);
     else
-        merge_sparse<false>(out, weights, first, last, op.out_size, op.in_size, term.order, term.starts, term.entries,
-                            term.levels, term.factor);
+        merge_sparse<false>(out, weights, first, last, op.in_size,
+                            {op.out_size, term.form == ABREAST, term.order, term.starts, term.entries, term.levels},
+                            term.factor);
 }
 
 struct Range {

@@ -1,57 +1,134 @@
-// Sparse rows: entries that name a column and a sign.
+// Sparse rows: lists of entries that name a column and a sign.
+//
+// The lists of sixteen rows lie abreast, the longest first: all their first entries, then the second ones of those that
+// have any, and so on, so that sixteen rows are summed side by side.
 #pragma once
 
 #include "native.hpp"
 
 namespace {
 
-constexpr int64_t FETCHED = 2048;  // entries after those that are read, to be in the cache by then
+constexpr int64_t ABREAST_LISTS = 16;
+constexpr int64_t FETCHED = 4096;  // entries after those that are read, to be in the second cache by then
 
-inline float magnitude(const uint8_t* levels, int64_t i) { return levels[i]; }
+static_assert(BLOCK % ABREAST_LISTS == 0, "whoever has a block has whole groups");
 
-// y[order] += factor * (x @ rows^T) for the rows of the blocks [first, last); `spread` is x, -x interleaved.
-template <bool LEVELS>
-void add_sparse_row(const Term& term, int64_t first, int64_t last, const float* spread, float* y) {
-    auto value = [&](int64_t i) {
-        return LEVELS ? spread[term.entries[i]] * magnitude(term.levels, i) : spread[term.entries[i]];
-    };
-    int64_t i = first;
-    for (; i + 4 <= last; i += 4) {
-        const int32_t* s = term.starts + i;
-        float a = 0, b = 0, c = 0, d = 0;
-        for (int32_t k = s[0]; k < s[4]; k += 32) __builtin_prefetch(term.entries + k + FETCHED);
-        int32_t shared = s[4] - s[3];  // the shortest but at a block's border
-        for (int k = 0; k < 3; k++) shared = s[k + 1] - s[k] < shared ? s[k + 1] - s[k] : shared;
-        for (int32_t k = 0; k < shared; k++)
-            a += value(s[0] + k), b += value(s[1] + k), c += value(s[2] + k), d += value(s[3] + k);
-        for (int32_t k = s[0] + shared; k < s[1]; k++) a += value(k);
-        for (int32_t k = s[1] + shared; k < s[2]; k++) b += value(k);
-        for (int32_t k = s[2] + shared; k < s[3]; k++) c += value(k);
-        for (int32_t k = s[3] + shared; k < s[4]; k++) d += value(k);
-        y[term.order[i]] += term.factor * a;
-        y[term.order[i + 1]] += term.factor * b;
-        y[term.order[i + 2]] += term.factor * c;
-        y[term.order[i + 3]] += term.factor * d;
+// Calls take(place) for the entries of list i, of `lists` in all.
+template <typename F> inline void each_entry(const int32_t* starts, int64_t i, int64_t lists, bool abreast, F take) {
+    int32_t count = starts[i + 1] - starts[i];
+    if (!abreast) {
+        for (int32_t k = 0; k < count; k++) take(starts[i] + k);
+        return;
     }
-    for (; i < last; i++) {
-        float a = 0;
-        for (int32_t k = term.starts[i]; k < term.starts[i + 1]; k++) a += value(k);
-        y[term.order[i]] += term.factor * a;
+    int64_t first = i / ABREAST_LISTS * ABREAST_LISTS, left = smaller(ABREAST_LISTS, lists - first);
+    int32_t place = starts[first] + int32_t(i - first);
+    for (int32_t k = 0; k < count; k++) {
+        while (starts[first + left] - starts[first + left - 1] <= k) left--;  // to those that have an entry k
+        take(place);
+        place += int32_t(left);
+    }
+}
+
+// Calls take(k-th entries of the first `left` lists, left) for every k, of lists that lie abreast from `first` on.
+template <typename F> inline void each_rank(const Term& term, int64_t first, int64_t lists, F take) {
+    const int32_t* starts = term.starts + first;
+    int64_t left = smaller(ABREAST_LISTS, lists - first);
+    int32_t place = starts[0], most = starts[1] - starts[0];
+    for (int32_t k = 0; k < most; k++) {
+        while (starts[left] - starts[left - 1] <= k) left--;
+        take(place, left);
+        place += int32_t(left);
+    }
+}
+
+inline float signed_value(const float* x, uint16_t entry) { return entry & 1 ? -x[entry >> 1] : x[entry >> 1]; }
+
+// y[order] += factor * what the entries select of x, for the lists from `first` on that lie abreast, of `lists` in all.
+template <bool LEVELS>
+inline void add_lists(const Term& term, int64_t first, int64_t lists, const float* x, float* y) {
+    const uint16_t* entries = term.entries;
+    const int32_t* starts = term.starts + first;
+    int64_t here = smaller(ABREAST_LISTS, lists - first);
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
+    const __mmask16 all = __mmask16((1u << here) - 1);
+    __m512i counts = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(all, starts + 1), _mm512_maskz_loadu_epi32(all, starts));
+    __m512 total = _mm512_setzero_ps();
+    int32_t place = starts[0], most = starts[1] - starts[0];
+    int32_t least = here == ABREAST_LISTS ? starts[ABREAST_LISTS] - starts[ABREAST_LISTS - 1] : 0;
+    for (int32_t k = place; k < starts[here]; k += 32) __builtin_prefetch(entries + k + FETCHED, 0, 2);
+    auto add = [&](__mmask16 mask) INLINE {
+        __m512i chosen = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, entries + place));
+        __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_srli_epi32(chosen, 1), x, 4);
+        values = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(values), _mm512_slli_epi32(chosen, 31)));
+        if (LEVELS) {
+            __m128i levels = _mm_maskz_loadu_epi8(mask, term.levels + place);
+            values = _mm512_mul_ps(values, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(levels)));
+        }
+        total = _mm512_add_ps(total, values);
+    };
+    for (int32_t k = 0; k < least; k++, place += ABREAST_LISTS) add(0xffff);
+    for (int32_t k = least; k < most; k++) {
+        __mmask16 left = _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(k));
+        add(left);
+        place += __builtin_popcount(left);
+    }
+    __m512i order = _mm512_maskz_loadu_epi32(all, term.order + first);
+    __m512 before = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, order, y, 4);
+    _mm512_mask_i32scatter_ps(y, all, order, _mm512_fmadd_ps(total, _mm512_set1_ps(term.factor), before), 4);
+#else
+    float sums[ABREAST_LISTS] = {};
+    each_rank(term, first, lists, [&](int32_t place, int64_t left) {
+        for (int64_t l = 0; l < left; l++) {
+            float value = signed_value(x, entries[place + l]);
+            sums[l] += LEVELS ? value * term.levels[place + l] : value;
+        }
+    });
+    (void)starts;
+    for (int64_t l = 0; l < here; l++) y[term.order[first + l]] += term.factor * sums[l];
+#endif
+}
+
+// y[order] += factor * (x @ rows^T) for the rows of the blocks [first, last), of `lists` in all.
+template <bool LEVELS>
+void add_sparse_row(const Term& term, int64_t first, int64_t last, int64_t lists, const float* x, float* y) {
+    if (term.form == ABREAST) {
+        for (int64_t i = first; i < last; i += ABREAST_LISTS) add_lists<LEVELS>(term, i, lists, x, y);
+        return;
+    }
+    for (int64_t i = first; i < last; i++) {
+        float sum = 0;
+        each_entry(term.starts, i, lists, false, [&](int64_t place) {
+            float value = signed_value(x, term.entries[place]);
+            sum += LEVELS ? value * term.levels[place] : value;
+        });
+        y[term.order[i]] += term.factor * sum;
     }
 }
 
 // The same for LANES rows at once; sums start at the row `first`.
 template <bool LEVELS>
-void add_sparse_lanes(const Term& term, int64_t first, int64_t last, const Row8* spread, Row8* sums) {
-    auto value = [&](int64_t i) {
-        return LEVELS ? spread[term.entries[i]] * magnitude(term.levels, i) : spread[term.entries[i]];
+void add_sparse_lanes(const Term& term, int64_t first, int64_t last, int64_t lists, const Row8* x, Row8* sums) {
+    constexpr float SIGNS[] = {1.0f, -1.0f};
+    auto value = [&](int64_t place) {
+        uint16_t entry = term.entries[place];
+        float sign = SIGNS[entry & 1];
+        return x[entry >> 1] * (LEVELS ? sign * term.levels[place] : sign);
     };
-    for (int64_t i = first; i < last; i++) {
-        Row8 a = {}, b = {};
-        int32_t k = term.starts[i], stop = term.starts[i + 1];
-        for (; k + 2 <= stop; k += 2) a += value(k), b += value(k + 1);
-        if (k < stop) a += value(k);
-        sums[term.order[i] - first] += (a + b) * term.factor;
+    if (term.form == SPARSE) {
+        for (int64_t i = first; i < last; i++) {
+            Row8 sum = {};
+            each_entry(term.starts, i, lists, false, [&](int64_t place) { sum += value(place); });
+            sums[term.order[i] - first] += sum * term.factor;
+        }
+        return;
+    }
+    for (int64_t i = first; i < last; i += ABREAST_LISTS) {
+        Row8 own[ABREAST_LISTS] = {};
+        each_rank(term, i, lists, [&](int32_t place, int64_t left) {
+            for (int64_t l = 0; l < left; l++) own[l] += value(place + l);
+        });
+        for (int64_t l = 0; l < smaller(ABREAST_LISTS, last - i); l++)
+            sums[term.order[i + l] - first] += own[l] * term.factor;
     }
 }
 

@@ -4,6 +4,7 @@
 // the list side by side, each does its share of every operation, and they wait for each other where one reads what
 // others have written. Between one product and the next nothing leaves the caches.
 
+#include "embedding.hpp"
 #include "integers.hpp"
 #include "layers.hpp"
 #include "operations.hpp"
@@ -174,7 +175,9 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
     const Operation* pending = nullptr;  // products since the last wait, some with terms
     const float* rounded_from = nullptr;
     for (; op < end; op++) {
-        if (op->kind == NORM) {
+        if (op->kind == EMBED) {
+            op->dtype == FLOAT32 ? run_embed<float>(*op, thread) : run_embed<Brain>(*op, thread);
+        } else if (op->kind == NORM) {
             run_norm(*op, thread);
         } else if (op->kind == PRODUCT) {
             run_product(*op, thread, op->in != rounded_from);

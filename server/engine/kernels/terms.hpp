@@ -7,7 +7,7 @@
 //   few rows    a vector permutation is a table of 8 (AVX2: 3 activations) or 16 (AVX-512: 4) entries, looked up for
 //               as many weight rows at once
 //   more rows   the lanes of a vector are 8 batch rows, and one byte of a plane looks up a sum of 8 activations
-//   sparse      entries name (column, sign); x is spread to x, -x, so that an entry is a plain index
+//   sparse      entries name (column, sign); those of sixteen weight rows lie abreast, see sparse.hpp
 //
 // Work is cut into blocks of 32 weight rows, or into chunks of batch rows where there are many; no two threads ever
 // write to the same element. The layouts are those of server/engine/kernels/types.py.
@@ -20,8 +20,13 @@
 
 namespace {
 
-inline bool any(Form form, const Term* term, const Term* end) {
-    while (term < end && term->form != form) term++;
+inline bool any_planes(const Term* term, const Term* end) {
+    while (term < end && term->form != PLANES) term++;
+    return term < end;
+}
+
+inline bool any_lists(const Term* term, const Term* end) {
+    while (term < end && term->form == PLANES) term++;
     return term < end;
 }
 
@@ -31,66 +36,55 @@ inline bool by_tiles(const Call& call) { return call.coarse && tiles_allowed(); 
 // Rows [start, stop), few, of one group: one after the other; `tiled`: without what their planes add.
 void few_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
               int64_t last, bool tiled) {
-    [[maybe_unused]] bool planes = !tiled && any(PLANES, terms, end);
-    bool sparse = any(SPARSE, terms, end);
-    int64_t padded = (call.words + 1) * BLOCK;
+    bool planes = !tiled && any_planes(terms, end);
+    int64_t size = (call.words + 1) * BLOCK, rows = smaller(last * BLOCK, call.out);
     for (int64_t row = start; row < stop; row++) {
-        float* x = inputs.floats(padded + 2 * call.in);
-        float* spread = x + padded;
+        const float* x = call.x + row * call.in;
         float* y = call.y + row * call.out;
-        std::memcpy(x, call.x + row * call.in, call.in * sizeof(float));
-        std::memset(x + call.in, 0, (padded - call.in) * sizeof(float));
-        if (sparse)
-            for (int64_t c = 0; c < call.in; c++) spread[2 * c] = x[c], spread[2 * c + 1] = -x[c];
-#if PERMUTE
-        float* table = nullptr;
+        float *padded = nullptr, *table = nullptr;
         if (planes) {
+            padded = inputs.floats(size);
+            std::memcpy(padded, x, call.in * sizeof(float));
+            std::memset(padded + call.in, 0, (size - call.in) * sizeof(float));
+#if PERMUTE
             table = tables.floats(call.words * STEPS * PERMUTE);
-            permute_tables(x, call.words, table);
-        }
+            permute_tables(padded, call.words, table);
 #endif
+        }
         for (const Term* term = terms; term < end; term++) {
-            if (term->form == SPARSE) {
-                int64_t rows = smaller(last * BLOCK, call.out);
-                if (term->levels)
-                    add_sparse_row<true>(*term, first * BLOCK, rows, spread, y);
-                else
-                    add_sparse_row<false>(*term, first * BLOCK, rows, spread, y);
+            if (term->form != PLANES) {
+                (term->levels ? add_sparse_row<true> : add_sparse_row<false>)(*term, first * BLOCK, rows, call.out, x, y);
                 continue;
             }
             if (tiled) continue;
 #if PERMUTE
             float power = 1;
-            for (int32_t k = 0; k < term->digits; k++, power *= 3)
+            for (int32_t k = 0; k < term->count; k++, power *= 3)
                 for (int64_t b = first; b < last; b++)
-                    permute_block(term->words + (b * term->digits + k) * call.words * 2 * BLOCK, call.words, table,
+                    permute_block(term->words + (b * term->count + k) * call.words * 2 * BLOCK, call.words, table,
                                   term->factor * power, y + b * BLOCK, smaller(BLOCK, call.out - b * BLOCK));
 #else
             float* sum = sums.floats((last - first) * BLOCK);
             std::memset(sum, 0, (last - first) * BLOCK * sizeof(float));
-            add_planes<float>(*term, call.words, first, last, x, sum);
-            int64_t count = smaller(last * BLOCK, call.out) - first * BLOCK;
-            for (int64_t r = 0; r < count; r++) y[first * BLOCK + r] += sum[r];
+            add_planes<float>(*term, call.words, first, last, padded, sum);
+            for (int64_t r = first * BLOCK; r < rows; r++) y[r] += sum[r - first * BLOCK];
 #endif
         }
+        (void)table;
     }
 }
 
 // The same for at most LANES rows: one per lane.
 void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
                   int64_t last, bool tiled) {
-    bool sparse = any(SPARSE, terms, end);
     int64_t padded = call.words * BLOCK, rows = stop - start;
-    Row8* x = reinterpret_cast<Row8*>(inputs.floats((padded + 2 * call.in) * LANES));
-    Row8* spread = x + padded;
+    Row8* x = reinterpret_cast<Row8*>(inputs.floats(padded * LANES));
     std::memset(x, 0, padded * sizeof(Row8));
     for (int64_t r = 0; r < rows; r++) {
         const float* from = call.x + (start + r) * call.in;
         float* to = reinterpret_cast<float*>(x) + r;
         for (int64_t c = 0; c < call.in; c++) to[c * LANES] = from[c];
     }
-    if (sparse)
-        for (int64_t c = 0; c < call.in; c++) spread[2 * c] = x[c], spread[2 * c + 1] = -x[c];
     for (int64_t tile = first; tile < last; tile += TILE) {
         int64_t until = smaller(tile + TILE, last), top = smaller(until * BLOCK, call.out);
         Row8* sum = reinterpret_cast<Row8*>(sums.floats((until - tile) * BLOCK * LANES));
@@ -99,9 +93,9 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
             if (term->form == PLANES) {
                 if (!tiled) add_planes<Row8>(*term, call.words, tile, until, x, sum);
             } else if (term->levels)
-                add_sparse_lanes<true>(*term, tile * BLOCK, top, spread, sum);
+                add_sparse_lanes<true>(*term, tile * BLOCK, top, call.out, x, sum);
             else
-                add_sparse_lanes<false>(*term, tile * BLOCK, top, spread, sum);
+                add_sparse_lanes<false>(*term, tile * BLOCK, top, call.out, x, sum);
         }
         for (int64_t r = 0; r < rows; r++) {
             float* y = call.y + (start + r) * call.out + tile * BLOCK;
@@ -115,10 +109,10 @@ void some_rows(const Call& call, const Term* terms, const Term* end, int64_t sta
                int64_t last) {
     bool tiled = by_tiles(call);
 #if AMX
-    if (tiled && any(PLANES, terms, end)) planes_by_tiles(call, terms, end, start, stop, first, last);
-    if (tiled && !any(SPARSE, terms, end)) return;
+    if (tiled && any_planes(terms, end)) planes_by_tiles(call, terms, end, start, stop, first, last);
+    if (tiled && !any_lists(terms, end)) return;
 #endif
-    int64_t few = !tiled && any(PLANES, terms, end) ? FEW_DENSE : FEW_SPARSE;
+    int64_t few = !tiled && any_planes(terms, end) ? FEW_DENSE : FEW_SPARSE;
     for (int64_t row = start; row < stop; row += LANES) {
         int64_t until = smaller(row + LANES, stop);
         (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last, tiled);
@@ -130,9 +124,9 @@ int64_t cost_of(const Call& call, const Term* terms, const Term* end, int64_t ro
     int64_t cost = 64;
     for (const Term* term = terms; term < end; term++) {
         if (term->form == PLANES)
-            cost += (by_tiles(call) ? 200 : rows <= FEW_DENSE ? 720 * rows : 2000) * call.words * term->digits;
+            cost += (by_tiles(call) ? 200 : rows <= FEW_DENSE ? 720 * rows : 2000) * call.words * term->count;
         else
-            cost += (rows <= FEW_SPARSE ? 8 * rows : 40) * (term->starts[call.out] / call.blocks + BLOCK);
+            cost += (rows <= FEW_SPARSE ? 8 * rows : 40) * (term->count / call.blocks + BLOCK);
     }
     return cost;
 }
@@ -169,10 +163,17 @@ int64_t line_of(const Call& call, const Term* terms, const Term* end, int thread
     return line;
 }
 
-// The share of one thread: units whose place on the line lies in [from, to).
-void share(const Call& call, const Term* terms, const Term* end, int threads, int64_t from, int64_t to) {
+// A part of a group that one thread does: of its units, [low, high).
+struct Part {
+    Cut group;
+    int64_t low, high;
+};
+
+// Calls take(part) for the share of one thread: units whose place on the line lies in [from, to).
+template <typename F>
+void each_part(const Call& call, const Term* terms, const Term* end, int threads, int64_t from, int64_t to, F take) {
     int64_t place = 0;
-    for (const Term *term = terms, *next; term < end; term = next) {
+    for (const Term *term = terms, *next; term < end && place < to; term = next) {
         next = group_end(term, end);
         Cut group = cut(call, term, next, threads);
         auto unit_at = [&](int64_t at) {
@@ -181,13 +182,44 @@ void share(const Call& call, const Term* terms, const Term* end, int threads, in
         };
         int64_t low = unit_at(from), high = unit_at(to);
         place += group.units * group.cost;
-        if (low >= high) continue;
-        if (group.by_rows)
-            some_rows(call, term, next, term->start + low * LANES, smaller(term->start + high * LANES, term->stop), 0,
-                      call.blocks);
-        else
-            some_rows(call, term, next, term->start, term->stop, low, high);
+        if (low < high) take(Part{group, low, high});
     }
+}
+
+// Asks for what a part reads of lists: they are short, and lie where nobody would guess.
+void fetch(const Call& call, const Part& part) {
+    int64_t first = part.group.by_rows ? 0 : part.low, last = part.group.by_rows ? call.blocks : part.high;
+    auto ask = [](const void* from, int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+    };
+    for (const Term* term = part.group.terms; term < part.group.end; term++) {
+        if (term->form == PLANES) continue;
+        int64_t rows = sizeof(int32_t) * BLOCK, entries = sizeof(uint16_t) * term->count;
+        ask(term->starts, first * rows, last * rows);
+        ask(term->order, first * rows, last * rows);
+        ask(term->entries, entries * first / call.blocks, entries * last / call.blocks);
+    }
+}
+
+void run_part(const Call& call, const Part& part) {
+    const Cut& group = part.group;
+    int64_t start = group.terms->start, stop = group.terms->stop;
+    if (group.by_rows)
+        some_rows(call, group.terms, group.end, start + part.low * LANES, smaller(start + part.high * LANES, stop), 0,
+                  call.blocks);
+    else
+        some_rows(call, group.terms, group.end, start, stop, part.low, part.high);
+}
+
+// The share of one thread.
+void share(const Call& call, const Term* terms, const Term* end, int threads, int64_t from, int64_t to) {
+    Part before{};
+    each_part(call, terms, end, threads, from, to, [&](const Part& part) {
+        fetch(call, part);
+        if (before.high) run_part(call, before);
+        before = part;
+    });
+    if (before.high) run_part(call, before);
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ def computes_rightly(kernels: Kernels, dtype: torch.dtype, device: torch.device)
     out, width, rows = 72, 100, 9
     for density in (0.02, 0.5):
         kept = np.flatnonzero(rng.random(out * width) < density).astype(np.int32)
-        delta = pack(SparseDelta((out, width), kept, rng.choice(np.array([-1, 1], np.int8), len(kept)), 0.1), device)
+        signs = rng.choice(np.array([-1, 1], np.int8), len(kept))
+        delta = pack(SparseDelta((out, width), kept, signs, 0.1), device, kernels.lanes)
         groups = [Group(0, 1, ((1.0, delta),)), Group(2, rows, ((0.5, delta),))]
         x = torch.from_numpy(rng.standard_normal((rows, width), np.float32)).to(device, dtype)
         weight = torch.from_numpy(rng.standard_normal((out, width), np.float32)).to(device, dtype)

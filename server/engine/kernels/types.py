@@ -52,15 +52,19 @@ class SparseRows:
 
     Within each 32 rows, they are sorted by their number of nonzeros, most first: neighbours can be worked on in step,
     and whoever has a block of 32 touches no other rows.
+    Where `lanes` lists lie abreast, there come all their first entries, then the second ones of those that have any,
+    and so on: in the order of the lists each time, so of a shrinking number of the first of them.
     Leading dimensions count as rows.
 
     Attributes:
         shape: of the whole tensor.
         scale: what one level is worth.
         order: `[rows]` int32, the row that each list belongs to.
-        starts: `[rows + 1]` int32, where each list starts, in `order`'s order.
+        starts: `[rows + 1]` int32, how many entries the lists before have, in `order`'s order: where each list starts,
+            if they lie one after the other.
         entries: `[nnz]` int16 holding unsigned values: 2 · column + (1 if negative), ascending within a list.
         levels: `[nnz]` uint8, magnitudes; None where all are 1.
+        lanes: how many lists lie abreast: 1, or 16.
     """
 
     shape: tuple[int, ...]
@@ -69,6 +73,7 @@ class SparseRows:
     starts: torch.Tensor
     entries: torch.Tensor
     levels: torch.Tensor | None
+    lanes: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -162,6 +167,11 @@ class Kernels(Protocol):
         """Rows of a group from which `fused_linear` is faster than the base's product and `add_linear`; None: never."""
         ...
 
+    @property
+    def lanes(self) -> int:
+        """Of the lists that it reads fastest."""
+        ...
+
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """Do now what would hold up the first calls on weights of that type; may take many seconds."""
         ...
@@ -207,7 +217,7 @@ class Kernels(Protocol):
         ...
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
-        """`pack(tensor.decode(name), device)`, bit for bit; on the device, where an implementation can.
+        """`pack(tensor.decode(name), device, self.lanes)`, bit for bit; on the device, where an implementation can.
 
         May be called while another thread uses the other methods, but in Triton's interpreter.
 
