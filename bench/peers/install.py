@@ -15,11 +15,17 @@ INSTALLED = CACHE.parent / "bench" / "peers"
 LLAMA = "llama_cpp_python-0.3.36"
 """The registry's package that brings llama.cpp's source."""
 LLAMA_FLAGS = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON", "-DBUILD_SHARED_LIBS=OFF",
-    "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_UI=OFF",
-    "-DLLAMA_OPENSSL=OFF",
+    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_OPENMP=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_OPENSSL=OFF",
 )  # fmt: skip
-"""For this machine's processor, as its own guide says; without what a server on the loopback does not need."""
+"""Without what a server on the loopback does not need."""
+LLAMA_NATIVE = ("-DGGML_NATIVE=ON",)
+"""For this machine's processor, as its own guide says."""
+LLAMA_WITHOUT_AMX = (
+    "-DGGML_NATIVE=OFF", "-DGGML_SSE42=ON", "-DGGML_AVX=ON", "-DGGML_AVX2=ON", "-DGGML_BMI2=ON", "-DGGML_FMA=ON",
+    "-DGGML_F16C=ON", "-DGGML_AVX512=ON", "-DGGML_AVX512_VBMI=ON", "-DGGML_AVX512_VNNI=ON", "-DGGML_AVX512_BF16=ON",
+)  # fmt: skip
+"""For processors with AMX: what this version packs for that crashes at its first step. All else that they have."""
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
@@ -58,12 +64,15 @@ def llama_server(python: Path) -> Path:
         subprocess.CalledProcessError: it does not compile here.
         OSError: there is no compiler.
     """
-    source, build = llama_source(python), INSTALLED / LLAMA / "build"
+    known = Path("/proc/cpuinfo")
+    has_amx = known.is_file() and "amx_int8" in known.read_text(encoding="utf-8")
+    source, build = llama_source(python), INSTALLED / LLAMA / ("build-without-amx" if has_amx else "build")
     server = build / "bin" / "llama-server"
     if not server.is_file():
         print("building llama.cpp", file=sys.stderr)
         tools = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
         configure = ["cmake", "-G", "Ninja", "-S", source, "-B", build, *LLAMA_FLAGS]
+        configure += LLAMA_WITHOUT_AMX if has_amx else LLAMA_NATIVE
         for command in (configure, ["cmake", "--build", build, "--target", "llama-server"]):
             subprocess.run([str(part) for part in command], check=True, env=tools, stdout=sys.stderr)
     return server

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,8 @@ def llama(subject: Subject, server: Path, adapters: Mapping[str, Path]) -> Itera
         chosen = [{"id": places[one.expert], "scale": 1.0}] if one.expert else []
         return chat(one, "base") | {"lora": chosen, "ignore_eos": not one.natural}
 
-    with ExitStack() as stack:
-        name = "llama.cpp"
-        try:
-            url, pid = stack.enter_context(started(name, command, port))
-        except PeerError:  # what it packs for AMX crashes its first step on some processors
-            name = "llama.cpp, weights not repacked"
-            url, pid = stack.enter_context(started(name, [*command, "--no-repack"], port))
-        yield Peer(name, url, pid, body)
+    with started("llama.cpp", command, port) as (url, pid):
+        yield Peer("llama.cpp", url, pid, body)
 
 
 @contextmanager

@@ -46,9 +46,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | No
 
 
 @torch.inference_mode()
-def _chosen(
-    logits: torch.Tensor, sequences: Rows[Sequence], edited: list[int], random: list[int]
-) -> list[int | None]:
+def _chosen(logits: torch.Tensor, sequences: Rows[Sequence], edited: list[int], random: list[int]) -> list[int | None]:
     """A token per row, of which some are edited, and some drawn; None where nothing is finite."""
     best, chosen = _largest(logits)
     if edited:

@@ -80,7 +80,7 @@ def world_of(
         pytest.skip("there is no C++ compiler")
     library = Library(save_base(folder / "base", architecture), folder)
     model = BaseModel(library.base, dtype=dtype, device=CPU, feature_layer=1, cache_dir=None, weights=weights)
-    loader = ExpertLoader(model.manifest, CPU, library.read, HostTier(0))
+    loader = ExpertLoader(model.manifest, CPU, library.read, HostTier(0), transcode=kernels.transcode)
     digests = [library.add(seed, density=density) for seed, density in ((1, 0.3), (2, 0.02), (3, 0.3))]
     mixes = [BASE_MIX, *(Mix.of({d: 1.0}) for d in digests), Mix.of({digests[0]: 0.5, digests[1]: 0.7})]
     return World(model, kernels, {digest: loader.load(digest) for digest in digests}, mixes)

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step", "decode"))
 _SHARED = (
-    "native", "vectors", "planes", "planes_amx", "sparse", "terms", "amx", "integers_vectors", "integers_amx", "integers",
-    "embedding", "products", "products_amx", "merging", "layers", "operations", "segments",
+    "native", "vectors", "planes", "planes_amx", "sparse", "terms", "amx", "integers_vectors", "integers_amx",
+    "integers", "embedding", "products", "products_amx", "merging", "layers", "operations", "segments",
 )  # fmt: skip
 HEADERS = tuple(_HERE / f"{name}.hpp" for name in _SHARED)
 COMPILERS = ("c++", "g++", "clang++")

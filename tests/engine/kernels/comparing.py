@@ -57,9 +57,19 @@ def device_of(kernels: Kernels) -> torch.device:
 
 
 def check(
-    kernels: Kernels, shape: tuple[int, int], parts: Sequence[tuple[int, int, Terms]], dtype: torch.dtype
+    kernels: Kernels,
+    shape: tuple[int, int],
+    parts: Sequence[tuple[int, int, Terms]],
+    dtype: torch.dtype,
+    lanes: int | None = None,
 ) -> None:
-    """`add_linear` against dense matrices in float64. `parts`: rows left out before a group, its rows, its terms."""
+    """`add_linear` against dense matrices in float64.
+
+    Args:
+        parts: rows left out before a group, its rows, its terms.
+        lanes: of lists; None for those that the kernels read fastest.
+    """
+    lanes = lanes or kernels.lanes
     out, width = shape
     rows = sum(gap + size for gap, size, _ in parts) + 1
     rng = np.random.default_rng(rows)
@@ -76,7 +86,7 @@ def check(
             expected[start:stop] += weight * (x[start:stop].double() @ matrix.T)
             magnitude[start:stop] += abs(weight) * (x[start:stop].double().abs() @ matrix.abs().T)
         touched[start:stop] = bool(terms)
-        groups.append(Group(start, stop, tuple((weight, pack(delta, device)) for weight, delta in terms)))
+        groups.append(Group(start, stop, tuple((weight, pack(delta, device, lanes)) for weight, delta in terms)))
     kernels.add_linear(y, x, groups)
     assert bool(((y.double() - expected).abs() <= allowed(magnitude, dtype)).all())
     assert torch.equal(y[~touched], before[~touched])
@@ -100,7 +110,9 @@ def check_fused(
     for gap, size, terms in parts:
         start, stop = stop + gap, stop + gap + size
         untouched[start:stop] = False
-        groups.append(Group(start, stop, tuple((factor, pack(delta, device)) for factor, delta in terms)))
+        groups.append(
+            Group(start, stop, tuple((factor, pack(delta, device, kernels.lanes)) for factor, delta in terms))
+        )
     kernels.fused_linear(y, x, weight, added, groups)
     for group, (_, _, terms) in zip(groups, parts, strict=True):
         merged = merge_tensor_reference(weight.cpu(), [(factor, pack(delta, CPU)) for factor, delta in terms])
@@ -119,7 +131,7 @@ def check_merge(kernels: Kernels, shape: tuple[int, int], terms: Terms, dtype: t
     pristine = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(device, dtype)
     pristine[0, 0] = odd
     before, out = pristine.clone(), torch.full_like(pristine, 7)
-    kernels.merge(out, pristine, [(weight, pack(delta, device)) for weight, delta in terms])
+    kernels.merge(out, pristine, [(weight, pack(delta, device, kernels.lanes)) for weight, delta in terms])
     expected = merge_tensor_reference(pristine.cpu(), [(weight, pack(delta, CPU)) for weight, delta in terms])
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(pristine, before, rtol=0, atol=0, equal_nan=True)
@@ -136,7 +148,7 @@ def stored(delta: SparseDelta, *, grouped: bool = False) -> PackedTernary:
 
 def check_transcode(kernels: Kernels, tensor: PackedTernary) -> None:
     """`transcode` against decoding and packing, bit for bit."""
-    assert same(kernels.transcode("t", tensor, device_of(kernels)), pack(tensor.decode("t"), CPU))
+    assert same(kernels.transcode("t", tensor, device_of(kernels)), pack(tensor.decode("t"), CPU, kernels.lanes))
 
 
 def same(made: PackedDelta, expected: PackedDelta) -> bool:
@@ -144,7 +156,7 @@ def same(made: PackedDelta, expected: PackedDelta) -> bool:
     names = {BitPlanes: ("words",), SparseRows: ("order", "starts", "entries", "levels")}.get(type(made), ("values",))
     if type(made) is not type(expected) or made.shape != expected.shape:
         return False
-    if getattr(made, "scale", None) != getattr(expected, "scale", None):
+    if any(getattr(made, name, None) != getattr(expected, name, None) for name in ("scale", "lanes")):
         return False
     pairs = ((getattr(made, name), getattr(expected, name)) for name in names)
     return all(

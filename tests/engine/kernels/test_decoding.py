@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import build, pack
 from server.engine.kernels.build import BuildError
-from server.engine.kernels.decoding import Decoder
+from server.engine.kernels.decoding import LANES, Decoder
 from server.engine.kernels.types import BitPlanes, PackedDelta, SparseRows
 from store.bits import pack_values, set_bits
 from store.deltas import SparseDelta
@@ -78,7 +78,7 @@ def laid_out(delta: SparseDelta, layout: str, k: int) -> PackedTernary:
 def check(decoder: Decoder, tensor: PackedTernary) -> PackedDelta:
     made = decoder.decode(tensor)
     assert made is not None, "it is decoded here"
-    assert same(made, pack(tensor.decode("t"), CPU))
+    assert same(made, pack(tensor.decode("t"), CPU, LANES))
     return made
 
 
@@ -143,7 +143,7 @@ def test_what_the_reference_refuses_is_refused(
     count = st.one_of(st.just(good.nnz), st.integers(-1, 2 * good.numel), st.sampled_from([2**31, 2**62]))
     bad = replace(good, nnz=data.draw(count), encoded=Encoded(layout, params, bytes(payload)))
     try:
-        expected = pack(bad.decode("t"), CPU)
+        expected = pack(bad.decode("t"), CPU, LANES)
     except ExpertFileError:
         assert decoder.decode(bad) is None
         return

@@ -82,7 +82,7 @@ def three_threads() -> Iterator[None]:
 def test_any_batch_equals_dense_matrices(kernels: Kernels, data: st.DataObject, dtype: torch.dtype) -> None:
     shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 140)))
     part = st.tuples(st.integers(0, 2), st.integers(0, 20), terms_of(shape))
-    check(kernels, shape, data.draw(st.lists(part, max_size=4)), dtype)
+    check(kernels, shape, data.draw(st.lists(part, max_size=4)), dtype, data.draw(st.sampled_from([1, kernels.lanes])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

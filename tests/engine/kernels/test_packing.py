@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_rows_are_gathered_in_any_order_and_number(
 ) -> None:
     rows = data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=20))
     delta = sparse_delta(seed, shape, density)
-    gathered = gather_rows(pack(delta, CPU), torch.tensor(rows, dtype=torch.int64))
+    gathered = gather_rows(pack(delta, CPU, data.draw(st.sampled_from([1, 16]))), torch.tensor(rows, dtype=torch.int64))
     assert gathered.dtype == torch.float32
     torch.testing.assert_close(gathered, torch.from_numpy(as_matrix(delta)[rows]).view(-1, shape[1]))
 
@@ -64,6 +66,25 @@ def test_the_planes_are_laid_out_as_documented() -> None:
         assert sum(3**k * int(plus - minus) for k, (plus, minus) in enumerate(words)) == levels[row, column]
     assert not packed.words[1, :, :, :, 8:].any()
     assert not (packed.words[:, :, 2] >> 6 & (1 << 26) - 1).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=st.tuples(st.integers(1, 100), st.integers(1, 140)), density=st.floats(0, 0.09), seed=st.integers(0, 99))
+def test_lists_that_lie_abreast_hold_the_same(shape: tuple[int, int], density: float, seed: int) -> None:
+    """Rank by rank, and of each rank in the order of the lists."""
+    delta = sparse_delta(seed, shape, density, top=3)
+    plain, abreast = pack(delta, CPU), pack(delta, CPU, 16)
+    if not isinstance(plain, SparseRows):
+        return
+    assert isinstance(abreast, SparseRows)
+    assert torch.equal(dense(plain), dense(abreast))
+    starts, expected = plain.starts.tolist(), []
+    for first in range(0, shape[0], 16):
+        lists = [plain.entries[a:b].tolist() for a, b in itertools.pairwise(starts[first : first + 17])]
+        expected += [own[rank] for rank in range(len(lists[0])) for own in lists if rank < len(own)]
+    assert abreast.entries.tolist() == expected
+    assert torch.equal(plain.order, abreast.order)
+    assert torch.equal(plain.starts, abreast.starts)
 
 
 def test_density_decides_the_form() -> None:
