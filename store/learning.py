@@ -28,7 +28,7 @@ from store.teacher import Lesson, listen, load_model, mean_kl, spread
 
 EXEMPLARS = 96
 HELD_OUT = 16
-STEPS = 60
+STEPS = 200
 CANDIDATES = 0.07
 """Share of each tensor that competes."""
 START = 0.05
