@@ -112,7 +112,7 @@ def check_transcode(kernels: Kernels, lab: Lab, rng: np.random.Generator) -> Row
     count = 0
     for shape, density in itertools.product(_SHAPES, _STORED):
         tensor = stored(shape, density, int(rng.integers(1 << 30)))
-        made, expected = kernels.transcode("t", tensor, lab.device), pack(tensor.decode("t"), _CPU)
+        made, expected = kernels.transcode("t", tensor, lab.device), pack(tensor.decode("t"), _CPU, kernels.lanes)
         fields = [field.name for field in dataclasses.fields(expected)]
         if type(made) is not type(expected) or not all(
             _same(getattr(made, name), getattr(expected, name)) for name in fields

@@ -86,10 +86,10 @@ class ExpertRecord:
 
     @property
     def versions(self) -> tuple[ExpertRecord, ...]:
-        """This version and the earlier ones, each by itself and once: where it was last."""
+        """This version and the earlier ones, each by itself and once, whenever it was published: where it was last."""
         once: list[ExpertRecord] = []
         for version in (dataclasses.replace(self, access=Access(), earlier=()), *self.earlier):
-            if version not in once:
+            if not any(dataclasses.replace(version, created=other.created) == other for other in once):
                 once.append(version)
         return tuple(once)
 

@@ -353,8 +353,11 @@ def test_versions_beyond_the_limit_leave_with_their_bytes(store: BlobStore, regi
     assert store.blobs() == {one.digest for one in versions}
 
 
-def test_a_name_that_goes_to_and_fro_keeps_each_version_once(store: BlobStore, registry: Registry) -> None:
+def test_a_name_that_goes_to_and_fro_keeps_each_version_once(
+    store: BlobStore, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for turn in range(3 * KEPT_VERSIONS):
+        monkeypatch.setattr("store.record.time.time", lambda now=turn: 1e9 + now)
         record, is_new = registry.publish(upload(store, turn % 2), name="a", replace=True)
         assert is_new
     assert len(record.earlier) == 2
