@@ -78,7 +78,7 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
     """Measure steps of the base, and the two ways to apply synthetic deltas of the size of its layers.
 
     Args:
-        fast: what runs steps, if not the model's modules; it adds deltas in float32.
+        fast: what runs steps, if not the model's modules; it adds deltas in float32, and coarsely to other weights.
     """
     steps: list[tuple[int, float]] = []
     started = time.perf_counter()
@@ -96,6 +96,9 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
         if time.perf_counter() - started > _STEP_SECONDS / 2:
             break
     dtype = model.dtype if fast is None else torch.float32
+    apply = kernels.add_linear
+    if fast is not None and model.dtype is not torch.float32:
+        apply = fast.kernels.add_coarsely
     delta: dict[Form, Curve] = {}
     patch: dict[Form, float] = {}
     for form, packed in _synthetic(model, kernels.lanes).items():
@@ -107,7 +110,7 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
             y = torch.zeros(rows, out, dtype=dtype, device=model.device)
 
             def add(x: torch.Tensor = x, y: torch.Tensor = y, group: Group = group) -> None:
-                kernels.add_linear(y, x, [group])
+                apply(y, x, [group])
 
             curve.append((rows, _seconds(add, model.device, _DELTA_SECONDS / 4) / (out * size)))
         pristine = torch.zeros(out, size, dtype=model.dtype, device=model.device)

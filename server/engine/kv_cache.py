@@ -103,16 +103,16 @@ class KVCache:
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give `sequence` the blocks for its first `tokens` tokens; False, and nothing changed, if they are short."""
-        if tokens <= len(sequence.blocks) * BLOCK_TOKENS:
+        missing = self.blocks_missing(sequence, tokens)
+        if not missing:
             return True
-        fresh = self._pool.take(self.blocks_missing(sequence, tokens))
+        fresh = self._pool.take(missing)
         if fresh is None:
             return False
-        if fresh:
-            # Padding of a batch reads stale slots at weight zero, and 0 × NaN is NaN: a broken expert's leftovers
-            # must not reach the next owner.
-            self._storage[:, :, fresh] = 0
-            sequence.blocks.extend(fresh)
+        # Padding of a batch reads stale slots at weight zero, and 0 × NaN is NaN: a broken expert's leftovers must not
+        # reach the next owner.
+        self._storage[:, :, fresh] = 0
+        sequence.blocks.extend(fresh)
         return True
 
     def adopt(self, sequence: Sequence) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 PAGE = 2 << 20
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Every tensor starts at a multiple of so many bytes: a cache line, and what vector loads like."""
 _TOGETHER = 32 << 20
 """Bytes that are laid out at once, and so exist twice for a moment."""
 
@@ -27,24 +28,29 @@ def zeros(nbytes: int) -> torch.Tensor:
     return flat[skipped : skipped + nbytes]
 
 
+def aligned(nbytes: int) -> int:
+    """So many bytes, and what is left out up to where the next tensor may start."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def lay_out(parameters: Iterable[nn.Parameter]) -> None:
     """Put parameters in host memory side by side in large pages, in their order; their values stay as they are."""
     waiting: list[nn.Parameter] = []
     for parameter in parameters:
         waiting.append(parameter)
-        if sum(map(_aligned, waiting)) >= _TOGETHER:
+        if _bytes_of(waiting) >= _TOGETHER:
             _move(waiting)
             waiting = []
     _move(waiting)
 
 
 def _move(parameters: list[nn.Parameter]) -> None:
-    buffer, end = zeros(sum(map(_aligned, parameters))), 0
+    buffer, end = zeros(_bytes_of(parameters)), 0
     for parameter in parameters:
         place = buffer[end : end + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        end += _aligned(parameter)
+        end += aligned(parameter.nbytes)
         parameter.data = place.copy_(parameter.data)
 
 
-def _aligned(parameter: nn.Parameter) -> int:
-    return -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
+def _bytes_of(parameters: list[nn.Parameter]) -> int:
+    return sum(aligned(parameter.nbytes) for parameter in parameters)

@@ -124,7 +124,7 @@ class BaseModel:
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the base: {error}", param="base") from error
         nn.Module.to(model, device)
-        if device.type == "cpu":
+        if device.type == "cpu" and weights is BaseWeights.FULL:  # else one that stays would keep all beside it
             lay_out(model.parameters())
         stop_tokens = _stop_tokens(folder, config.get_text_config())
         self._take_over(model, manifest, stop_tokens, feature_layer, weights, cache_dir)

@@ -44,6 +44,7 @@ class NativeSteps:
     """Runs steps of up to `MOST_ROWS` rows over a cache.
 
     Attributes:
+        kernels: what they are written in.
         steps: run so far.
     """
 
@@ -53,7 +54,7 @@ class NativeSteps:
             raise UnknownNetworkError(f"steps of {model.dtype} on {model.device} are not known")
         self._outline = outline_of(model.network)
         self._cache = cache
-        self._kernels = kernels
+        self.kernels = kernels
         self._program = Program(self._outline, cache, MOST_ROWS)
         self._records: OrderedDict[frozenset[tuple[str, int]], Records] = OrderedDict()
         self._beside: WeakKeyDictionary[Terms, Beside | None] = WeakKeyDictionary()
@@ -90,7 +91,7 @@ class NativeSteps:
         if terms is not None:
             if terms not in self._beside:
                 if self._terms is None:
-                    self._terms = NativeTerms(self._program, terms.weights, self._kernels)
+                    self._terms = NativeTerms(self._program, terms.weights, self.kernels)
                 self._beside[terms] = self._terms.beside(terms, records)
             beside = self._beside[terms]
             if beside is None:
@@ -104,7 +105,7 @@ class NativeSteps:
         records["picked"][-self._program.tail] = picked.ctypes.data
         is_small = self._program.weights * rows < _SMALL
         threads = 1 if is_small else torch.get_num_threads()
-        taken = self._kernels.step(records, *_places(layout.segments), threads)
+        taken = self.kernels.step(records, *_places(layout.segments), threads)
         if terms is not None:
             terms.weights.seconds += taken
         self.steps += 1

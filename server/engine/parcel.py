@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from server.engine.kernels import LoadedDelta
-from server.engine.large_pages import zeros
+from server.engine.large_pages import aligned, zeros
 
-ALIGNMENT = 64
-"""Every tensor starts at a multiple of so many bytes: a cache line, and what vector loads like."""
 _CHUNK = 1 << 18
 """Words of a chunk, for which the checksum is defined."""
 _TOGETHER = 16
@@ -89,7 +87,7 @@ class Parcel:
 
 def parcel_bytes(fields: Iterable[int]) -> int:
     """Bytes of a parcel whose tensors take so many bytes each."""
-    return sum(map(_aligned, fields))
+    return sum(map(aligned, fields))
 
 
 def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]], device: torch.device = _CPU) -> Parcel:
@@ -114,11 +112,11 @@ def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]], de
                 fixed[field.name] = value
                 continue
             flat = value.contiguous().view(-1).view(torch.uint8)
-            if end + _aligned(len(flat)) > nbytes:
+            if end + aligned(len(flat)) > nbytes:
                 raise ValueError(f"the tensors of {digest[:12]} take more than the {nbytes} bytes that were announced")
             buffer[end : end + len(flat)].copy_(flat)
             fields.append(_Field(field.name, end, len(flat), value.dtype, tuple(value.shape)))
-            end += _aligned(len(flat))
+            end += aligned(len(flat))
         pieces[name] = _Piece(type(delta), fixed, tuple(fields))
     if end != nbytes:
         raise ValueError(f"the tensors of {digest[:12]} take {end} bytes; {nbytes} were announced")
@@ -193,7 +191,3 @@ class RunningChecksum:
         weighted = self._weighted * self._odd[: len(self._weighted)]
         first, second = torch.stack((self._plain.sum(), weighted.sum())).tolist()
         return first, second
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from server.engine.attention import AttentionBatch
+from server.engine.costs import calibrate
 from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
@@ -185,6 +186,15 @@ def test_half_precision(halves: World, mix: int, rows: int) -> None:
         sequence = sequence_of(list(range(rows)), halves.mixes[mix], cache)
         both.append(run(executor, cache, lay_out([Work(sequence, rows)]), halves, mixed=True))
     assert_near(both[1], both[0], 0.15)
+
+
+def test_deltas_are_priced_as_steps_apply_them(halves: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, _), (executor, _)) = halves.executors()
+    assert isinstance(executor.fast, NativeSteps)
+    monkeypatch.setattr("server.engine.costs._DELTA_SECONDS", 0.0)
+    monkeypatch.setattr("server.engine.costs._STEP_SECONDS", 0.0)
+    monkeypatch.setattr(halves.kernels, "add_linear", None)
+    assert calibrate(halves.model, halves.kernels, executor.fast).delta
 
 
 @pytest.mark.parametrize("weights", [BaseWeights.INT8, BaseWeights.INT4])

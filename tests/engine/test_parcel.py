@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import dense, pack, packed_fields
 from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
-from server.engine.parcel import ALIGNMENT, Checksum, RunningChecksum, checksum, parcel_bytes, pieces_of, wrap
+from server.engine.large_pages import ALIGNMENT
+from server.engine.parcel import Checksum, RunningChecksum, checksum, parcel_bytes, pieces_of, wrap
 from store.deltas import Delta, DenseDelta, SparseDelta
 
 CPU = torch.device("cpu")

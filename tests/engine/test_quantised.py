@@ -116,6 +116,14 @@ def test_only_what_fits_is_quantised_and_a_tied_weight_stays_for_its_other_user(
         assert torch.allclose(alone(x[:rows]), expected[:rows], atol=0.15)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_quantised_keeps_none_of_the_rest_in_memory(even: Library, kind: BaseWeights) -> None:
+    model = BaseModel(even.base, dtype=torch.bfloat16, device=CPU, feature_layer=1, cache_dir=None, weights=kind)
+    assert any(isinstance(module, QuantisedLinear) for module in model.network.modules())
+    for parameter in model.network.parameters():
+        assert parameter.untyped_storage().nbytes() <= parameter.nbytes
+
+
 def test_it_needs_mixed_mode(even: Library) -> None:
     for mode in (Mode.AUTO, Mode.MERGED):
         with pytest.raises(InvalidRequestError, match="mode=mixed") as refused:

@@ -19,7 +19,8 @@ constexpr int64_t SIDE = 16;  // rows of a tile
 
 #if AMX
 
-constexpr int64_t ACROSS = 32;  // columns of a tile, in bfloat16
+constexpr int64_t ACROSS = 32;           // columns of a tile, in bfloat16
+constexpr int64_t NEAR_TILED = 1 << 20;  // bytes of x that stay in the second cache while all weights go by
 
 // Whether the kernel lets this process use tiles: it must be asked once.
 inline bool tiles_allowed() {

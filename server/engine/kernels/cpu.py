@@ -72,16 +72,7 @@ class CpuKernels:
         self._merge_planes, self._merge_sparse = library.switchyard_merge_planes, library.switchyard_merge_sparse
         self._merge_planes.restype = self._merge_sparse.restype = None
         self._merge_planes.argtypes = (*common, pointer, ctypes.c_float, ctypes.c_int)
-        self._merge_sparse.argtypes = (
-            *common,
-            ctypes.c_int,
-            pointer,
-            pointer,
-            pointer,
-            pointer,
-            ctypes.c_float,
-            ctypes.c_int,
-        )
+        self._merge_sparse.argtypes = (*common, ctypes.c_int, *[pointer] * 4, ctypes.c_float, ctypes.c_int)
         self.masks = bool(library.switchyard_merge_masks())
         """Whether merging takes words of planes as masks of vector instructions."""
         self.parallel = bool(library.switchyard_parallel())

@@ -13,7 +13,6 @@ namespace {
 constexpr int64_t WIDTH = 64;                // columns of a tile, in bytes
 constexpr int64_t TILE_BYTES = SIDE * WIDTH;
 constexpr int64_t ROWS_TILED = SIDE / 2;     // of x in a part, which is multiplied at once
-constexpr int64_t NEAR_SPLIT = 1 << 20;      // bytes of x that stay in the second cache while all weights go by
 constexpr int64_t AHEAD_TILED = 2048;        // numbers after those that are read, to be in the second cache by then
 constexpr float MOST_TILED = 127 * 256 + 127;
 
@@ -177,7 +176,7 @@ void add_planes_tiled(const Call& call, const Term* terms, const Term* end, int6
 // The same for any number of rows.
 void planes_by_tiles(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
                      int64_t last) {
-    int64_t some = NEAR_SPLIT / (2 * call.in) / SIDE * SIDE;
+    int64_t some = NEAR_TILED / (2 * call.in) / SIDE * SIDE;
     some = some < SIDE ? SIDE : some;
     for (int64_t row = start; row < stop; row += some)
         add_planes_tiled(call, terms, end, row, smaller(row + some, stop), first, last);

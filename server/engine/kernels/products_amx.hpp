@@ -12,8 +12,7 @@
 
 namespace {
 
-constexpr int64_t FEW_TILED = 5;         // rows of x from which tiles are faster than vectors; measured
-constexpr int64_t NEAR_TILED = 1 << 20;  // bytes
+constexpr int64_t FEW_TILED = 5;  // rows of x from which tiles are faster than vectors; measured
 
 // Elements that `rows` packed rows of x take.
 inline int64_t packed_size(int64_t rows, int64_t in) { return (rows + SIDE - 1) / SIDE * SIDE * in; }
@@ -101,7 +100,6 @@ INLINE inline void multiply_tile(const Brain* w, int64_t in, const uint16_t* x, 
 inline int64_t multiply_packed(const Brain* weights, int64_t in, const uint16_t* x, int64_t rows, float* y,
                                int64_t y_stride, int64_t count) {
     int64_t full = count / SIDE * SIDE;
-    // Rows of x that stay in the second cache while all weights go by.
     int64_t some = NEAR_TILED / (in * int64_t(sizeof(uint16_t))) / (2 * SIDE) * 2 * SIDE;
     some = some < 2 * SIDE ? 2 * SIDE : some;
     for (int64_t start = 0; start < rows; start += some) {

@@ -47,9 +47,9 @@ inline float signed_value(const float* x, uint16_t entry) { return entry & 1 ? -
 template <bool LEVELS>
 inline void add_lists(const Term& term, int64_t first, int64_t lists, const float* x, float* y) {
     const uint16_t* entries = term.entries;
-    const int32_t* starts = term.starts + first;
     int64_t here = smaller(ABREAST_LISTS, lists - first);
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
+    const int32_t* starts = term.starts + first;
     const __mmask16 all = __mmask16((1u << here) - 1);
     __m512i counts = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(all, starts + 1), _mm512_maskz_loadu_epi32(all, starts));
     __m512 total = _mm512_setzero_ps();
@@ -83,7 +83,6 @@ inline void add_lists(const Term& term, int64_t first, int64_t lists, const floa
             sums[l] += LEVELS ? value * term.levels[place + l] : value;
         }
     });
-    (void)starts;
     for (int64_t l = 0; l < here; l++) y[term.order[first + l]] += term.factor * sums[l];
 #endif
 }

@@ -41,7 +41,8 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
     for (int64_t row = start; row < stop; row++) {
         const float* x = call.x + row * call.in;
         float* y = call.y + row * call.out;
-        float *padded = nullptr, *table = nullptr;
+        float* padded = nullptr;
+        [[maybe_unused]] float* table = nullptr;
         if (planes) {
             padded = inputs.floats(size);
             std::memcpy(padded, x, call.in * sizeof(float));
@@ -70,7 +71,6 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
             for (int64_t r = first * BLOCK; r < rows; r++) y[r] += sum[r - first * BLOCK];
 #endif
         }
-        (void)table;
     }
 }
 
@@ -90,12 +90,10 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
         Row8* sum = reinterpret_cast<Row8*>(sums.floats((until - tile) * BLOCK * LANES));
         std::memset(sum, 0, (until - tile) * BLOCK * sizeof(Row8));
         for (const Term* term = terms; term < end; term++) {
-            if (term->form == PLANES) {
-                if (!tiled) add_planes<Row8>(*term, call.words, tile, until, x, sum);
-            } else if (term->levels)
-                add_sparse_lanes<true>(*term, tile * BLOCK, top, call.out, x, sum);
-            else
-                add_sparse_lanes<false>(*term, tile * BLOCK, top, call.out, x, sum);
+            if (term->form != PLANES)
+                (term->levels ? add_sparse_lanes<true> : add_sparse_lanes<false>)(*term, tile * BLOCK, top, call.out, x, sum);
+            else if (!tiled)
+                add_planes<Row8>(*term, call.words, tile, until, x, sum);
         }
         for (int64_t r = 0; r < rows; r++) {
             float* y = call.y + (start + r) * call.out + tile * BLOCK;
