@@ -160,8 +160,8 @@ class RedisStore:
         mode = {ABSENT: "absent", ANYTHING: "any"}[expected] if isinstance(expected, Expect) else "equal"
         with self.exclusive(), self._link.reported("store the record"):
             done = self._link.put_record(name, data, mode, expected if isinstance(expected, bytes) else b"")
+        self._mirror.refresh()  # first: at no instant is it in neither
         self._mirror.found_again(name)
-        self._mirror.refresh()
         return done
 
     def get_record(self, name: str) -> bytes | None:

@@ -19,7 +19,6 @@ class RedisMirror:
     """All records of one Redis. Thread-safe; as new as the last `refresh`.
 
     Attributes:
-        lost: records that were here and that Redis has lost since, by name.
         edition: this process's own count of changes: Redis's may go back when it is restarted from a copy.
     """
 
@@ -27,14 +26,20 @@ class RedisMirror:
         self._link = link
         self._redis = link.client
         self._refreshing = threading.Lock()
-        self._records: Mapping[str, bytes] = {}
-        self.lost: Mapping[str, bytes] = {}
+        # What Redis has, and what it has lost: replaced together, so that whoever reads meanwhile finds each in one.
+        self._held: tuple[Mapping[str, bytes], Mapping[str, bytes]] = {}, {}
         self.edition = 0
         self._epoch, self._seen = b"", -1
 
     def records(self) -> dict[str, bytes]:
         """All records by name, in order; those that are lost included."""
-        return dict(sorted({**self.lost, **self._records}.items()))
+        records, lost = self._held
+        return dict(sorted({**lost, **records}.items()))
+
+    @property
+    def lost(self) -> Mapping[str, bytes]:
+        """Records that were here and that Redis has lost since, by name."""
+        return self._held[1]
 
     def join(self) -> None:
         """Make the store's epoch where there is none, and take note of it.
@@ -57,17 +62,19 @@ class RedisMirror:
         with self._refreshing, self._link.reported("read the catalogue"):
             epoch, edition = self._redis.mget(EPOCH, EDITION)
             newest = int(edition or 0)
+            known, lost = self._held
             if epoch != self._epoch:
                 self.join()
-                self.lost = {**self.lost, **self._records}
-                _log.error("%s has lost the catalogue; %d experts were known here", self._link.where, len(self.lost))
+                lost = {**lost, **known}
+                self._held = known, lost
+                _log.error("%s has lost the catalogue; %d experts were known here", self._link.where, len(lost))
                 self._seen = -1
             elif newest < self._seen:
                 _log.error("%s has lost its last %d changes", self._link.where, self._seen - newest)
             if newest == self._seen:
                 return
             if 0 <= self._seen < newest <= self._seen + _NEAR:
-                records = dict(self._records)
+                records = dict(known)
                 names = self._redis.zrangebyscore(CHANGES, f"({self._seen}", "+inf")
                 for name, data in zip(names, self._redis.hmget(RECORDS, names) if names else (), strict=True):
                     if data is None:
@@ -77,13 +84,14 @@ class RedisMirror:
             else:
                 records = {name.decode(): data for name, data in self._redis.hgetall(RECORDS).items()}
             # What changed meanwhile is read again next time: the edition is older than what was read.
-            self._records, self._seen = records, newest
-            self.lost = {name: data for name, data in self.lost.items() if name not in records}
+            self._held = records, {name: data for name, data in lost.items() if name not in records}
+            self._seen = newest
             self.edition += 1
 
     def found_again(self, name: str) -> None:
         """A record was written or deleted: it is not lost any more."""
         with self._refreshing:
-            if name in self.lost:
-                self.lost = {other: data for other, data in self.lost.items() if other != name}
+            records, lost = self._held
+            if name in lost:
+                self._held = records, {other: data for other, data in lost.items() if other != name}
                 self.edition += 1

@@ -231,6 +231,31 @@ def test_a_redis_that_lost_everything_gets_back_what_is_here(own_redis: RedisSer
         fresh.fetch(remote)
 
 
+def test_what_is_put_back_is_found_all_the_while(
+    own_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_redis(own_redis)
+    registry = registry_of(store)
+    publish(registry, store, "mine")
+    own_redis.restart_empty()
+    eventually(lambda: store.lost().keys() == {"mine"})
+    store._closing.set()  # nobody else refreshes in between
+    store._listener.join()
+    seen: list[set[str]] = []
+    read = store._mirror.refresh
+
+    def refresh() -> None:
+        seen.append(set(store.records()))
+        read()
+        seen.append(set(store.records()))
+
+    monkeypatch.setattr(store._mirror, "refresh", refresh)
+    registry.restore_lost()
+    assert store.lost() == {}
+    assert seen
+    assert all(names == {"mine"} for names in seen)
+
+
 def test_a_redis_that_went_back_in_time_is_believed(own_redis: RedisServer, open_redis: Open) -> None:
     store = open_redis(own_redis)
     registry = registry_of(store)
