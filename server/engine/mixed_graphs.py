@@ -55,7 +55,7 @@ class MixedForms:
         """
         self.kernels: Any = kernels
         self.room = VectorRoom(most_rows)
-        self.aside = Aside(most_rows)
+        self.aside = Aside(most_rows, kernels)
         self._known: WeakKeyDictionary[Terms, Form | None] = WeakKeyDictionary()
 
     def of(self, terms: Terms) -> Form | None:
@@ -81,7 +81,8 @@ class Aside:
 
     overlaps = True
 
-    def __init__(self, most_rows: int) -> None:
+    def __init__(self, most_rows: int, kernels: Kernels) -> None:
+        self._kernels: Any = kernels
         self._most_rows = most_rows
         self._most_size = 0
         self._sums: torch.Tensor | None = None
@@ -95,28 +96,29 @@ class Aside:
     def product(
         self, plain: Forward, x: torch.Tensor, size: int, add: Callable[[torch.Tensor, torch.Tensor], None]
     ) -> torch.Tensor:
-        """`plain(x)`, and in the same rows what `add(y, x)` adds to zeros; the sum is rounded once more.
+        """`plain(x)`, and in the same rows what `add(y, x)` adds to zeros; the sum is rounded once more. Zeros are left
+        behind for the next product.
 
         Args:
             size: columns of the product.
         """
         rows = x.reshape(-1, x.shape[-1])
         if self._sums is None:
-            self._sums = x.new_empty(self._most_rows * self._most_size)
+            self._sums = x.new_zeros(self._most_rows * self._most_size)
             if self.overlaps and x.is_cuda:
                 self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         sums = self._sums[: len(rows) * size].view(len(rows), size)
         if self._stream is None:
-            add(sums.zero_(), rows)
+            add(sums, rows)
             y: torch.Tensor = plain(x)
         else:
             current = torch.cuda.current_stream(x.device)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                add(sums.zero_(), rows)
+                add(sums, rows)
             y = plain(x)
             current.wait_stream(self._stream)
-        y.view(-1, size).add_(sums)
+        self._kernels.absorb(y.view(-1, size), sums)
         return y
 
 

@@ -98,7 +98,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from server.engine.kernels.gpu import TritonKernels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonKernels, "add_launches", as_launch(TritonKernels.add_launches))
+        for name in ("add_launches", "absorb"):
+            patch.setattr(TritonKernels, name, as_launch(getattr(TritonKernels, name)))
         yield World(tmp_path_factory.mktemp("world"), "qwen2")
 
 

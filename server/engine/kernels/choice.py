@@ -39,17 +39,29 @@ def _triton(device: torch.device, cache_dir: Path | None) -> Kernels | str:
         return f"the device is {device.type}"
     try:
         from server.engine.kernels.gpu import TritonKernels
+        from server.engine.kernels.gpu_cuda import cuda_lists
     except ImportError:
         return "triton is not installed"
     if cache_dir is not None and device.type == "cuda":
         # Read whenever something is compiled. What an operator has chosen stays.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
+    if device.type == "cuda":
+        kernels = TritonKernels(cuda_lists())
+        if not (why := _fault(kernels, device)):
+            return kernels
+        log.warning("lists of nonzeros are left to triton, which is slower at them: CUDA C++ %s", why)
     kernels = TritonKernels()
+    why = _fault(kernels, device)
+    return f"triton {why}" if why else kernels
+
+
+def _fault(kernels: Kernels, device: torch.device) -> str | None:
+    """What keeps kernels from being used."""
     try:
         is_right = computes_rightly(kernels, torch.bfloat16, device)
     except Exception as error:  # a compiler and a driver are in play: anything may be missing
-        return f"triton does not run here: {type(error).__name__}: {error}"
-    return kernels if is_right else "triton computes wrongly on this machine"
+        return f"does not run here: {type(error).__name__}: {error}"
+    return None if is_right else "computes wrongly on this machine"
 
 
 @cache

@@ -12,8 +12,9 @@ import torch
 import triton
 
 from server.engine.kernels import gpu_transcode, gpu_variants
-from server.engine.kernels.gpu_beside import add_planes
+from server.engine.kernels.gpu_beside import absorb, add_planes
 from server.engine.kernels.gpu_bytes import add_bytes, split_rows
+from server.engine.kernels.gpu_cuda import CudaLists
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
 from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
@@ -90,7 +91,11 @@ class TritonKernels:
     fuse_rows: int | None = FUSE_ROWS
     lanes = 1
 
-    def __init__(self) -> None:
+    def __init__(self, lists: CudaLists | None = None) -> None:
+        """Args:
+        lists: what takes lists, if not Triton.
+        """
+        self._lists = lists
         self._plain = ReferenceKernels()
         self._plans = Plans()
         self._devices: dict[torch.device, _Device] = {}
@@ -102,7 +107,9 @@ class TritonKernels:
             return
         began = time.perf_counter()
         with torch.cuda.device(device):
-            for variant in gpu_variants.every(dtype):
+            if self._lists is not None:
+                self._lists.module(dtype, device)
+            for variant in gpu_variants.every(dtype, lists=self._lists is None):
                 variant.compile()
         _log.info("the kernels are compiled: %.1f s", time.perf_counter() - began)
 
@@ -137,6 +144,10 @@ class TritonKernels:
         _check(y, x)
         for launch in launches:
             self._add(launch, y, x)
+
+    def absorb(self, y: torch.Tensor, sums: torch.Tensor) -> None:
+        """y += sums, and sums = 0, both contiguous, of one shape and dtype."""
+        absorb[(triton.cdiv(y.numel(), gpu_variants.ABSORB["N"]),)](y, sums, y.numel(), **gpu_variants.ABSORB)
 
     def fused_linear(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
@@ -173,6 +184,8 @@ class TritonKernels:
         """Launches on one x, one after the other, share what is made of it: x must not be written to in between."""
         out, width, chunks = y.shape[1], x.shape[1], launch.table
         if launch.sparse:
+            if self._lists is not None and self._lists.add(y, x, launch):
+                return
             fixed = gpu_variants.sparse(launch.tile, width, launch.one, launch.levels)
             grid = (triton.cdiv(out, fixed["N"]), launch.chunks)
             if launch.tile == 1:
@@ -258,8 +271,11 @@ class TritonKernels:
 
     def _move_lists(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
         rows, width = out.shape
-        fixed = gpu_variants.lists(out.data_ptr() != pristine.data_ptr())
-        table = self._table(terms, first_row)
+        copies, table = out.data_ptr() != pristine.data_ptr(), self._table(terms, first_row)
+        if copies and self._lists is not None:
+            self._lists.merge(out, pristine, table, first_row)
+            return
+        fixed = gpu_variants.merging(copy=copies)
         merge_lists[(triton.cdiv(rows, fixed["L"]),)](out, pristine, table, first_row, rows, width, **fixed)
 
     def _table(self, terms: Sequence[Term], first_row: int) -> torch.Tensor:

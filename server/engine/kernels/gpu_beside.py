@@ -126,3 +126,14 @@ def accumulate(y_ptr, rows, lanes, valid, inside, total, out):  # type: ignore[n
     mask = valid[:, None] & inside[None, :]
     before = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, rounded(before + tl.trans(total), y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def absorb(y_ptr, added_ptr, size, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y += added, and added = 0. Grid: pieces of N numbers."""
+    place = tl.program_id(0) * N + tl.arange(0, N)
+    mask = place < size
+    added = tl.load(added_ptr + place, mask=mask, other=0.0)
+    before = tl.load(y_ptr + place, mask=mask, other=0.0)
+    tl.store(y_ptr + place, rounded(before.to(tl.float32) + added.to(tl.float32), y_ptr.dtype.element_ty), mask=mask)
+    tl.store(added_ptr + place, tl.zeros((N,), dtype=added_ptr.dtype.element_ty), mask=mask)

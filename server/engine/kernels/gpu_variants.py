@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from server.engine.kernels import gpu_transcode
-from server.engine.kernels.gpu_beside import add_planes
+from server.engine.kernels.gpu_beside import absorb, add_planes
 from server.engine.kernels.gpu_bytes import add_bytes, split_rows
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
 from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
@@ -35,6 +35,7 @@ SPLITS = (1, 2, 4, 8)
 SPLIT: Fixed = {"J": BYTES_WORDS, "COLUMNS": 1024}
 STAGE: Fixed = {"COLUMNS": 128}
 FOLD: Fixed = {"M": 16, "J": 2}
+ABSORB: Fixed = {"N": 1024}
 _SPARSE_SHAPES = {1: (32, 16, 4), 16: (8, 32, 4), 32: (8, 32, 4)}
 """Batch rows of a chunk → weight rows of a tile, entries at a time, warps."""
 LIST_WIDTHS = tuple(1 << power for power in range(10, 16))
@@ -92,7 +93,7 @@ def tiles(planes: bool, dense: bool, many: bool) -> Fixed:
 
 
 @cache
-def lists(copy: bool) -> Fixed:
+def merging(*, copy: bool) -> Fixed:
     """Of `merge_lists`."""
     return {"L": 8, "COLUMNS": 512, "E": 32, "COPY": copy, **_UNFUSED}
 
@@ -130,8 +131,12 @@ class Variant:
         self.kernel.warmup(*arguments, grid=(1,), **self.fixed)
 
 
-def every(dtype: torch.dtype) -> Iterator[Variant]:
-    """All variants that launches on weights of that type take, but for mixes of several forms, which are rare."""
+def every(dtype: torch.dtype, *, lists: bool = True) -> Iterator[Variant]:
+    """All variants that launches on weights of that type take, but for mixes of several forms, which are rare.
+
+    Args:
+        lists: whether with those that lists take.
+    """
     for tile, splits in itertools.product(PLANES_TILES, SPLITS):
         if dtype is torch.float32:
             yield Variant(add_planes, dtype, planes(tile, splits))
@@ -140,6 +145,20 @@ def every(dtype: torch.dtype) -> Iterator[Variant]:
             yield Variant(add_bytes, dtype, in_bytes(tile, out, splits))
     if dtype is not torch.float32:
         yield Variant(split_rows, dtype, SPLIT)
+    if lists:
+        yield from _on_lists(dtype)
+    yield Variant(absorb, dtype, ABSORB)
+    yield Variant(fold_rows, dtype, FOLD)
+    for large, bias in itertools.product((False,) if dtype is torch.float32 else (False, True), (False, True)):
+        yield Variant(fused_product, dtype, fused(dtype, large, bias))
+    for many, single in ((False, True), (True, True), (False, False), (True, False)):
+        yield Variant(merge_tiles, dtype, tiles(True, False, many), single)
+    yield Variant(merge_tiles, dtype, tiles(False, True, False))
+    for kernel, fixed in gpu_transcode.VARIANTS:
+        yield Variant(kernel, torch.int32, fixed)
+
+
+def _on_lists(dtype: torch.dtype) -> Iterator[Variant]:
     for one, levels in itertools.product((True, False), (False, True)):
         for width in LIST_WIDTHS:
             yield Variant(add_lists, dtype, sparse(1, width, one, levels))
@@ -147,15 +166,7 @@ def every(dtype: torch.dtype) -> Iterator[Variant]:
             yield Variant(add_sparse, dtype, sparse(tile, 0, one, levels))
     for tile in SPARSE_TILES[1:]:
         yield Variant(stage_rows, dtype, {"M": tile, **STAGE})
-    yield Variant(fold_rows, dtype, FOLD)
-    for large, bias in itertools.product((False,) if dtype is torch.float32 else (False, True), (False, True)):
-        yield Variant(fused_product, dtype, fused(dtype, large, bias))
-    for many, single in ((False, True), (True, True), (False, False), (True, False)):
-        yield Variant(merge_tiles, dtype, tiles(True, False, many), single)
-    yield Variant(merge_tiles, dtype, tiles(False, True, False))
-    yield Variant(merge_lists, dtype, lists(True))
-    for kernel, fixed in gpu_transcode.VARIANTS:
-        yield Variant(kernel, torch.int32, fixed)
+    yield Variant(merge_lists, dtype, merging(copy=True))
 
 
 def _dot(dtype: torch.dtype) -> Any:

@@ -29,6 +29,7 @@ EVERY_KERNEL = {
         "add_sparse bf16 16 8 32 0 1 4",
         "stage_rows bf16 16 128",
         "fold_rows bf16 16 2",
+        "absorb bf16 1024",
     ),
     *("merge_tiles bf16 32 4 1 0 1 0", "merge_lists bf16 8 512 32 1 0", "merge_lists bf16 8 512 32 1 0 odd"),
     *("count_ones int 1024", "find_ones int 32", "unpack_bits int 1024", "rice_indices int 1024", "set_ones int 1024"),

@@ -1,0 +1,393 @@
+// Lists of nonzeros on NVIDIA GPUs, in CUDA C++: they want what Triton cannot give, reads and writes of single places of
+// shared memory. Compiled at run time, by NVRTC, for one TYPE: Bfloat, Half or Float.
+//
+// An entry names a column of x, or of a weight row, far from the one before: where a cache brings a whole line for each,
+// shared memory brings as many at a time as lie in different banks.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+#ifndef EMULATED
+// Where something lies in shared memory. Kept as a number: the compiler would work it out anew for every read.
+typedef u32 Place;
+
+__device__ inline Place place_of(const void* address) {
+    Place place;
+    asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(place) : "l"(address));
+    return place;
+}
+
+__device__ inline u32 read_half_word(Place place) {
+    u16 bits;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(place));
+    return bits;
+}
+
+template <int WORDS>
+__device__ inline void read_words(u32 (&words)[WORDS], Place place) {
+    if constexpr (WORDS == 1) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(place));
+    if constexpr (WORDS == 2)
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(place));
+    if constexpr (WORDS >= 4) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 4)
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                         : "r"(place + 4 * i));
+    }
+}
+
+__device__ inline float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+__device__ inline u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif
+
+struct Bfloat {
+    typedef u16 Raw;
+    static __device__ float read(u32 raw) { return __uint_as_float(raw << 16); }
+    static __device__ void unpack(float* values, u32 word) {
+        values[0] = read(word);
+        values[1] = __uint_as_float(word & 0xFFFF0000u);
+    }
+    static __device__ u16 rounded(float value) {
+        const u32 bits = __float_as_uint(value);
+        if (value != value) return 0x7FC0;
+        return u16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    }
+};
+
+struct Half {
+    typedef u16 Raw;
+    static __device__ float read(u32 raw) { return half_to_float(u16(raw)); }
+    static __device__ void unpack(float* values, u32 word) {
+        values[0] = half_to_float(u16(word));
+        values[1] = half_to_float(u16(word >> 16));
+    }
+    static __device__ u16 rounded(float value) { return float_to_half(value); }
+};
+
+struct Float {
+    typedef float Raw;
+    static __device__ float read(float raw) { return raw; }
+    static __device__ void unpack(float* values, u32 word) { values[0] = __uint_as_float(word); }
+    static __device__ float rounded(float value) { return value; }
+};
+
+typedef TYPE::Raw Raw;
+
+constexpr int WARP = 32;
+constexpr u32 ALL = 0xFFFFFFFFu;
+
+extern __shared__ uint4 room[];
+
+// The numbers of a column in the ROWS batch rows of a pass, which one instruction reads.
+template <int ROWS>
+struct alignas(ROWS * sizeof(Raw) < 16 ? ROWS * sizeof(Raw) : 16) Column {
+    Raw of[ROWS];
+};
+
+// The same, read: numbers of 16 bits come two in a word, the first one in its lower half.
+template <int ROWS>
+__device__ void read_column(float (&values)[ROWS], Place place) {
+    if constexpr (ROWS * sizeof(Raw) == 2) {
+        values[0] = TYPE::read(read_half_word(place));
+    } else {
+        constexpr int WORDS = ROWS * sizeof(Raw) / 4;
+        u32 words[WORDS];
+        read_words<WORDS>(words, place);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) TYPE::unpack(values + i * (4 / sizeof(Raw)), words[i]);
+    }
+}
+
+// How the threads of a warp walk along lists, for a pass of ROWS rows: SHARERS of them share a list, and each reads
+// AHEAD times four entries at a time, of SHARERS times as many in a row.
+template <int ROWS>
+struct Shape {
+    static constexpr int SHARERS = ROWS == 8 ? 8 : 4, AHEAD = ROWS == 8 ? 2 : 4;
+    static constexpr int LISTS = WARP / SHARERS, STEP = SHARERS * AHEAD;
+};
+
+// x → `[width + 1]` columns of ROWS rows, zeros where there are fewer, and in the last one.
+template <int ROWS>
+__device__ void stage(Column<ROWS>* staged, const Raw* x, int rows, int width) {
+    const int id = threadIdx.x, threads = blockDim.x;
+    if (id < ROWS) staged[width].of[id] = Raw(0);
+    const bool in_pieces = ((reinterpret_cast<size_t>(x) | (size_t(width) * sizeof(Raw))) & 15) == 0;
+    if (ROWS == 1 && in_pieces) {
+        const uint4* from = reinterpret_cast<const uint4*>(x);
+        uint4* to = reinterpret_cast<uint4*>(staged);
+        for (int i = id; i < int(width * sizeof(Raw) / 16); i += threads) to[i] = __ldg(from + i);
+    } else if (ROWS > 1 && sizeof(Raw) == 2 && in_pieces) {
+        // Of each two columns, some threads write the left one first: else half of the banks would wait.
+        const bool swapped = ((id ^ (id >> 2)) & 1) != 0;
+        for (int i = id; i < width / 2; i += threads) {
+            Column<ROWS> left, right;
+            for (int r = 0; r < ROWS; ++r) {
+                const u32 pair = r < rows ? __ldg(reinterpret_cast<const u32*>(x + size_t(r) * width) + i) : 0;
+                left.of[r] = Raw(pair & 0xFFFF);
+                right.of[r] = Raw(pair >> 16);
+            }
+            staged[2 * i + swapped] = swapped ? right : left;
+            staged[2 * i + !swapped] = swapped ? left : right;
+        }
+    } else {
+        for (int i = id; i < width; i += threads) {
+            Column<ROWS> column;
+            for (int r = 0; r < ROWS; ++r) column.of[r] = r < rows ? __ldg(x + size_t(r) * width + i) : Raw(0);
+            staged[i] = column;
+        }
+    }
+}
+
+// A term's entries in fours, from addresses that eight divides.
+struct Entries {
+    const uint2* fours;
+    const unsigned char* levels;
+    // How many places there are in the first four before the first entry.
+    int before;
+
+    __device__ Entries(const u16* entries, const unsigned char* given) {
+        before = int(reinterpret_cast<size_t>(entries) >> 1) & 3;
+        fours = reinterpret_cast<const uint2*>(entries - before);
+        levels = given;
+    }
+
+    // AHEAD fours from `four` on, `apart` from each other; what lies beyond the place `stop` is not read.
+    template <int AHEAD>
+    __device__ void read(uint2 (&found)[AHEAD], int four, int apart, int stop) const {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            found[i] = 4 * (four + i * apart) < stop ? __ldg(fours + four + i * apart) : uint2{0, 0};
+    }
+};
+
+// Adds what the fours say; entries outside of start to stop meet the column of zeros. No branches: reads of shared memory
+// must not wait for each other.
+template <int ROWS, int AHEAD, bool LEVELS>
+__device__ void add_fours(
+    float (&sums)[ROWS], const uint2 (&found)[AHEAD], const Entries& entries, Place staged, u32 zeros, int four, int start,
+    int stop
+) {
+    constexpr u32 SIZE = ROWS * sizeof(Raw);
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int place = 4 * (four + i * Shape<ROWS>::SHARERS), first = start - place, end = stop - place;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const u32 word = j < 2 ? found[i].x : found[i].y, entry = j % 2 ? word >> 16 : word;
+            // Only the very first four may have places before the start.
+            const bool there = j < end && (i > 0 || j >= first);
+            const u32 offset = there ? (entry & 0xFFFE) * (SIZE / 2) : zeros;
+            float factor = __uint_as_float(0x3F800000u | (entry << 31));
+            if (LEVELS && entries.levels && there) factor *= float(__ldg(entries.levels + (place + j - entries.before)));
+            float values[ROWS];
+            read_column<ROWS>(values, staged + offset);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) sums[r] = fmaf(values[r], factor, sums[r]);
+        }
+    }
+}
+
+// The sum over the threads that share a list: sharer s gets that of row s / (SHARERS / ROWS). Each exchange halves the
+// rows that a thread still adds up.
+template <int ROWS>
+__device__ float shared_sum(float (&sums)[ROWS]) {
+    int rows = ROWS;
+#pragma unroll
+    for (int apart = Shape<ROWS>::SHARERS / 2; apart; apart /= 2) {
+        if (rows > 1) {
+            rows /= 2;
+            const bool upper = (threadIdx.x & apart) != 0;
+#pragma unroll
+            for (int r = 0; r < ROWS / 2; ++r) {
+                if (r >= rows) break;
+                const float kept = upper ? sums[r + rows] : sums[r];
+                const float given = upper ? sums[r] : sums[r + rows];
+                sums[r] = kept + __shfl_xor_sync(ALL, given, apart);
+            }
+        } else {
+            sums[0] += __shfl_xor_sync(ALL, sums[0], apart);
+        }
+    }
+    return sums[0];
+}
+
+// One term for all lists of a block: totals += weight · x Δᵀ. While a thread adds, what it adds next is on its way.
+template <int ROWS, bool LEVELS>
+__device__ void add_term(
+    float* totals, const Entries& entries, float factor, Place staged, int width, const int* starts, const int* order,
+    int count, int tile
+) {
+    constexpr int SHARERS = Shape<ROWS>::SHARERS, AHEAD = Shape<ROWS>::AHEAD, STEP = Shape<ROWS>::STEP;
+    constexpr int EACH = SHARERS / ROWS;
+    const u32 zeros = u32(width) * ROWS * sizeof(Raw);
+    const int sharer = threadIdx.x % SHARERS, own = threadIdx.x % WARP / SHARERS;
+    const int stride = blockDim.x / WARP * Shape<ROWS>::LISTS;
+    int list = threadIdx.x / WARP * Shape<ROWS>::LISTS + own;
+    int start = list < count ? starts[list] + entries.before : 0;
+    int stop = list < count ? starts[list + 1] + entries.before : 0;
+    uint2 found[AHEAD];
+    entries.read<AHEAD>(found, start / 4 + sharer, SHARERS, stop);
+    for (; list - own < count; list += stride) {
+        const int next = list + stride;
+        const int next_start = next < count ? starts[next] + entries.before : 0;
+        const int next_stop = next < count ? starts[next + 1] + entries.before : 0;
+        float sums[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[r] = 0;
+        int four = start / 4 + sharer;
+        for (bool is_last = false; !is_last; four += STEP) {
+            is_last = !__any_sync(ALL, 4 * (four - sharer + STEP) < stop);
+            uint2 coming[AHEAD];
+            entries.read<AHEAD>(
+                coming, is_last ? next_start / 4 + sharer : four + STEP, SHARERS, is_last ? next_stop : stop
+            );
+            add_fours<ROWS, AHEAD, LEVELS>(sums, found, entries, staged, zeros, four, start, stop);
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) found[i] = coming[i];
+        }
+        const float sum = shared_sum<ROWS>(sums);
+        if (list < count && sharer % EACH == 0) totals[sharer / EACH * tile + order[list]] += sum * factor;
+        start = next_start;
+        stop = next_stop;
+    }
+}
+
+// y += Σ weight · x Δᵀ for up to ROWS rows of one chunk × `tile` weight rows, a multiple of 32; tables as `gpu_tables` has
+// them. Grid: tiles of weight rows, chunks, passes of ROWS rows. Shared memory: see `Lists` in gpu_cuda.py.
+template <int ROWS, bool LEVELS>
+__device__ void add(Raw* y, const Raw* x, const i64* chunks, const i64* terms, int out, int width, int tile) {
+    const i64* chunk = chunks + 4 * blockIdx.y;
+    const i64 first_row = chunk[0] + i64(blockIdx.z) * ROWS;
+    const int rows = int(chunk[1] - first_row < ROWS ? chunk[1] - first_row : ROWS);
+    if (rows <= 0) return;
+    const int id = threadIdx.x, threads = blockDim.x;
+    const int base = blockIdx.x * tile, count = out - base < tile ? out - base : tile;
+    Column<ROWS>* staged = reinterpret_cast<Column<ROWS>*>(room);
+    float* totals = reinterpret_cast<float*>(room + (size_t(width + 1) * sizeof(Column<ROWS>) + 15) / 16);
+    int* starts = reinterpret_cast<int*>(totals + ROWS * tile);
+    int* order = starts + tile + 1;
+
+    for (i64 t = chunk[2]; t < chunk[3]; ++t) {
+        const i64* term = terms + 8 * t;
+        if (t > chunk[2]) __syncthreads();
+        const float factor = __uint_as_float(u32(term[1]));
+        const Entries entries(reinterpret_cast<const u16*>(term[6]), reinterpret_cast<const unsigned char*>(term[7]));
+        const int* all_order = reinterpret_cast<const int*>(term[4]) + base;
+        const int* all_starts = reinterpret_cast<const int*>(term[5]) + base;
+        for (int i = id; i <= count; i += threads) {
+            starts[i] = __ldg(all_starts + i);
+            if (i < count) order[i] = __ldg(all_order + i) - base;
+        }
+        if (t == chunk[2]) {
+            for (int i = id; i < ROWS * tile; i += threads) totals[i] = 0;
+            stage<ROWS>(staged, x + first_row * width, rows, width);
+        }
+        __syncthreads();
+        add_term<ROWS, LEVELS>(totals, entries, factor, place_of(staged), width, starts, order, count, tile);
+    }
+    __syncthreads();
+    for (int i = id; i < rows * tile; i += threads) {
+        const int row = i / tile, column = i % tile;
+        if (column >= count) continue;
+        Raw* target = y + (first_row + row) * out + base + column;
+        *target = TYPE::rounded(TYPE::read(*target) + totals[i]);
+    }
+}
+
+// Of a block, at most.
+constexpr int THREADS = 512;
+
+#define ADD(ROWS)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                   \
+    add_lists_##ROWS(Raw* y, const Raw* x, const i64* chunks, const i64* terms, int out, int width, int tile) {          \
+        add<ROWS, false>(y, x, chunks, terms, out, width, tile);                                                         \
+    }                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                   \
+    add_levels_##ROWS(Raw* y, const Raw* x, const i64* chunks, const i64* terms, int out, int width, int tile) {         \
+        add<ROWS, true>(y, x, chunks, terms, out, width, tile);                                                          \
+    }
+
+ADD(1)
+ADD(2)
+ADD(4)
+ADD(8)
+
+// Bytes of a row that a warp changes at a time, in shared memory.
+constexpr int PIECE_BYTES = 2048;
+constexpr int PIECE = PIECE_BYTES / sizeof(Raw);
+constexpr u32 NONE = 0xFFFFFFFFu;
+
+// out = pristine + weight · Δ, rounded once, without fused multiply-adds, which round differently from the reference.
+// One warp per list, whose row it copies. Shared memory: PIECE_BYTES for each warp.
+//
+// first_row: what `order` calls the first of the rows.
+extern "C" __global__ void __launch_bounds__(256)
+merge_lists(Raw* out, const Raw* pristine, const i64* term, int first_row, int rows, int width) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int list = blockIdx.x * (blockDim.x / WARP) + warp;
+    if (list >= rows) return;
+    const float factor = __uint_as_float(u32(term[1]));
+    const i64 row = __ldg(reinterpret_cast<const int*>(term[4]) + list) - first_row;
+    const int* starts = reinterpret_cast<const int*>(term[5]) + list;
+    const u16* entries = reinterpret_cast<const u16*>(term[6]);
+    const unsigned char* levels = reinterpret_cast<const unsigned char*>(term[7]);
+    uint4* vectors = room + warp * (PIECE_BYTES / 16);
+    Raw* piece = reinterpret_cast<Raw*>(vectors);
+    const Raw* from = pristine + row * width;
+    Raw* to = out + row * width;
+    const size_t places = reinterpret_cast<size_t>(from) | reinterpret_cast<size_t>(to) | size_t(width) * sizeof(Raw);
+    const bool in_vectors = (places & 15) == 0;
+    int at = __ldg(starts);
+    const int stop = __ldg(starts + 1);
+    u32 entry = at + lane < stop ? __ldg(entries + at + lane) : NONE;
+    for (int begin = 0; begin < width; begin += PIECE) {
+        const int size = width - begin < PIECE ? width - begin : PIECE;
+        if (in_vectors) {
+            const uint4* source = reinterpret_cast<const uint4*>(from + begin);
+            const int count = int(size * sizeof(Raw) / 16);
+            uint4 read[PIECE_BYTES / 16 / WARP];
+#pragma unroll
+            for (int i = 0; i < PIECE_BYTES / 16 / WARP; ++i)
+                if (i * WARP + lane < count) read[i] = __ldg(source + i * WARP + lane);
+#pragma unroll
+            for (int i = 0; i < PIECE_BYTES / 16 / WARP; ++i)
+                if (i * WARP + lane < count) vectors[i * WARP + lane] = read[i];
+        } else {
+            for (int i = lane; i < size; i += WARP) piece[i] = from[begin + i];
+        }
+        __syncwarp();
+        for (;;) {
+            const bool here = entry != NONE && int(entry >> 1) < begin + size;
+            if (here) {
+                float value = entry & 1 ? -factor : factor;
+                if (levels) value = __fmul_rn(value, float(__ldg(levels + at + lane)));
+                Raw& place = piece[int(entry >> 1) - begin];
+                place = TYPE::rounded(__fadd_rn(TYPE::read(place), value));
+            }
+            const int done = __popc(__ballot_sync(ALL, here));
+            if (done == 0) break;
+            at += done;
+            entry = at + lane < stop ? __ldg(entries + at + lane) : NONE;
+            if (done < WARP) break;
+        }
+        __syncwarp();
+        if (in_vectors) {
+            uint4* target = reinterpret_cast<uint4*>(to + begin);
+            for (int i = lane; i < int(size * sizeof(Raw) / 16); i += WARP) target[i] = vectors[i];
+        } else {
+            for (int i = lane; i < size; i += WARP) to[begin + i] = piece[i];
+        }
+        __syncwarp();
+    }
+}
