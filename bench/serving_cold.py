@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench.report import Bar, Row, bar
 from bench.serving_stock import Stock, forget
@@ -87,8 +88,9 @@ def decode_seconds(stored: Stock, engine: TransformersEngine, digest: str, round
     """What the loader takes for a file that is in memory, where nothing else runs."""
     device = choose_device("cpu")
     kernels = backend("auto", device, CACHE.parent)
-    transcode = kernels.transcode if kernels.name == "cpu" else None  # as the engine does
-    loader = ExpertLoader(engine.base.manifest, device, stored.store.read, HostTier(0), transcode=transcode)
+    kernels.prepare(getattr(torch, engine.base.dtype), device)  # all as the engine does
+    how = None, kernels.transcode if kernels.name == "cpu" else None, kernels.lists_below
+    loader = ExpertLoader(engine.base.manifest, device, stored.store.read, HostTier(0), *how)
     taken = []
     for _ in range(rounds + 1):
         began = time.perf_counter()

@@ -101,7 +101,7 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
         apply = fast.kernels.add_coarsely
     delta: dict[Form, Curve] = {}
     patch: dict[Form, float] = {}
-    for form, packed in _synthetic(model, kernels.lanes).items():
+    for form, packed in _synthetic(model, kernels).items():
         out, size = packed.shape
         curve = []
         for rows in _ROWS:
@@ -126,7 +126,7 @@ def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = Non
     return Costs(Curve(tuple(steps)), delta, patch)
 
 
-def _synthetic(model: BaseModel, lanes: int) -> dict[type[PackedDelta], PackedDelta]:
+def _synthetic(model: BaseModel, kernels: Kernels) -> dict[type[PackedDelta], PackedDelta]:
     """A delta of every form, of the shape of the model's largest layer or of some of its rows."""
     layers = [p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in f".{name}"]
     out, size = max(layers, key=math.prod, default=torch.Size((1024, 1024)))
@@ -136,7 +136,7 @@ def _synthetic(model: BaseModel, lanes: int) -> dict[type[PackedDelta], PackedDe
     for density in (0.3, 0.01):
         indices = np.flatnonzero(rng.random(math.prod(shape)) < density).astype(np.int32)
         levels = rng.choice(np.array([-1, 1], np.int8), len(indices))
-        made.append(pack(SparseDelta(shape, indices, levels, 0.01), model.device, lanes))
+        made.append(pack(SparseDelta(shape, indices, levels, 0.01), model.device, kernels.lanes, kernels.lists_below))
     forms: dict[type[PackedDelta], PackedDelta] = {type(delta): delta for delta in made}
     for missing in {BitPlanes, SparseRows, DenseValues} - forms.keys():
         forms[missing] = made[0]  # tensors of this shape never take it: the price of the dense form is an upper bound

@@ -15,6 +15,7 @@ from server.engine.bus import Bus, on
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
 from server.engine.kernels import LoadedDelta, Overwrites, PackedDelta, pack, packed_fields
+from server.engine.kernels.packing import SPARSE_BELOW
 from server.engine.parcel import Parcel, parcel_bytes, wrap
 from store.checkpoint import Checkpoint
 from store.deltas import OverwriteDelta
@@ -50,6 +51,7 @@ class ExpertLoader:
         base: the base's weights as they are on disk; experts that overwrite weights need them.
         transcode: `Kernels.transcode`, where the device decodes, or the host in native code; None decodes in NumPy. A
             GPU's temporary tensors take memory besides the expert's: where there is none, the host decodes.
+        lists_below: `Kernels.lists_below`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ExpertLoader:
         host: HostTier,
         base: Checkpoint | None = None,
         transcode: Transcode | None = None,
+        lists_below: float = SPARSE_BELOW,
     ) -> None:
         self._manifest = manifest
         self._base = base
@@ -67,6 +70,7 @@ class ExpertLoader:
         """Types that all of the base's weights are known to be numbers of."""
         self._device = device
         self._transcode = transcode
+        self._lists_below = lists_below
         self._read = read
         self.host = host
         self._in_place = device.type == "cpu"
@@ -80,7 +84,7 @@ class ExpertLoader:
     def decoded_bytes(self, digest: str) -> int:
         """See `ExpertSource.decoded_bytes`. What host memory holds need not be looked for in the store."""
         kept = self.host.bytes_of(digest)
-        return kept if kept is not None else _decoded_bytes(read_header(self._read(digest)))
+        return kept if kept is not None else _decoded_bytes(read_header(self._read(digest)), self._lists_below)
 
     def load(self, digest: str) -> DecodedExpert:
         """See `ExpertSource.load`.
@@ -182,9 +186,14 @@ class ExpertLoader:
                     yield name, transcode(name, tensor, device)
                     continue
                 delta = tensor.decode(name)
-                yield name, self._overwrites(name, delta) if isinstance(delta, OverwriteDelta) else pack(delta, _CPU)
+                yield (
+                    name,
+                    self._overwrites(name, delta)
+                    if isinstance(delta, OverwriteDelta)
+                    else pack(delta, _CPU, lists_below=self._lists_below),
+                )
 
-        return wrap(digest, _decoded_bytes(read_header(data)), packed(), device)
+        return wrap(digest, _decoded_bytes(read_header(data), self._lists_below), packed(), device)
 
     def _overwrites(self, name: str, delta: OverwriteDelta) -> Overwrites:
         if self._base is None:
@@ -208,7 +217,7 @@ class ExpertLoader:
         return moved
 
 
-def _decoded_bytes(header: ExpertHeader) -> int:
+def _decoded_bytes(header: ExpertHeader, lists_below: float) -> int:
     fields: list[int] = []
     for entry in header.tensors.values():
         if isinstance(entry, OverwriteEntry):
@@ -216,5 +225,5 @@ def _decoded_bytes(header: ExpertHeader) -> int:
         elif isinstance(entry, DenseEntry):
             fields += packed_fields(entry.shape, None)
         else:
-            fields += packed_fields(entry.shape, entry.nnz, entry.params.get("top", 1))
+            fields += packed_fields(entry.shape, entry.nnz, entry.params.get("top", 1), lists_below)
     return parcel_bytes(fields)

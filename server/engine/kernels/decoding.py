@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from server.engine.kernels.packing import form_of
+from server.engine.kernels.packing import SPARSE_BELOW, form_of
 from server.engine.kernels.types import BLOCK, BitPlanes, SparseRows, rows_and_columns
 from store.packed import PackedLevels, PackedTernary
 from store.positions import BITMAP, MAX_K, MIN_K, RICE, RICE_ZEROS
@@ -29,8 +29,8 @@ class Decoder:
         self._planes.argtypes = (*common, pointer)
         self._sparse.argtypes = (*common, pointer, pointer, pointer)
 
-    def decode(self, tensor: PackedTernary) -> BitPlanes | SparseRows | None:
-        """`pack(tensor.decode(...), lanes=LANES)`, bit for bit.
+    def decode(self, tensor: PackedTernary, lists_below: float = SPARSE_BELOW) -> BitPlanes | SparseRows | None:
+        """`pack(tensor.decode(...), lanes=LANES, lists_below=lists_below)`, bit for bit.
 
         Returns:
             None where only `tensor.decode` will do: levels other than ±1, vectors, layouts that are not known here,
@@ -45,7 +45,7 @@ class Decoder:
             return None
         rows, columns = rows_and_columns(shape)
         payload = (encoded.payload, len(encoded.payload), layout, k, tensor.nnz, rows, columns)
-        form = form_of(shape, tensor.nnz, 1)
+        form = form_of(shape, tensor.nnz, 1, lists_below)
         if form is BitPlanes:
             words = torch.empty(-(-rows // BLOCK), 1, -(-columns // BLOCK), 2, BLOCK, dtype=torch.int32)
             good = self._planes(*payload, words.data_ptr())

@@ -20,7 +20,7 @@ from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
 from server.engine.kernels.gpu_rounding import INTERPRETED
 from server.engine.kernels.gpu_tables import Launch, Plans, term_fields
-from server.engine.kernels.packing import pack
+from server.engine.kernels.packing import SPARSE_BELOW, pack
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import (
     BLOCK,
@@ -90,6 +90,7 @@ class TritonKernels:
     name = "triton"
     fuse_rows: int | None = FUSE_ROWS
     lanes = 1
+    lists_below = SPARSE_BELOW
 
     def __init__(self, lists: CudaLists | None = None) -> None:
         """Args:

@@ -16,18 +16,21 @@ _MOST_COLUMNS = 1 << 15
 """Entries of `SparseRows` are 16 bits: a column and a sign."""
 
 
-def pack(delta: SparseDelta | DenseDelta, device: torch.device, lanes: int = 1) -> PackedDelta:
+def pack(
+    delta: SparseDelta | DenseDelta, device: torch.device, lanes: int = 1, lists_below: float = SPARSE_BELOW
+) -> PackedDelta:
     """A decoded delta in the form that mixed mode reads fastest, on the device.
 
     Vectors (norms, biases) and dense deltas are kept as float32; the others by density.
 
     Args:
         lanes: how many lists lie abreast, see `SparseRows`.
+        lists_below: see `packed_fields`.
     """
     if not isinstance(delta, SparseDelta):
         return DenseValues(torch.from_numpy(delta.values).to(device))
     top = int(np.abs(delta.levels.astype(np.int16)).max(initial=1))
-    form = form_of(delta.shape, len(delta.indices), top)
+    form = form_of(delta.shape, len(delta.indices), top, lists_below)
     if form is DenseValues:
         values = np.zeros(delta.shape, np.float32)
         values.reshape(-1)[delta.indices] = delta.levels * np.float32(delta.scale)
@@ -42,16 +45,19 @@ def packed_bytes(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) ->
     return sum(packed_fields(shape, nnz, top_level))
 
 
-def packed_fields(shape: tuple[int, ...], nnz: int | None, top_level: int = 1) -> tuple[int, ...]:
+def packed_fields(
+    shape: tuple[int, ...], nnz: int | None, top_level: int = 1, lists_below: float = SPARSE_BELOW
+) -> tuple[int, ...]:
     """Bytes of each of the tensors that `pack` will make of one delta, in the order of their fields.
 
     Args:
         shape: of the tensor.
         nnz: its nonzeros; None for a dense delta.
         top_level: the largest magnitude among the levels; 1 for ternary deltas.
+        lists_below: density per digit below which it is lists, else planes.
     """
     rows, columns = rows_and_columns(shape)
-    form = DenseValues if nnz is None else form_of(shape, nnz, top_level)
+    form = DenseValues if nnz is None else form_of(shape, nnz, top_level, lists_below)
     if nnz is None or form is DenseValues:
         return (4 * rows * columns,)
     if form is SparseRows:
@@ -111,12 +117,12 @@ def dense(delta: PackedDelta) -> torch.Tensor:
     return gather_rows(delta, torch.arange(rows, device=delta.device)).view(delta.shape)
 
 
-def form_of(shape: tuple[int, ...], nnz: int, top_level: int) -> type[PackedDelta]:
-    """What `pack` makes of a delta with so many nonzeros, the largest of that magnitude."""
+def form_of(shape: tuple[int, ...], nnz: int, top_level: int, lists_below: float = SPARSE_BELOW) -> type[PackedDelta]:
+    """What `pack` makes of a delta with so many nonzeros, the largest of that magnitude; `lists_below` as there."""
     rows, columns = rows_and_columns(shape)
     if len(shape) < 2:
         return DenseValues
-    if columns <= _MOST_COLUMNS and nnz < SPARSE_BELOW * _digits(top_level) * rows * columns:
+    if columns <= _MOST_COLUMNS and nnz < lists_below * _digits(top_level) * rows * columns:
         return SparseRows
     return BitPlanes
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from server.engine.kernels.merging import merge_tensor
-from server.engine.kernels.packing import dense, pack
+from server.engine.kernels.packing import SPARSE_BELOW, dense, pack
 from server.engine.kernels.types import (
     Group,
     LoadedTerm,
@@ -26,6 +26,7 @@ class ReferenceKernels:
     name = "reference"
     fuse_rows: int | None = None
     lanes = 1
+    lists_below = SPARSE_BELOW
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """There is nothing to do."""

@@ -172,6 +172,11 @@ class Kernels(Protocol):
         """Of the lists that it reads fastest."""
         ...
 
+    @property
+    def lists_below(self) -> float:
+        """The density per digit below which it reads lists faster than planes; final once `prepare` has been called."""
+        ...
+
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """Do now what would hold up the first calls on weights of that type; may take many seconds."""
         ...
@@ -217,7 +222,8 @@ class Kernels(Protocol):
         ...
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
-        """`pack(tensor.decode(name), device, self.lanes)`, bit for bit; on the device, where an implementation can.
+        """`pack(tensor.decode(name), device, self.lanes, self.lists_below)`, bit for bit; on the device, where an
+        implementation can.
 
         May be called while another thread uses the other methods, but in Triton's interpreter.
 

@@ -157,3 +157,9 @@ def test_a_shape_that_is_not_the_streams_own_is_refused(decoder: Decoder, layout
     good = laid_out(delta_of(1, (40, 70), 0.3), layout, 3)
     for shape in ((40, 60), (1, 70), (39, 70), (0, 70)):
         assert decoder.decode(replace(good, shape=shape)) is None
+
+
+@pytest.mark.parametrize("below", [0.02, 0.5])
+def test_the_form_is_the_callers_choice(decoder: Decoder, below: float) -> None:
+    tensor = stored(sparse_delta(4, (70, 90), 0.08))
+    assert same(decoder.decode(tensor, below), pack(tensor.decode("t"), CPU, LANES, below))

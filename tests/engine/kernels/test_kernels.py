@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
+from server.engine.kernels.packing import SPARSE_BELOW
+from server.engine.kernels.types import BitPlanes, SparseRows
 from store.deltas import SparseDelta
 from store.errors import ExpertFileError
 from tests.engine.kernels.builders import as_matrix, sparse_delta
@@ -190,3 +192,16 @@ def test_what_is_not_finite_spoils_its_own_row_only(kernels: Kernels) -> None:
         kernels.add_linear(y, x, [Group(*rows, ((1.0, delta),))])
         assert y[3].isnan().any()
         assert not torch.cat([y[:3], y[4:]]).isnan().any()
+
+
+def test_planes_begin_earlier_where_they_are_tiles(folder: Path) -> None:
+    """But not for a base in float32, whose rows may not be rounded."""
+    kernels = CpuKernels(folder)
+    assert kernels.lists_below == SPARSE_BELOW
+    kernels.prepare(torch.float32, CPU)
+    assert kernels.lists_below == SPARSE_BELOW
+    kernels.prepare(torch.bfloat16, CPU)
+    assert kernels.lists_below == (0.06 if kernels.tiles else SPARSE_BELOW)
+    tensor = stored(sparse_delta(1, (64, 96), 0.08))
+    assert isinstance(kernels.transcode("t", tensor, CPU), BitPlanes if kernels.tiles else SparseRows)
+    check_transcode(kernels, tensor)

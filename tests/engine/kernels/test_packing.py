@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.kernels import dense, gather_rows, pack, packed_bytes
+from server.engine.kernels import dense, gather_rows, pack, packed_bytes, packed_fields
 from server.engine.kernels.packing import SPARSE_BELOW
 from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
 from store.deltas import DenseDelta, SparseDelta
@@ -123,3 +123,13 @@ def test_a_ternary_vector_becomes_dense() -> None:
     packed = pack(delta, CPU)
     assert dense(packed).tolist() == [0, 0, 0.25, 0, 0, 0, 0, 0, -0.25]
     assert packed.nbytes == packed_bytes((9,), 2)
+
+
+def test_the_density_where_lists_end_is_the_caller_s() -> None:
+    delta = sparse_delta(1, (64, 64), 0.08)
+    lists, planes = (pack(delta, CPU, lists_below=below) for below in (0.1, 0.06))
+    assert isinstance(lists, SparseRows)
+    assert isinstance(planes, BitPlanes)
+    for below, packed in ((0.1, lists), (0.06, planes)):
+        assert sum(packed_fields((64, 64), len(delta.indices), 1, below)) == packed.nbytes
+    assert torch.equal(dense(lists), dense(planes))
