@@ -387,7 +387,8 @@ def test_captured_steps_have_the_norms_of_their_mixes(forced: pytest.MonkeyPatch
     from server.engine.kernels.gpu import TritonKernels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TritonKernels, "_add", as_launch(TritonKernels._add))
+        for name in ("_add", "absorb"):
+            patch.setattr(TritonKernels, name, as_launch(getattr(TritonKernels, name)))
         for name in ("norm_into", "rotate_into", "gate_into"):
             patch.setattr(gpu_elementwise, name, as_launch(getattr(gpu_elementwise, name)))
         world = test_mixed_graphs.World(tmp_path, "llama")

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -17,21 +16,18 @@ from server.engine.kernels.gpu_bytes import add_bytes, split_rows
 from server.engine.kernels.gpu_cuda import CudaLists
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
 from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
-from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
+from server.engine.kernels.gpu_moving import Mover
 from server.engine.kernels.gpu_rounding import INTERPRETED
-from server.engine.kernels.gpu_tables import Launch, Plans, term_fields
+from server.engine.kernels.gpu_tables import Launch, Plans
 from server.engine.kernels.packing import SPARSE_BELOW, pack
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import (
     BLOCK,
     BitPlanes,
-    DenseValues,
     Group,
-    LoadedDelta,
     LoadedTerm,
     Overwrites,
     PackedDelta,
-    SparseRows,
     Term,
     check_fused,
     check_group,
@@ -50,8 +46,6 @@ _TILE_SUMS = 128 * 32
 _WORDS_PER_SPLIT = 2 * gpu_variants.BYTES_WORDS
 _BLOCKS_PER_PROCESSOR = 1
 """What it takes to keep memory busy; columns are split for it."""
-_SLAB_BYTES = 16 << 20
-"""Of what is put together before it is rounded, or multiplied with: it stays in the L2 cache."""
 _INTERPRETED_PROCESSORS = 4
 
 
@@ -101,7 +95,7 @@ class TritonKernels:
         self._plans = Plans()
         self._devices: dict[torch.device, _Device] = {}
         self._last: _Split | None = None
-        self._terms: WeakKeyDictionary[LoadedDelta, dict[tuple[float, int], torch.Tensor]] = WeakKeyDictionary()
+        self._mover = Mover(lists)
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cuda" or INTERPRETED.value:
@@ -163,7 +157,7 @@ class TritonKernels:
             if len(group.terms) == 1 and isinstance(delta, BitPlanes) and delta.digits == 1:
                 self._fuse(y[rows], x[rows], weight, bias, group.terms)
             else:
-                self._multiply(y[rows], x[rows], weight, bias, group.terms)
+                self._mover.multiply(y[rows], x[rows], weight, bias, group.terms)
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
         packed = [(weight, delta) for weight, delta in terms if not isinstance(delta, Overwrites)]
@@ -174,7 +168,7 @@ class TritonKernels:
         if not (out.is_contiguous() and pristine.is_contiguous() and out.shape == pristine.shape and same):
             raise ValueError("out, pristine and the deltas must be contiguous and of one shape")
         shape = rows_and_columns(tuple(out.shape))
-        self._merge(out.view(shape), pristine.view(shape), packed, 0)
+        self._mover.merge(out.view(shape), pristine.view(shape), packed)
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
         if gpu_transcode.can_transcode(tensor):
@@ -232,66 +226,7 @@ class TritonKernels:
         folded = x.new_empty(rows, pieces * columns)
         fold_rows[(pieces, triton.cdiv(rows, fold["M"]))](folded, x, rows, width, **fold)
         grid = (triton.cdiv(rows, fixed["M"]) * triton.cdiv(out, fixed["N"]),)
-        fused_product[grid](y, folded, weight, bias, self._table(terms, 0), rows, out, width, **fixed)
-
-    def _multiply(
-        self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]
-    ) -> None:
-        """Weights are moved a slab at a time, which torch then multiplies with out of the cache."""
-        for first, slab in _slabs(weight):
-            moved = torch.empty_like(slab)
-            self._merge(moved, slab, terms, first)
-            rows = slice(first, first + len(slab))
-            if bias is None:
-                torch.mm(x, moved.T, out=y[:, rows])
-            else:
-                torch.addmm(bias[rows], x, moved.T, out=y[:, rows])
-
-    def _merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
-        """Of some rows of the deltas, a multiple of 32 from the first."""
-        lists = [isinstance(delta, SparseRows) for _, delta in terms]
-        if not any(lists):
-            self._move_tiles(out, pristine, terms, first_row)
-        elif len(terms) == 1:
-            self._move_lists(out, pristine, terms, first_row)
-        else:
-            for first, slab in _slabs(pristine, itemsize=4):
-                total = torch.zeros(slab.shape, dtype=torch.float32, device=slab.device)
-                for term, is_lists in zip(terms, lists, strict=True):
-                    move = self._move_lists if is_lists else self._move_tiles
-                    move(total, total, [term], first_row + first)
-                out[first : first + len(slab)] = total.add_(slab)
-
-    def _move_tiles(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
-        rows, width = out.shape
-        digits = [delta.digits for _, delta in terms if isinstance(delta, BitPlanes)]
-        dense = any(isinstance(delta, DenseValues) for _, delta in terms)
-        fixed = gpu_variants.tiles(bool(digits), dense, max(digits, default=1) > 1)
-        grid = (triton.cdiv(width, BLOCK * fixed["C"]), triton.cdiv(rows, fixed["R"]))
-        merge_tiles[grid](out, pristine, self._table(terms, first_row), len(terms), rows, width, **fixed)
-
-    def _move_lists(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
-        rows, width = out.shape
-        copies, table = out.data_ptr() != pristine.data_ptr(), self._table(terms, first_row)
-        if copies and self._lists is not None:
-            self._lists.merge(out, pristine, table, first_row)
-            return
-        fixed = gpu_variants.merging(copy=copies)
-        merge_lists[(triton.cdiv(rows, fixed["L"]),)](out, pristine, table, first_row, rows, width, **fixed)
-
-    def _table(self, terms: Sequence[Term], first_row: int) -> torch.Tensor:
-        """Of one term it is kept for as long as its delta lives."""
-        device = terms[0][1].device
-        if len(terms) > 1:
-            fields = [field for weight, delta in terms for field in term_fields(weight, delta, first_row)]
-            return torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
-        weight, delta = terms[0]
-        known = self._terms.setdefault(delta, {})
-        table = known.get((weight, first_row))
-        if table is None:
-            table = torch.tensor(term_fields(weight, delta, first_row), dtype=torch.int64).to(device, non_blocking=True)
-            known[weight, first_row] = table
-        return table
+        fused_product[grid](y, folded, weight, bias, self._mover.table(terms), rows, out, width, **fixed)
 
     def _device(self, device: torch.device) -> _Device:
         known = self._devices.get(device)
@@ -317,10 +252,3 @@ def _splits(tiles: int, width: int, blocks: int) -> int:
     return max(
         splits for splits in gpu_variants.SPLITS if splits == 1 or (splits <= most and tiles * splits < 2 * blocks)
     )
-
-
-def _slabs(matrix: torch.Tensor, itemsize: int | None = None) -> list[tuple[int, torch.Tensor]]:
-    """First rows and the rows from there, multiples of 32 rows of about `_SLAB_BYTES`."""
-    row = matrix.shape[1] * (itemsize or matrix.itemsize)
-    size = max(_SLAB_BYTES // row // BLOCK, 1) * BLOCK
-    return [(first, matrix[first : first + size]) for first in range(0, len(matrix), size)]

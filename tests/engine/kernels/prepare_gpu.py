@@ -15,15 +15,15 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from server.engine.kernels import Group, gpu, pack
+from server.engine.kernels import Group, gpu, gpu_moving, pack
 from server.engine.kernels.gpu_variants import every
 from tests.engine.kernels.builders import sparse_delta
 
 CPU = torch.device("cpu")
-LAUNCHED = (
-    *("add_bytes", "split_rows", "add_lists", "add_sparse", "stage_rows"),
-    *("fold_rows", "fused_product", "merge_tiles", "merge_lists"),
-)
+LAUNCHED = {
+    gpu: ("add_bytes", "split_rows", "add_lists", "add_sparse", "stage_rows", "absorb", "fold_rows", "fused_product"),
+    gpu_moving: ("merge_tiles", "merge_lists"),
+}
 
 
 class Absent:
@@ -61,6 +61,7 @@ def launch_everything(kernels: gpu.TritonKernels, dtype: torch.dtype) -> None:
         weight, bias = torch.zeros(out, width, dtype=dtype), torch.zeros(out, dtype=dtype)
         for terms in ((term,), (term, term)):
             kernels.add_linear(y, x, [Group(0, rows, terms)])
+            kernels.absorb(y, torch.zeros_like(y))
             if density > 0.1:
                 kernels.merge(torch.empty_like(weight), weight, terms)
         kernels.fused_linear(y, x, weight, None, [Group(0, rows, (term,))])
@@ -76,10 +77,11 @@ def main() -> None:
     driver.set_active(Absent())
     for variant in every(torch.bfloat16):
         variant.compile()
-    watched = {name: Unlaunched(getattr(gpu, name)) for name in LAUNCHED}
+    watched = {name: Unlaunched(getattr(home, name)) for home, names in LAUNCHED.items() for name in names}
     before = {name: compiled(unlaunched.kernel) for name, unlaunched in watched.items()}
-    for name, unlaunched in watched.items():
-        setattr(gpu, name, unlaunched)
+    for home, names in LAUNCHED.items():
+        for name in names:
+            setattr(home, name, watched[name])
     launch_everything(gpu.TritonKernels(), torch.bfloat16)
     report = {
         name: {

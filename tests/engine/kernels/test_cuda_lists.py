@@ -20,7 +20,7 @@ from server.engine.kernels import Group, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.types import SparseRows
 from tests.engine.kernels.builders import sparse_delta
-from tests.engine.kernels.comparing import CPU, Terms, allowed, check, check_merge, odd_weights, terms_of
+from tests.engine.kernels.comparing import CPU, Terms, allowed, check, check_fused, check_merge, odd_weights, terms_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
@@ -167,6 +167,15 @@ def test_merging_equals_the_reference_bit_for_bit(
 @pytest.mark.parametrize("top", [1, 9])
 def test_wide_rows_are_merged_piece_by_piece(kernels: TritonKernels, width: int, top: int, dtype: torch.dtype) -> None:
     check_merge(kernels, (37, width), lists((37, width), 0.06, top), dtype, 0.5)
+
+
+def test_slabs_are_moved_alone(kernels: TritonKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows from the middle of a delta, for a product or among other forms."""
+    monkeypatch.setattr("server.engine.kernels.gpu_moving.SLAB_BYTES", 4096)
+    shape = (130, 24)
+    many: Terms = [*lists(shape, 0.05), (0.3, sparse_delta(2, shape, 0.4))]
+    check_fused(kernels, shape, [(0, 5, lists(shape, 0.05, 3)), (1, 2, many)], torch.bfloat16, bias=True)
+    check_merge(kernels, shape, many, torch.bfloat16, 0.0)
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_120"])

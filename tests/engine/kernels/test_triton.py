@@ -120,7 +120,7 @@ def test_merging_equals_the_reference_bit_for_bit(kernels: Kernels, data: st.Dat
 
 
 def test_large_tensors_go_through_the_cache_in_slabs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.kernels.gpu._SLAB_BYTES", 4096)
+    monkeypatch.setattr("server.engine.kernels.gpu_moving.SLAB_BYTES", 4096)
     shape = (130, 24)
     terms: Terms = [(w, sparse_delta(i, shape, d, top=t)) for i, (w, d, t) in enumerate([(1, 0.05, 1), (0.3, 0.4, 5)])]
     terms.append((0.7, DenseDelta(np.random.default_rng(0).standard_normal(shape, np.float32))))
