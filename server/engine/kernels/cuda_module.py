@@ -20,14 +20,14 @@ _OLDEST = (7, 0)
 
 
 class CudaModule:
-    """The kernels of one source file on one device.
+    """The kernels of some source files, one after the other, on one device.
 
     Attributes:
         processors: streaming multiprocessors.
         shared_per_block, shared_per_processor: bytes of shared memory.
     """
 
-    def __init__(self, source: Path, defines: dict[str, str], device: torch.device) -> None:
+    def __init__(self, sources: tuple[Path, ...], defines: dict[str, str], device: torch.device) -> None:
         """Raises:
         ImportError: cuda-bindings is not installed; PyTorch for CUDA brings it from 2.10 on.
         RuntimeError: the compiler or the driver does not take it; says why.
@@ -51,7 +51,7 @@ class CudaModule:
             self.shared_per_block = limit("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
             self.shared_per_processor = limit("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
             architecture = "sm_{}{}".format(*capability)
-            self._module = _of(driver.cuModuleLoadData(compiled(source, tuple(sorted(defines.items())), architecture)))
+            self._module = _of(driver.cuModuleLoadData(compiled(sources, tuple(sorted(defines.items())), architecture)))
         self._functions: dict[str, Any] = {}
 
     def launch(
@@ -86,8 +86,8 @@ class CudaModule:
 
 
 @cache
-def compiled(source: Path, defines: tuple[tuple[str, str], ...], architecture: str) -> bytes:
-    """Machine code of a source file, for one architecture: `sm_90`, say.
+def compiled(sources: tuple[Path, ...], defines: tuple[tuple[str, str], ...], architecture: str) -> bytes:
+    """Machine code of source files, one after the other, for one architecture: `sm_90`, say.
 
     Raises:
         ImportError: cuda-bindings is not installed.
@@ -96,14 +96,14 @@ def compiled(source: Path, defines: tuple[tuple[str, str], ...], architecture: s
     from cuda.bindings import nvrtc
 
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
-    text = source.read_text(encoding="utf-8").encode()
-    program = _of(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []))
+    text = "".join(f'#line 1 "{source.name}"\n{source.read_text(encoding="utf-8")}' for source in sources)
+    program = _of(nvrtc.nvrtcCreateProgram(text.encode(), b"kernels.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if status.value:
             said = bytearray(_of(nvrtc.nvrtcGetProgramLogSize(program)))
             nvrtc.nvrtcGetProgramLog(program, said)
-            raise RuntimeError(f"{source.name} does not compile: {said.decode(errors='replace').strip(chr(0))}")
+            raise RuntimeError(f"{sources[-1].name} does not compile: {said.decode(errors='replace').strip(chr(0))}")
         made = bytearray(_of(nvrtc.nvrtcGetCUBINSize(program)))
         _of(nvrtc.nvrtcGetCUBIN(program, made))
         return bytes(made)

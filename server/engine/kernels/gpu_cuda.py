@@ -13,7 +13,7 @@ from server.engine.kernels.cuda_module import ROOM, CudaModule
 from server.engine.kernels.gpu_tables import Launch
 from server.engine.kernels.types import BLOCK
 
-SOURCE = Path(__file__).with_name("lists.cu")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("numbers.cuh", "lists.cu"))
 TYPES = {torch.bfloat16: "Bfloat", torch.float16: "Half", torch.float32: "Float"}
 
 _ROWS = (8, 4, 2, 1)
@@ -105,4 +105,4 @@ class CudaLists:
 
 def cuda_lists() -> CudaLists:
     """Of the GPUs of this machine; compiled when they are first used, for which `module` has an exception."""
-    return CudaLists(lambda dtype, device: CudaModule(SOURCE, {"TYPE": TYPES[dtype]}, device))
+    return CudaLists(lambda dtype, device: CudaModule(SOURCES, {"TYPE": TYPES[dtype]}, device))

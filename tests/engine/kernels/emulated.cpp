@@ -1,5 +1,7 @@
 // `lists.cu` for the CPU: what a launch would run, in `emulation.hpp`'s threads. TYPE is the builder's.
 #include "emulation.hpp"
+#include "numbers.cuh"
+
 #include "lists.cu"
 
 alignas(16) uint4 room[emulation::SHARED / 16];

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from server.engine.kernels.build import load
-from server.engine.kernels.gpu_cuda import SOURCE, TYPES
+from server.engine.kernels.gpu_cuda import SOURCES, TYPES
 
 HERE = Path(__file__).parent
 
@@ -33,9 +33,9 @@ class EmulatedModule:
         self.shared_per_block = self.shared_per_processor = shared
         self.launched: list[str] = []
         # What the kernels are made from must be a part of the name that the library is found by.
-        made_from = SOURCE.read_bytes() + (HERE / "emulation.hpp").read_bytes()
+        made_from = b"".join(path.read_bytes() for path in (*SOURCES, HERE / "emulation.hpp"))
         digest = hashlib.sha256(made_from).hexdigest()[:16]
-        given = f"-I{SOURCE.parent}", f"-DTYPE={TYPES[dtype]}", f"-DDIGEST={digest}"
+        given = f"-I{SOURCES[0].parent}", f"-DTYPE={TYPES[dtype]}", f"-DDIGEST={digest}"
         flags = (*given, "-std=c++20", "-Wno-unknown-pragmas", "-Wno-unused", "-ffp-contract=off")
         self._library = load(folder, flags=flags, sources=(HERE / "emulated.cpp",))
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import Group, pack
 from server.engine.kernels.build import BuildError
+from server.engine.kernels.gpu_tables import Launch
 from server.engine.kernels.types import SparseRows
 from tests.engine.kernels.builders import sparse_delta
 from tests.engine.kernels.comparing import CPU, Terms, allowed, check, check_fused, check_merge, odd_weights, terms_of
@@ -28,7 +29,7 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
 
 from server.engine.kernels.cuda_module import compiled
 from server.engine.kernels.gpu import TritonKernels
-from server.engine.kernels.gpu_cuda import SOURCE, TYPES, CudaLists
+from server.engine.kernels.gpu_cuda import SOURCES, TYPES, CudaLists
 from tests.engine.kernels.emulated import EmulatedModule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +57,9 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
         for dtype in DTYPES:
             EmulatedModule(folder, dtype, KIB)
     except BuildError as error:
-        pytest.skip(f"cannot be emulated here: {error}")
+        if "no C++ compiler" in str(error) or "_Float16" in str(error):
+            pytest.skip(f"cannot be emulated here: {error}")
+        raise
     return make
 
 
@@ -111,6 +114,17 @@ def test_what_does_not_fit_is_left_to_triton(maker: Maker) -> None:
 def test_terms_of_several_forms_are_summed_up_in_float32(kernels: TritonKernels) -> None:
     terms: Terms = [*lists((70, 90), 0.05), (0.5, sparse_delta(2, (70, 90), 0.4))]
     check(kernels, (70, 90), [(1, 3, terms), (0, 6, terms)], torch.bfloat16)
+
+
+def test_chunks_without_rows_or_terms_leave_y_alone(kernels: TritonKernels) -> None:
+    """Tables are padded with them."""
+    table = torch.tensor([[3, 3, 0, 1], [0, 2, 1, 1]]).view(-1)
+    y = torch.randn(4, 40)
+    before = y.clone()
+    kernels.add_launches(
+        y, torch.randn(4, 60), [Launch(True, 16, 2, True, False, torch.cat([table, torch.zeros(8)]).long())]
+    )
+    assert torch.equal(y, before)
 
 
 def test_many_weight_rows_are_shared_among_blocks(kernels: TritonKernels) -> None:
@@ -182,7 +196,7 @@ def test_slabs_are_moved_alone(kernels: TritonKernels, monkeypatch: pytest.Monke
 def test_the_compiler_for_gpus_takes_them(architecture: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
     for name in TYPES.values():
-        assert len(compiled(SOURCE, (("TYPE", name),), architecture)) > 10_000
+        assert len(compiled(SOURCES, (("TYPE", name),), architecture)) > 10_000
 
 
 def test_what_does_not_compile_says_why(tmp_path: Path) -> None:
@@ -190,4 +204,4 @@ def test_what_does_not_compile_says_why(tmp_path: Path) -> None:
     path = tmp_path / "wrong.cu"
     path.write_text("this is no program")
     with pytest.raises(RuntimeError, match=r"wrong\.cu does not compile: .*wrong\.cu\(1\): error"):
-        compiled(path, (), "sm_90")
+        compiled((path,), (), "sm_90")
