@@ -63,7 +63,7 @@ class _House:
             self.host.put(dataclasses.replace(template, digest=digest, buffer=buffer), 0.0)
         self.tell("copied")
         self.host.settle()
-        self.locked = template.buffer.is_pinned()
+        self.locked = all(map(self.host.is_locked, self.digests))
         self.tell("both in page-locked memory" if self.locked else "both in memory that is not page-locked")
 
     def tell(self, done: str) -> None:

@@ -64,6 +64,13 @@ class HostTier:
             entry = self._entries.get(digest)
         return None if entry is None else entry.parcel.nbytes
 
+    def is_locked(self, digest: str) -> bool:
+        """Whether an expert is here, in page-locked memory. A tensor's `is_pinned` asks where its storage begins, which
+        in large pages is before what is locked."""
+        with self._lock:
+            entry = self._entries.get(digest)
+        return entry is not None and entry.locked
+
     @contextmanager
     def reading(self, digest: str) -> Iterator[Parcel | None]:
         """Look an expert up and hold it, in one step; None if it is not here."""

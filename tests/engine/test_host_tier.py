@@ -148,6 +148,7 @@ def test_random_use_keeps_the_books(seed: int, page_locked: bool, monkeypatch: p
         there = {id(entry.parcel): entry.parcel for entry in tier._entries.values()}
         there |= {id(kept): kept for kept, _ in readers}
         assert tier.used_bytes == sum(kept.nbytes for kept in there.values()) <= 8 * UNIT
+        assert {name for name in "abcdefgh" if tier.is_locked(name)} == (set(tier._entries) if page_locked else set())
         if page_locked:
             assert runtime.locked == {kept.buffer.data_ptr() for kept in there.values()}
     for _, reading in readers:
