@@ -178,7 +178,7 @@ def test_many_mixes_beside_the_base(world: World, prompts: list[list[int]], mixe
 
 
 @pytest.mark.parametrize("mix", range(5))
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
 def test_half_precision(halves: World, mix: int, rows: int) -> None:
     """As near as rounding permits, with weights moved for prompts and deltas beside the products of few rows."""
     both = []

@@ -14,7 +14,10 @@ void switchyard_add_linear(float* y, const float* x, int64_t out, int64_t in, co
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
-    for (int t = 0; t < threads; t++) share(call, terms, end, threads, line * t / threads, line * (t + 1) / threads);
+    for (int t = 0; t < threads; t++) {
+        forget_split();
+        share(call, terms, end, threads, line * t / threads, line * (t + 1) / threads);
+    }
 }
 
 // What the tables of the few-rows path hold: 16, 8, or 0 where it is not built.

@@ -17,6 +17,9 @@ constexpr int64_t AHEAD_TILED = 2048;        // numbers after those that are rea
 constexpr float MOST_TILED = 127 * 256 + 127;
 
 thread_local Scratch bytes;
+// What `bytes` was made of, if that is still there: the products of a step that read the same rows share it.
+thread_local const float* split_from;
+thread_local int64_t split_rows, split_columns;
 
 // Where the columns of 64 come to lie: byte q of a tile's row has those of the bytes q of words, see `widen_words`.
 inline __m512i columns_tiled() {
@@ -136,6 +139,9 @@ inline void add_block(const int32_t* sums, int64_t rows, int64_t most, const flo
     }
 }
 
+// To be called when what is read may have changed.
+inline void forget_split() { split_from = nullptr; }
+
 // What the planes among the terms add to the rows [start, stop), for the weight rows of the blocks [first, last).
 void add_planes_tiled(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
                       int64_t last) {
@@ -144,10 +150,14 @@ void add_planes_tiled(const Call& call, const Term* terms, const Term* end, int6
     int64_t size = tiles * 2 * most * WIDTH;
     float* units = bytes.floats(parts * (SIDE + size / int64_t(sizeof(float))));
     uint8_t* x = reinterpret_cast<uint8_t*>(units + parts * SIDE);
-    std::memset(x, 0, parts * size);  // rows that only fill a part
-    for (int64_t r = 0; r < rows; r++) {
-        uint8_t* high = x + r / most * size + r % most * 2 * WIDTH;
-        units[r] = split_row(call.x + (start + r) * call.in, call.in, 2 * most * WIDTH, high, high + WIDTH);
+    const float* from = call.x + start * call.in;
+    if (split_from != from || split_rows != rows || split_columns != call.in) {
+        std::memset(x, 0, parts * size);  // rows that only fill a part
+        for (int64_t r = 0; r < rows; r++) {
+            uint8_t* high = x + r / most * size + r % most * 2 * WIDTH;
+            units[r] = split_row(from + r * call.in, call.in, 2 * most * WIDTH, high, high + WIDTH);
+        }
+        split_from = from, split_rows = rows, split_columns = call.in;
     }
     alignas(64) int32_t sums[2 * 2 * SIDE * SIDE];
     Tiles used(true, 2 * most);
@@ -181,6 +191,14 @@ void planes_by_tiles(const Call& call, const Term* terms, const Term* end, int64
     for (int64_t row = start; row < stop; row += some)
         add_planes_tiled(call, terms, end, row, smaller(row + some, stop), first, last);
 }
+
+}  // namespace
+
+#else
+
+namespace {
+
+inline void forget_split() {}
 
 }  // namespace
 

@@ -62,6 +62,22 @@ Range run_integers(const Operation& op, const Thread& thread, const uint16_t* x,
     return {first, last};
 }
 
+// Whether what is added to a product is cut as the product is, so that nobody waits for others in between: to one group of
+// rows, in blocks of weight rows that are the product's own.
+bool adds_alone(const Operation& op, const Thread& thread) {
+    const Term* end = op.terms + op.term_count;
+    if (!op.term_count || group_end(op.terms, end) < end || moves(op, op.terms, end)) return false;
+    if (op.terms->stop - op.terms->start > LANES * thread.count) return false;  // tables are made for all rows
+#if AMX
+    if (op.dtype == BFLOAT16 && tiled(op.rows, FEW_TILED, op.in_size)) return true;
+#endif
+    return op.dtype >= EIGHT_BITS && 2 * integers::ABREAST % BLOCK == 0;
+}
+
+Call call_of(const Operation& op) {
+    return {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size), op.dtype != FLOAT32};
+}
+
 // `fresh`: whether `halves` must be made anew from op.in.
 void run_product(const Operation& op, const Thread& thread, bool fresh) {
     int64_t stride = padded(op.in_size);
@@ -90,11 +106,16 @@ void run_product(const Operation& op, const Thread& thread, bool fresh) {
         if (op.choices)
             add_vector(op.choices + op.which[r] * op.choice_bytes, op.bias_dtype, y, made.first, made.last);
     }
+    if (adds_alone(op, thread) && made.first < made.last) {
+        Watch watch(spent);
+        some_rows(call_of(op), op.terms, op.terms + op.term_count, op.terms->start, op.terms->stop, made.first / BLOCK,
+                  blocks_of(made.last));
+    }
 }
 
 // What is added beside the products; those of moved weights have it.
 void run_terms(const Operation& op, const Thread& thread) {
-    Call call = {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size), op.dtype != FLOAT32};
+    Call call = call_of(op);
     Watch watch(spent);
     const Term* end = op.terms + op.term_count;
     Term* left = reinterpret_cast<Term*>(chosen.floats(op.term_count * sizeof(Term) / sizeof(float)));
@@ -174,6 +195,7 @@ void run_gate(const Operation& op, const Thread& thread) {
 void run(const Operation* op, const Operation* end, const Rows& rows, const Thread& thread, Barrier& barrier) {
     const Operation* pending = nullptr;  // products since the last wait, some with terms
     const float* rounded_from = nullptr;
+    forget_split();
     for (; op < end; op++) {
         if (op->kind == EMBED) {
             op->dtype == FLOAT32 ? run_embed<float>(*op, thread) : run_embed<Brain>(*op, thread);
@@ -193,7 +215,7 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
         if (!op->waits) continue;
         bool added = false;
         for (; pending && pending <= op; pending++) {
-            if (pending->kind != PRODUCT || !pending->term_count) continue;
+            if (pending->kind != PRODUCT || !pending->term_count || adds_alone(*pending, thread)) continue;
             if (!added) barrier.wait(thread);  // terms are cut in another way than products
             added = true;
             run_terms(*pending, thread);
@@ -201,6 +223,7 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
         pending = nullptr;
         rounded_from = nullptr;
         barrier.wait(thread);
+        forget_split();
     }
 }
 

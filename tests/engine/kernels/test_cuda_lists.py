@@ -1,6 +1,7 @@
 """The kernels in CUDA C++, emulated on the CPU (`emulation.hpp`); `test_kernels` runs them on a GPU.
 
-Where there is the compiler of PyTorch's CUDA wheels, it must take them too: what an emulation runs may be no program.
+Where there is the compiler of PyTorch's CUDA wheels (`pip install cuda-bindings nvidia-cuda-nvrtc`; among the pins it
+would keep torch for CUDA from bringing its own), it must take them too: what an emulation runs may be no program.
 """
 
 from __future__ import annotations
