@@ -89,8 +89,15 @@ def decode_seconds(stored: Stock, engine: TransformersEngine, digest: str, round
     device = choose_device("cpu")
     kernels = backend("auto", device, CACHE.parent)
     kernels.prepare(getattr(torch, engine.base.dtype), device)  # all as the engine does
-    how = None, kernels.transcode if kernels.name == "cpu" else None, kernels.lists_below
-    loader = ExpertLoader(engine.base.manifest, device, stored.store.read, HostTier(0), *how)
+    transcode = kernels.transcode if kernels.name == "cpu" else None
+    loader = ExpertLoader(
+        engine.base.manifest,
+        device,
+        stored.store.read,
+        HostTier(0),
+        transcode=transcode,
+        lists_below=kernels.lists_below,
+    )
     taken = []
     for _ in range(rounds + 1):
         began = time.perf_counter()

@@ -97,8 +97,9 @@ class TransformersEngine:
         kernels = backend(settings.kernels, device, cache_dir)
         kernels.prepare(dtype, device)
         transcode = kernels.transcode if device.type == "cuda" or kernels.name == "cpu" else None
-        source = open_checkpoint(folder), transcode, kernels.lists_below
-        loader = ExpertLoader(self._model.manifest, device, read_expert, host, *source)
+        loader = ExpertLoader(
+            self._model.manifest, device, read_expert, host, open_checkpoint(folder), transcode, kernels.lists_below
+        )
         self._worker = Worker(self._model, kernels, loader, self._outbox, settings)
         self._base = BaseInfo(
             name=name,
