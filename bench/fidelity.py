@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after that long")
     parser.add_argument("--only", default="", help="only cells whose name has this in it")
     parser.add_argument("--report", action="store_true", help="measure nothing, report what there is")
-    parser.add_argument("-n", type=int, default=100, help="held-out rows per score (default 100, at most 200)")
+    parser.add_argument("-n", type=int, default=200, help="held-out rows per score (default 200, which is all)")
     args = parser.parse_args()
     started = time.monotonic()
     tasks = [name for name in TASKS if (args.tuned / name / "finetune.json").is_file()]
