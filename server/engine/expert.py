@@ -1,9 +1,10 @@
-"""A decoded expert: its deltas in packed form on the device, which both modes read."""
+"""A decoded expert: its deltas in packed form on the device, which both modes read; and where such experts come from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.engine.kernels import LoadedDelta
 from server.engine.parcel import Parcel
@@ -27,3 +28,27 @@ class DecodedExpert:
         if self.parcel is not None:
             return self.parcel.nbytes
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class ExpertSource(Protocol):
+    """Where decoded experts come from. The first three are called on the thread of `server.engine.residency` and may block."""
+
+    def decoded_bytes(self, digest: str) -> int:
+        """Bytes that `load` will take on the device, known without decoding."""
+
+    def load(self, digest: str) -> DecodedExpert: ...
+
+    def keep(self, digest: str) -> None:
+        """What `load` gave has been handed out: now is the time for what nobody waits for. Must not raise."""
+
+    def claim(self, digest: str) -> None:
+        """A `load` will follow, whose bytes the device has room for now: what is kept of it need not be kept any more.
+
+        Called on the engine's thread, before `evicted` for those that make the room; must not block.
+        """
+
+    def evicted(self, expert: DecodedExpert) -> None:
+        """The device gives an expert up that may be asked for again. Called on the engine's thread; must not block."""
+
+    def drop(self, digest: str) -> None:
+        """Nobody is to be given this expert any more. Called on the engine's thread; must not block."""

@@ -8,9 +8,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from server.engine.expert import DecodedExpert
+from server.engine.expert import DecodedExpert, ExpertSource
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import Mix
 from store.tiers import Tier, TierMeter, TierStats
@@ -22,30 +22,6 @@ STARVING = 3.0
 """Seconds after which a mix that waits for room has experts in use drained for it."""
 
 Ready = Callable[[SwitchyardError | None], None]
-
-
-class ExpertSource(Protocol):
-    """Where decoded experts come from. The first three are called on the residency's own thread and may block."""
-
-    def decoded_bytes(self, digest: str) -> int:
-        """Bytes that `load` will take on the device, known without decoding."""
-
-    def load(self, digest: str) -> DecodedExpert: ...
-
-    def keep(self, digest: str) -> None:
-        """What `load` gave has been handed out: now is the time for what nobody waits for. Must not raise."""
-
-    def claim(self, digest: str) -> None:
-        """A `load` will follow, whose bytes the device has room for now: what is kept of it need not be kept any more.
-
-        Called on the engine's thread, before `evicted` for those that make the room; must not block.
-        """
-
-    def evicted(self, expert: DecodedExpert) -> None:
-        """The device gives an expert up that may be asked for again. Called on the engine's thread; must not block."""
-
-    def drop(self, digest: str) -> None:
-        """Nobody is to be given this expert any more. Called on the engine's thread; must not block."""
 
 
 @dataclass
@@ -109,6 +85,11 @@ class Residency:
     def experts(self) -> Mapping[str, DecodedExpert]:
         """Every resident expert by digest; always the same object."""
         return self._experts
+
+    @property
+    def loading(self) -> bool:
+        """Whether an expert is being loaded, or about to be."""
+        return len(self._experts) < len(self._slots)
 
     def pins(self) -> Mapping[str, tuple[int, int, bool]]:
         """Digest → bytes, how many requests use it, and whether it is decoded yet."""

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from server.engine.chooser import ModeChooser
+from server.engine.cores import Cores
 from server.engine.costs import calibrate
 from server.engine.executor import Executor
 from server.engine.feature_queue import FeatureQueue
@@ -129,12 +128,12 @@ class Worker:
         return view(self.scheduler, self.residency, self.executor, self._busy_since)
 
     def _run(self) -> None:
-        if self._settings.threads is not None:
-            torch.set_num_threads(self._settings.threads)
+        cores = Cores(self._settings.threads)
         failure: Exception = EngineDeadError("the server is shutting down")
         try:
             while not self._stopping:
                 self._receive()
+                cores.share(self.residency.loading)
                 self._busy_since = time.monotonic()
                 self.features.serve(self.scheduler.decoding, len(self._held))
                 self._step()
@@ -144,6 +143,7 @@ class Worker:
         except Exception:
             log.exception("the engine's thread has failed")
             failure = EngineDeadError("the engine has failed; restart the server")
+        cores.share(False)  # for whatever else this process computes
         self._close_down(failure)
 
     def _close_down(self, failure: Exception) -> None:
