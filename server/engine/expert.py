@@ -1,4 +1,4 @@
-"""A decoded expert: its deltas in packed form on the device, which both modes read; and where such experts come from."""
+"""A decoded expert: its deltas in packed form on the device, which both modes read; and where it comes from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DecodedExpert:
 
 
 class ExpertSource(Protocol):
-    """Where decoded experts come from. The first three are called on the thread of `server.engine.residency` and may block."""
+    """Where decoded experts come from. The first three are called on a thread of their own, and may block."""
 
     def decoded_bytes(self, digest: str) -> int:
         """Bytes that `load` will take on the device, known without decoding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import torch
@@ -33,24 +33,34 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def side_by_side(like: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Zeros of the shapes and types of tensors, in their order, in large pages. What one list has shares its memory."""
+    waiting: list[torch.Tensor] = []
+    for tensor in like:
+        waiting.append(tensor)
+        if _bytes_of(waiting) >= _TOGETHER:
+            yield _beside(waiting)
+            waiting = []
+    yield _beside(waiting)
+
+
 def lay_out(parameters: Iterable[nn.Parameter]) -> None:
     """Put parameters in host memory side by side in large pages, in their order; their values stay as they are."""
-    waiting: list[nn.Parameter] = []
-    for parameter in parameters:
-        waiting.append(parameter)
-        if _bytes_of(waiting) >= _TOGETHER:
-            _move(waiting)
-            waiting = []
-    _move(waiting)
+    owners = list(parameters)
+    moved = iter(owners)
+    for places in side_by_side(owners):
+        for place in places:
+            parameter = next(moved)
+            parameter.data = place.copy_(parameter.data)
 
 
-def _move(parameters: list[nn.Parameter]) -> None:
-    buffer, end = zeros(_bytes_of(parameters)), 0
-    for parameter in parameters:
-        place = buffer[end : end + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        end += aligned(parameter.nbytes)
-        parameter.data = place.copy_(parameter.data)
+def _beside(like: list[torch.Tensor]) -> list[torch.Tensor]:
+    buffer, end, places = zeros(_bytes_of(like)), 0, []
+    for tensor in like:
+        places.append(buffer[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        end += aligned(tensor.nbytes)
+    return places
 
 
-def _bytes_of(parameters: list[nn.Parameter]) -> int:
-    return sum(aligned(parameter.nbytes) for parameter in parameters)
+def _bytes_of(tensors: list[torch.Tensor]) -> int:
+    return sum(aligned(tensor.nbytes) for tensor in tensors)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from server.engine.buffers import Buffers
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import Kernels
 from server.engine.kernels.types import LoadedTerm
@@ -48,18 +49,20 @@ class MergedWeights:
         self._kernels = kernels
         self._pristine = {name: parameter.data for name, parameter in parameters.items()}
         whole = max(1, sum(tensor.nbytes for tensor in self._pristine.values()))
-        self._budget = max(whole, budget_bytes)
+        self._buffers = Buffers(self._pristine, max(whole, budget_bytes))
         self._built: OrderedDict[Mix, dict[str, torch.Tensor]] = OrderedDict()
         """The buffers of every mix that is kept, the one used last at the end."""
-        self._spare: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        """Buffers of mixes that are not kept any more, by parameter."""
-        self.used_bytes = 0
-        self.room = self._budget // whole
+        self.room = self._buffers.budget // whole
         self.current: Mix = BASE_MIX
         self.moved: frozenset[tuple[str, int]] = frozenset()
         """Names of the parameters that point at buffers now, and where these lie."""
         self.switches = self.patches = 0
         self.seconds = 0.0
+
+    @property
+    def used_bytes(self) -> int:
+        """Of memory besides the pristine weights'."""
+        return self._buffers.used_bytes
 
     @property
     def built(self) -> tuple[Mix, ...]:
@@ -94,45 +97,19 @@ class MergedWeights:
             self.seconds += time.perf_counter() - started
 
     def _build(self, mix: Mix, experts: Mapping[str, DecodedExpert]) -> None:
-        names = {name for digest, _ in mix.parts for name in experts[digest].tensors}
-        buffers: dict[str, torch.Tensor] = {}
+        changed = {name for digest, _ in mix.parts for name in experts[digest].tensors}
+        names = [name for name in self._pristine if name in changed]
+        while not self._buffers.has_room(names) and self._built:
+            self._buffers.put_back(self._built.popitem(last=False)[1])
+        buffers = self._buffers.take(names)
         try:
-            for name in names:
-                buffers[name] = self._take(name, names)
             for name, buffer in buffers.items():
                 self._kernels.merge(buffer, self._pristine[name], terms_of(mix, name, experts))
         except BaseException:
-            self._put_back(buffers)
+            self._buffers.put_back(buffers)
             raise
         self._built[mix] = buffers
         self.patches += 1
-
-    def _take(self, name: str, names: Collection[str]) -> torch.Tensor:
-        """A buffer for one of the parameters that a mix changes; the mixes used longest ago are given up for it."""
-        size = self._pristine[name].nbytes
-        while not self._spare[name] and self.used_bytes + size > self._budget:
-            if not self._free(self._spare.keys() - names):
-                if self._built:
-                    self._put_back(self._built.popitem(last=False)[1])
-                else:
-                    self._free(self._spare.keys())
-        if self._spare[name]:
-            return self._spare[name].pop()
-        buffer = torch.empty_like(self._pristine[name])
-        self.used_bytes += size
-        return buffer
-
-    def _free(self, names: Iterable[str]) -> bool:
-        """Give up one spare buffer of these parameters, if there is one."""
-        for name in names:
-            if self._spare[name]:
-                self.used_bytes -= self._spare[name].pop().nbytes
-                return True
-        return False
-
-    def _put_back(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        for name, buffer in buffers.items():
-            self._spare[name].append(buffer)
 
     def _point_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

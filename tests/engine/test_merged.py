@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from server.engine import buffers, large_pages
+from server.engine.buffers import Buffers
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import PackedDelta, Term, backend, pack
 from server.engine.kernels.merging import merge_tensor, merge_tensor_reference
@@ -203,9 +205,41 @@ def test_memory_that_runs_out_half_way_is_not_lost(monkeypatch: pytest.MonkeyPat
         return empty_like(tensor)
 
     with monkeypatch.context() as patch:
+        patch.setattr(buffers, "_in_host_memory", lambda _tensors: False)  # one by one, as on a GPU
         patch.setattr(torch, "empty_like", scarce)
         for _ in range(3):
             with pytest.raises(torch.OutOfMemoryError):
                 merged.apply(Mix.of({"one": 1.0}), library)
     merged.apply(Mix.of({"two": 1.0}), library)
     assert merged.used_bytes == sum(parameter.nbytes for parameter in parameters.values())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_buffers_keep_their_budget_and_never_lie_in_each_other(data: st.DataObject) -> None:
+    """However many parameters each taker wants, and however many share their memory."""
+    shapes = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=6))
+    like = {str(i): torch.empty(shape, dtype=(torch.float32, torch.bfloat16)[i % 2]) for i, shape in enumerate(shapes)}
+    whole = sum(tensor.nbytes for tensor in like.values())
+    budget = whole + data.draw(st.integers(0, 2 * whole))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_pages, "_TOGETHER", data.draw(st.integers(1, 2000)))
+        kept = Buffers(like, budget)
+        held: list[tuple[int, dict[str, torch.Tensor]]] = []
+        for mark in range(data.draw(st.integers(1, 12))):
+            names = data.draw(st.lists(st.sampled_from(sorted(like)), unique=True))
+            while not kept.has_room(names) and held:
+                kept.put_back(held.pop(0)[1])
+            taken = kept.take(names)
+            assert list(taken) == names
+            assert kept.used_bytes <= budget
+            for name, buffer in taken.items():
+                assert (buffer.shape, buffer.dtype) == (like[name].shape, like[name].dtype)
+                buffer.fill_(mark)
+            held.append((mark, taken))
+            for earlier, others in held:
+                assert all(bool((buffer == earlier).all()) for buffer in others.values())
+        for _, others in held:
+            kept.put_back(others)
+        kept.take(like)
+        assert kept.used_bytes <= budget
