@@ -39,17 +39,17 @@ def _triton(device: torch.device, cache_dir: Path | None) -> Kernels | str:
         return f"the device is {device.type}"
     try:
         from server.engine.kernels.gpu import TritonKernels
-        from server.engine.kernels.gpu_cuda import cuda_lists
+        from server.engine.kernels.gpu_cuda import cuda_kernels
     except ImportError:
         return "triton is not installed"
     if cache_dir is not None and device.type == "cuda":
         # Read whenever something is compiled. What an operator has chosen stays.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
     if device.type == "cuda":
-        kernels = TritonKernels(cuda_lists())
+        kernels = TritonKernels(cuda_kernels())
         if not (why := _fault(kernels, device)):
             return kernels
-        log.warning("lists of nonzeros are left to triton, which is slower at them: CUDA C++ %s", why)
+        log.warning("lists and merging are left to triton, which is slower at them: CUDA C++ %s", why)
     kernels = TritonKernels()
     why = _fault(kernels, device)
     return f"triton {why}" if why else kernels

@@ -13,7 +13,7 @@ import triton
 from server.engine.kernels import gpu_transcode, gpu_variants
 from server.engine.kernels.gpu_beside import absorb, add_planes
 from server.engine.kernels.gpu_bytes import add_bytes, split_rows
-from server.engine.kernels.gpu_cuda import CudaLists
+from server.engine.kernels.gpu_cuda import CudaKernels
 from server.engine.kernels.gpu_fused import fold_rows, fused_product
 from server.engine.kernels.gpu_lists import add_lists, add_sparse, stage_rows
 from server.engine.kernels.gpu_moving import Mover
@@ -86,25 +86,25 @@ class TritonKernels:
     lanes = 1
     lists_below = SPARSE_BELOW
 
-    def __init__(self, lists: CudaLists | None = None) -> None:
+    def __init__(self, cuda: CudaKernels | None = None) -> None:
         """Args:
-        lists: what takes lists, if not Triton.
+        cuda: what takes lists and merges of one delta, if not Triton.
         """
-        self._lists = lists
+        self._cuda = cuda
         self._plain = ReferenceKernels()
         self._plans = Plans()
         self._devices: dict[torch.device, _Device] = {}
         self._last: _Split | None = None
-        self._mover = Mover(lists)
+        self._mover = Mover(cuda)
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cuda" or INTERPRETED.value:
             return
         began = time.perf_counter()
         with torch.cuda.device(device):
-            if self._lists is not None:
-                self._lists.module(dtype, device)
-            for variant in gpu_variants.every(dtype, lists=self._lists is None):
+            if self._cuda is not None:
+                self._cuda.module(dtype, device)
+            for variant in gpu_variants.every(dtype, lists=self._cuda is None):
                 variant.compile()
         _log.info("the kernels are compiled: %.1f s", time.perf_counter() - began)
 
@@ -179,7 +179,7 @@ class TritonKernels:
         """Launches on one x, one after the other, share what is made of it: x must not be written to in between."""
         out, width, chunks = y.shape[1], x.shape[1], launch.table
         if launch.sparse:
-            if self._lists is not None and self._lists.add(y, x, launch):
+            if self._cuda is not None and self._cuda.add_lists(y, x, launch):
                 return
             fixed = gpu_variants.sparse(launch.tile, width, launch.one, launch.levels)
             grid = (triton.cdiv(out, fixed["N"]), launch.chunks)

@@ -1,5 +1,5 @@
-"""Lists of nonzeros in CUDA C++ (`lists.cu`), which takes half the time that Triton does, or less: its first lines say
-why."""
+"""What CUDA C++ is faster at than Triton: lists of nonzeros (`lists.cu`), half the time or less, and weights moved by a
+delta alone (`merging.cu`), which also takes the host less to launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.engine.kernels.cuda_module import ROOM, CudaModule
 from server.engine.kernels.gpu_tables import Launch
 from server.engine.kernels.types import BLOCK
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("numbers.cuh", "lists.cu"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("numbers.cuh", "lists.cu", "merging.cu"))
 TYPES = {torch.bfloat16: "Bfloat", torch.float16: "Half", torch.float32: "Float"}
 
 _ROWS = (8, 4, 2, 1)
@@ -26,6 +26,8 @@ _LEAST_THREADS = 128
 _SHARERS = {1: 4, 2: 4, 4: 4, 8: 8}
 """Threads on a list, by rows of a pass."""
 _WARP, _MERGING_WARPS, _PIECE_BYTES = 32, 8, 2048
+_TILE_ROWS, _TILE_COLUMNS, _TILE_THREADS, _APART = 32, 256, 256, 65
+"""Of planes that are merged."""
 
 
 class Module(Protocol):
@@ -40,8 +42,8 @@ class Module(Protocol):
     ) -> None: ...
 
 
-class CudaLists:
-    """Launches on lists, by tables as `gpu_tables` has them."""
+class CudaKernels:
+    """Launches by tables as `gpu_tables` has them."""
 
     def __init__(self, make: Callable[[torch.dtype, torch.device], Module]) -> None:
         """Args:
@@ -57,7 +59,7 @@ class CudaLists:
             known = self._modules[dtype, device] = self._make(dtype, device)
         return known
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, launch: Launch) -> bool:
+    def add_lists(self, y: torch.Tensor, x: torch.Tensor, launch: Launch) -> bool:
         """What `TritonKernels.add_launches` does for one launch on lists; False if x is too wide for shared memory."""
         module = self.module(y.dtype, y.device)
         x = x.to(y.dtype)  # sums of several forms are float32, whatever x is
@@ -89,20 +91,33 @@ class CudaLists:
         module.launch(name, grid, threads, shared(rows, tile), *given)
         return True
 
-    def merge(self, out: torch.Tensor, pristine: torch.Tensor, term: torch.Tensor, first_row: int) -> None:
+    def merge_lists(self, out: torch.Tensor, pristine: torch.Tensor, term: torch.Tensor, first_row: int) -> None:
         """out = pristine + weight · Δ, `[rows, width]`, which must not be the same memory.
 
         Args:
             term: a row of a term table, of lists.
             first_row: what its `order` calls the first of the rows.
         """
-        rows, width = out.shape
-        grid = (-(-rows // _MERGING_WARPS), 1, 1)
-        shared = _MERGING_WARPS * _PIECE_BYTES
-        given = (out, pristine, term, first_row, rows, width)
-        self.module(out.dtype, out.device).launch("merge_lists", grid, _MERGING_WARPS * _WARP, shared, *given)
+        grid = (-(-len(out) // _MERGING_WARPS), 1, 1)
+        self._merge(
+            "merge_lists", grid, _MERGING_WARPS * _WARP, _MERGING_WARPS * _PIECE_BYTES, out, pristine, term, first_row
+        )
+
+    def merge_planes(self, out: torch.Tensor, pristine: torch.Tensor, term: torch.Tensor) -> None:
+        """The same with a term of planes of one digit."""
+        grid = (-(-out.shape[1] // _TILE_COLUMNS), -(-len(out) // _TILE_ROWS), 1)
+        shared = _TILE_COLUMNS // 32 * _APART * 4
+        self._merge("merge_planes", grid, _TILE_THREADS, shared, out, pristine, term, 0)
+
+    def _merge(
+        self, name: str, grid: tuple[int, int, int], threads: int, shared: int, out: torch.Tensor,
+        pristine: torch.Tensor, term: torch.Tensor, first_row: int,
+    ) -> None:  # fmt: skip
+        self.module(out.dtype, out.device).launch(
+            name, grid, threads, shared, out, pristine, term, first_row, *out.shape
+        )
 
 
-def cuda_lists() -> CudaLists:
+def cuda_kernels() -> CudaKernels:
     """Of the GPUs of this machine; compiled when they are first used, for which `module` has an exception."""
-    return CudaLists(lambda dtype, device: CudaModule(SOURCES, {"TYPE": TYPES[dtype]}, device))
+    return CudaKernels(lambda dtype, device: CudaModule(SOURCES, {"TYPE": TYPES[dtype]}, device))

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from server.engine.kernels import gpu_variants
-from server.engine.kernels.gpu_cuda import CudaLists
+from server.engine.kernels.gpu_cuda import CudaKernels
 from server.engine.kernels.gpu_merge import merge_lists, merge_tiles
 from server.engine.kernels.gpu_tables import term_fields
 from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, LoadedDelta, SparseRows, Term
@@ -21,11 +21,11 @@ SLAB_BYTES = 16 << 20
 class Mover:
     """All of its tensors are contiguous matrices on one device."""
 
-    def __init__(self, lists: CudaLists | None) -> None:
+    def __init__(self, cuda: CudaKernels | None) -> None:
         """Args:
-        lists: what takes lists, if not Triton.
+        cuda: what takes a delta alone, if not Triton.
         """
-        self._lists = lists
+        self._cuda = cuda
         self._terms: WeakKeyDictionary[LoadedDelta, dict[tuple[float, int], torch.Tensor]] = WeakKeyDictionary()
 
     def multiply(
@@ -60,6 +60,9 @@ class Mover:
     def _move_tiles(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
         rows, width = out.shape
         digits = [delta.digits for _, delta in terms if isinstance(delta, BitPlanes)]
+        if self._cuda is not None and len(terms) == 1 and digits == [1] and out.data_ptr() != pristine.data_ptr():
+            self._cuda.merge_planes(out, pristine, self.table(terms, first_row))
+            return
         dense = any(isinstance(delta, DenseValues) for _, delta in terms)
         fixed = gpu_variants.tiles(bool(digits), dense, max(digits, default=1) > 1)
         grid = (triton.cdiv(width, BLOCK * fixed["C"]), triton.cdiv(rows, fixed["R"]))
@@ -68,8 +71,8 @@ class Mover:
     def _move_lists(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Term], first_row: int) -> None:
         rows, width = out.shape
         copies, table = out.data_ptr() != pristine.data_ptr(), self.table(terms, first_row)
-        if copies and self._lists is not None:
-            self._lists.merge(out, pristine, table, first_row)
+        if copies and self._cuda is not None:
+            self._cuda.merge_lists(out, pristine, table, first_row)
             return
         fixed = gpu_variants.merging(copy=copies)
         merge_lists[(triton.cdiv(rows, fixed["L"]),)](out, pristine, table, first_row, rows, width, **fixed)

@@ -1,8 +1,9 @@
-// `lists.cu` for the CPU: what a launch would run, in `emulation.hpp`'s threads. TYPE is the builder's.
+// Kernels in CUDA C++ for the CPU: what a launch would run, in `emulation.hpp`'s threads. TYPE is the builder's.
 #include "emulation.hpp"
 #include "numbers.cuh"
 
 #include "lists.cu"
+#include "merging.cu"
 
 alignas(16) uint4 room[emulation::SHARED / 16];
 

@@ -1,4 +1,4 @@
-"""`lists.cu` on the CPU, for tests where there is no GPU: compiled by a C++ compiler, run by `emulation.hpp`."""
+"""Kernels in CUDA C++ on the CPU, for tests where there is no GPU: compiled for it, and run by `emulation.hpp`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 class EmulatedModule:
-    """`CudaModule` as far as `CudaLists` asks for it.
+    """`CudaModule` as far as `CudaKernels` asks for it.
 
     Attributes:
         launched: the names of kernels, in the order of their launches.

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from server.engine.kernels import Group, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.gpu_tables import Launch
-from server.engine.kernels.types import SparseRows
+from server.engine.kernels.merging import merge_tensor_reference
+from server.engine.kernels.types import BitPlanes, SparseRows
 from tests.engine.kernels.builders import sparse_delta
 from tests.engine.kernels.comparing import CPU, Terms, allowed, check, check_fused, check_merge, odd_weights, terms_of
 
@@ -30,7 +31,7 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
 
 from server.engine.kernels.cuda_module import compiled
 from server.engine.kernels.gpu import TritonKernels
-from server.engine.kernels.gpu_cuda import SOURCES, TYPES, CudaLists
+from server.engine.kernels.gpu_cuda import SOURCES, TYPES, CudaKernels
 from tests.engine.kernels.emulated import EmulatedModule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,7 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
             modules.append(EmulatedModule(folder, dtype, shared))
             return modules[-1]
 
-        return TritonKernels(CudaLists(module)), modules
+        return TritonKernels(CudaKernels(module)), modules
 
     try:
         for dtype in DTYPES:
@@ -70,7 +71,7 @@ def kernels(maker: Maker) -> Iterator[TritonKernels]:
     made, modules = maker(227 * KIB)
     yield made
     names = {name for module in modules for name in module.launched}
-    assert names >= {"add_lists_1", "add_lists_8", "add_levels_1", "add_levels_8", "merge_lists"}
+    assert names >= {"add_lists_1", "add_lists_8", "add_levels_1", "add_levels_8", "merge_lists", "merge_planes"}
 
 
 def lists(shape: tuple[int, int], density: float, top: int = 1) -> Terms:
@@ -182,6 +183,24 @@ def test_merging_equals_the_reference_bit_for_bit(
 @pytest.mark.parametrize("top", [1, 9])
 def test_wide_rows_are_merged_piece_by_piece(kernels: TritonKernels, width: int, top: int, dtype: torch.dtype) -> None:
     check_merge(kernels, (37, width), lists((37, width), 0.06, top), dtype, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 520), (33, 513), (1, 8), (64, 256)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_planes_are_merged_tile_by_tile(
+    kernels: TritonKernels, shape: tuple[int, int], offset: int, dtype: torch.dtype
+) -> None:
+    """Rows that vectors are read from and rows that they are not, as memory that begins anywhere."""
+    delta = pack(sparse_delta(4, shape, 0.4), CPU)
+    assert isinstance(delta, BitPlanes)
+    room = torch.full((2 * shape[0] * shape[1] + offset + 9,), torch.nan, dtype=dtype)
+    out = room[offset : offset + shape[0] * shape[1]].view(shape)
+    pristine = torch.randn(shape).to(dtype)
+    kernels.merge(out, pristine, [(0.7, delta)])
+    assert torch.equal(out, merge_tensor_reference(pristine, [(0.7, delta)]))
+    assert room[:offset].isnan().all()
+    assert room[offset + out.numel() :].isnan().all()
 
 
 def test_slabs_are_moved_alone(kernels: TritonKernels, monkeypatch: pytest.MonkeyPatch) -> None:
