@@ -4,6 +4,7 @@ bounded in bytes."""
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from array import array
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.block_pool import BlockPool, Key
+from server.engine.large_pages import zeros
 from server.engine.sequence import Sequence
 from store.errors import InvalidRequestError
 
@@ -61,7 +63,10 @@ class KVCache:
         self.scratch_slot = blocks * BLOCK_TOKENS
         """Where padding rows of a step may write: in a block of its own, after the last one, that nobody reads."""
         size = (shape.layers, 2, blocks + 1, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
-        self._storage = torch.zeros(size, dtype=shape.dtype, device=device)
+        if device.type == "cpu":
+            self._storage = zeros(math.prod(size) * shape.dtype.itemsize).view(shape.dtype).view(size)
+        else:
+            self._storage = torch.zeros(size, dtype=shape.dtype, device=device)
         self.keys = [self._storage[layer, 0] for layer in range(shape.layers)]
         self.values = [self._storage[layer, 1] for layer in range(shape.layers)]
         self.attend: Callable[..., torch.Tensor] | None = None

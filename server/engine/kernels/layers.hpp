@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t BLOCK_TOKENS = 16;  // server/engine/kv_cache.py
+constexpr int64_t TOKENS_AHEAD = 32;  // after those that are read, to be in the first cache by then
 
 thread_local Scratch scores;
 
@@ -49,6 +50,12 @@ template <typename T> struct Cached {
         int64_t slot = int64_t(table[token / BLOCK_TOKENS]) * BLOCK_TOKENS + token % BLOCK_TOKENS;
         return (slot * kv_heads + head) * size;
     }
+
+    // Asks for a token's keys or values.
+    INLINE void fetch(const T* all, const int32_t* table, int64_t token) const {
+        const char* from = reinterpret_cast<const char*>(all + at(table, token));
+        for (int64_t k = 0; k < size * int64_t(sizeof(T)); k += 64) __builtin_prefetch(from + k, 0, 3);
+    }
 };
 
 // Scores of H query heads, `size` apart, with four keys: [H][4], heads `stride` apart.
@@ -75,6 +82,7 @@ INLINE inline void gather(const Cached<T>& cached, const int32_t* table, int64_t
                           int64_t left, const float* weights, int64_t stride, const float* shares, float* out) {
     Floats16 sums[H * N] = {};
     for (int64_t i = 0; i < count; i++) {
+        if (c == 0 && i + TOKENS_AHEAD < count) cached.fetch(cached.values, table, start + i + TOKENS_AHEAD);
         const T* value = cached.values + cached.at(table, start + i) + c;
         each<N>([&](auto n) INLINE {
             Floats16 own = left >= 16 ? load16(value + n * 16) : load_some(value, left);
@@ -98,6 +106,8 @@ void attend(const float* query, const Cached<T>& cached, const int32_t* table, i
     float* weights = scores.floats(H * stride);
     for (int64_t i = 0; i < count; i += 4) {
         const T* keys[4];  // the last one stands for those beyond it, whose scores are not read
+        for (int64_t k = i + TOKENS_AHEAD; k < smaller(i + TOKENS_AHEAD + 4, count); k++)
+            cached.fetch(cached.keys, table, start + k);
         for (int64_t k = 0; k < 4; k++) keys[k] = cached.keys + cached.at(table, smaller(start + i + k, stop - 1));
         score<H>(query, keys, size, weights + i, stride);
     }
