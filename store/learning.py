@@ -40,7 +40,7 @@ SETTLED = 0.8
 NARROWED, SPARE = 5.0, 3.0
 """Once there are so many times more candidates than are kept, only those stay that a budget so many times as large
 would keep."""
-VOLUME_RATE, SHIFT_RATE, SCORE_RATE = 0.03, 0.05, 0.007
+VOLUME_RATE, SHIFT_RATE, SCORE_RATE = 0.03, 0.05, 0.0035
 """Of the logarithm of a tensor's scale and of what is added to its scores, by Adam; and of each entry's score, in what
 the entries kept do for the loss per step: the noise of eight samples drowns magnitudes if that is much larger."""
 WIDTH = 0.15

@@ -113,13 +113,15 @@ void attend(const float* query, const Cached<T>& cached, const int32_t* table, i
     }
     float shares[H];
     for (int h = 0; h < H; h++) {
-        float *own = weights + h * stride, most = -INFINITY;
-        for (int64_t c = 0; c < count; c++) {
-            own[c] *= scale;
-            if (softcap > 0) own[c] = softcap * std::tanh(own[c] / softcap);
-            most = own[c] > most ? own[c] : most;
+        float* own = weights + h * stride;
+        for (int64_t c = 0; c < count; c += 16) {
+            Floats16 value = load16(own + c) * scale;
+            store16(own + c, softcap > 0 ? softcap * tanh16(value / softcap) : value);
         }
         for (int64_t c = count; c < stride; c++) own[c] = -INFINITY;  // e^-87 each: nothing
+        Floats16 most16 = load16(own);
+        for (int64_t c = 16; c < count; c += 16) most16 = larger16(most16, load16(own + c));
+        float most = most_of(most16);
         Floats16 totals = {};
         for (int64_t c = 0; c < count; c += 16) {
             Floats16 value = exp16(load16(own + c) - most);

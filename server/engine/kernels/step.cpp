@@ -4,6 +4,7 @@
 // the list side by side, each does its share of every operation, and they wait for each other where one reads what
 // others have written. Between one product and the next nothing leaves the caches.
 
+#include "attention_amx.hpp"
 #include "embedding.hpp"
 #include "integers.hpp"
 #include "layers.hpp"
@@ -160,6 +161,13 @@ void attend_heads(int64_t count, const float* query, const Cached<T>& cached, Mo
     }
 }
 
+// Rows of one sequence, side by side, from the row `r` on.
+int64_t prompt_rows(const Rows& rows, int64_t r) {
+    int64_t next = r + 1;
+    while (next < rows.count && rows.sequences[next] == rows.sequences[r]) next++;
+    return next - r;
+}
+
 template <typename T> void run_attend(const Operation& op, const Rows& rows, const Thread& thread) {
     auto begin = [&](int64_t r) {
         int64_t length = rows.positions[r] + 1;
@@ -167,23 +175,47 @@ template <typename T> void run_attend(const Operation& op, const Rows& rows, con
     };
     // Heads that share keys go side by side, unless that leaves threads without work.
     int64_t group = op.heads / op.kv_heads, together = op.rows * op.kv_heads < 4 * thread.count ? 1 : group;
-    int64_t line = 0;
-    for (int64_t r = 0; r < op.rows; r++) line += (rows.positions[r] + 1 - begin(r)) * op.heads;
-    int64_t place = 0, from = thread.from(line), to = thread.to(line);
     Cached<T> cached = {static_cast<const T*>(op.keys), static_cast<const T*>(op.values), op.kv_heads, op.head_size, 0};
-    for (int64_t r = 0; r < op.rows; r++) {
-        int64_t start = begin(r), stop = rows.positions[r] + 1;
+    auto one_row = [&](int64_t r, int64_t head) {
         const int32_t* table = rows.tables + rows.sequences[r] * rows.table_size;
-        for (int64_t head = 0; head < op.heads; head += together, place += (stop - start) * together) {
-            if (place < from || place >= to) continue;
-            cached.head = head / group;
-            for (int64_t done = 0, count; done < together; done += count) {
-                count = smaller(together - done, 4);
-                int64_t at = (r * op.heads + head + done) * op.head_size;
-                attend_heads(count, op.in + at, cached, table, start, stop, float(op.eps), float(op.plus), op.out + at);
-            }
+        cached.head = head / group;
+        for (int64_t done = 0, count; done < together; done += count) {
+            count = smaller(together - done, 4);
+            int64_t at = (r * op.heads + head + done) * op.head_size;
+            attend_heads(count, op.in + at, cached, table, begin(r), rows.positions[r] + 1, float(op.eps), float(op.plus),
+                         op.out + at);
         }
-    }
+    };
+    // All that there is to do lies on a line that threads divide among themselves.
+    auto walk = [&](int64_t from, int64_t to, bool does) {
+        int64_t place = 0;
+        for (int64_t r = 0, count; r < op.rows; r += count) {
+            count = prompt_rows(rows, r);
+#if AMX
+            if (attends_tiled(count, op.head_size, op.dtype, BFLOAT16)) {
+                Prompt prompt = {r, count, rows.positions[r], op.window,
+                                 rows.tables + rows.sequences[r] * rows.table_size};
+                for (int64_t head = 0; head < op.kv_heads; head++) {
+                    int64_t tiles = (count * group + SIDE - 1) / SIDE, low = tiles, high = 0;
+                    for (int64_t tile = 0; tile < tiles; tile++) {
+                        if (place >= from && place < to) low = smaller(low, tile), high = tile + 1;
+                        place += prompt.cost(tile * SIDE / group);
+                    }
+                    if (does && low < high) attend_tiles(op, prompt, head, low, high);
+                }
+                continue;
+            }
+#endif
+            for (int64_t row = r; row < r + count; row++)
+                for (int64_t head = 0; head < op.heads; head += together) {
+                    if (does && place >= from && place < to) one_row(row, head);
+                    place += (rows.positions[row] + 1 - begin(row)) * together;
+                }
+        }
+        return place;
+    };
+    int64_t line = walk(0, 0, false);
+    walk(thread.from(line), thread.to(line), true);
 }
 
 void run_gate(const Operation& op, const Thread& thread) {

@@ -72,6 +72,14 @@ inline float sum16(Floats16 x) {
 #endif
 }
 
+inline Floats16 larger16(Floats16 a, Floats16 b) { return a > b ? a : b; }
+
+inline float most_of(Floats16 x) {
+    float most = x[0];
+    for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 // The sums of four vectors, side by side.
 inline void sums4(Floats16 a, Floats16 b, Floats16 c, Floats16 d, float* out) {
 #if defined(__AVX512F__)
