@@ -19,11 +19,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("native", "merge", "integers", "step", "decode"))
-_SHARED = (
-    "native", "vectors", "planes", "planes_amx", "sparse", "terms", "amx", "integers_vectors", "integers_amx",
-    "integers", "embedding", "products", "products_amx", "merging", "layers", "operations", "segments",
-)  # fmt: skip
-HEADERS = tuple(_HERE / f"{name}.hpp" for name in _SHARED)
+HEADERS = tuple(sorted(_HERE.glob("*.hpp")))
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
 _TIMEOUT = 120.0

@@ -192,7 +192,7 @@ template <typename T> void run_attend(const Operation& op, const Rows& rows, con
         for (int64_t r = 0, count; r < op.rows; r += count) {
             count = prompt_rows(rows, r);
 #if AMX
-            if (attends_tiled(count, op.head_size, op.dtype, BFLOAT16)) {
+            if (op.dtype == BFLOAT16 && attends_tiled(count, op.head_size)) {
                 Prompt prompt = {r, count, rows.positions[r], op.window,
                                  rows.tables + rows.sequences[r] * rows.table_size};
                 for (int64_t head = 0; head < op.kv_heads; head++) {
