@@ -15,7 +15,7 @@ void switchyard_add_linear(float* y, const float* x, int64_t out, int64_t in, co
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
     for (int t = 0; t < threads; t++) {
-        forget_split();
+        forget_rows();
         share(call, terms, end, threads, line * t / threads, line * (t + 1) / threads);
     }
 }

@@ -227,7 +227,7 @@ void run_gate(const Operation& op, const Thread& thread) {
 void run(const Operation* op, const Operation* end, const Rows& rows, const Thread& thread, Barrier& barrier) {
     const Operation* pending = nullptr;  // products since the last wait, some with terms
     const float* rounded_from = nullptr;
-    forget_split();
+    forget_rows();
     for (; op < end; op++) {
         if (op->kind == EMBED) {
             op->dtype == FLOAT32 ? run_embed<float>(*op, thread) : run_embed<Brain>(*op, thread);
@@ -255,7 +255,7 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
         pending = nullptr;
         rounded_from = nullptr;
         barrier.wait(thread);
-        forget_split();
+        forget_rows();
     }
 }
 

@@ -7,7 +7,8 @@
 //   few rows    a vector permutation is a table of 8 (AVX2: 3 activations) or 16 (AVX-512: 4) entries, looked up for
 //               as many weight rows at once
 //   more rows   the lanes of a vector are 8 batch rows, and one byte of a plane looks up a sum of 8 activations
-//   sparse      entries name (column, sign); those of sixteen weight rows lie abreast, see sparse.hpp
+//   sparse      entries name (column, sign); those of sixteen weight rows lie abreast, see sparse.hpp; where x may be
+//               rounded, several rows share them, see sparse_shared.hpp
 //
 // Work is cut into blocks of 32 weight rows, or into chunks of batch rows where there are many; no two threads ever
 // write to the same element. The layouts are those of server/engine/kernels/types.py.
@@ -17,6 +18,7 @@
 #include "planes.hpp"
 #include "planes_amx.hpp"
 #include "sparse.hpp"
+#include "sparse_shared.hpp"
 
 namespace {
 
@@ -28,6 +30,12 @@ inline bool any_planes(const Term* term, const Term* end) {
 inline bool any_lists(const Term* term, const Term* end) {
     while (term < end && term->form == PLANES) term++;
     return term < end;
+}
+
+// Whether all lists lie abreast.
+inline bool all_abreast(const Term* term, const Term* end) {
+    while (term < end && term->form != SPARSE) term++;
+    return term == end;
 }
 
 // Whether planes are multiplied as tiles.
@@ -110,11 +118,29 @@ void some_rows(const Call& call, const Term* terms, const Term* end, int64_t sta
     if (tiled && any_planes(terms, end)) planes_by_tiles(call, terms, end, start, stop, first, last);
     if (tiled && !any_lists(terms, end)) return;
 #endif
+#if LISTS_SHARED
+    if (call.coarse && stop - start > 1 && (tiled || !any_planes(terms, end)) && all_abreast(terms, end)) {
+        for (int64_t row = start; row < stop; row += LANES)
+            add_lists_shared(call, terms, end, row, smaller(row + LANES, stop), first, last);
+        return;
+    }
+#endif
     int64_t few = !tiled && any_planes(terms, end) ? FEW_DENSE : FEW_SPARSE;
     for (int64_t row = start; row < stop; row += LANES) {
         int64_t until = smaller(row + LANES, stop);
         (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last, tiled);
     }
+}
+
+// To be called when the rows of x may have changed.
+inline void forget_rows() {
+    forget_split();
+    forget_pairs();
+}
+
+inline int64_t list_cost(const Call& call, int64_t rows) {
+    if (LISTS_SHARED && call.coarse && rows > 1) return 6 * ((rows + 1) / 2);
+    return rows <= FEW_SPARSE ? 8 * rows : 40;
 }
 
 // About how long one block of 32 weight rows takes for a chunk of batch rows, in 1/16 ns. Only ratios matter.
@@ -124,7 +150,7 @@ int64_t cost_of(const Call& call, const Term* terms, const Term* end, int64_t ro
         if (term->form == PLANES)
             cost += (by_tiles(call) ? 200 : rows <= FEW_DENSE ? 720 * rows : 2000) * call.words * term->count;
         else
-            cost += (rows <= FEW_SPARSE ? 8 * rows : 40) * (term->count / call.blocks + BLOCK);
+            cost += list_cost(call, rows) * (term->count / call.blocks + BLOCK);
     }
     return cost;
 }

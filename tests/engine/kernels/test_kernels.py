@@ -96,6 +96,27 @@ def test_shapes_of_a_model(kernels: Kernels, rows: int, density: float, dtype: t
     check(kernels, (192, 576), [(0, rows, terms), (1, 1, terms[:1]), (0, rows, terms[1:])], dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 30])
+@pytest.mark.parametrize("top", [1, 90])
+@pytest.mark.parametrize("shape", [(96, 576), (33, 250), (200, 1536)])
+def test_lists_that_rows_share_are_summed_coarsely(folder: Path, shape: tuple[int, int], top: int, rows: int) -> None:
+    """Groups of rows one after the other, whose sums come from the same or other rows of x."""
+    kernels = CpuKernels(folder)
+    deltas = [sparse_delta(seed, shape, 0.03, top=top) for seed in (1, 2)]
+    groups = [
+        Group(0, rows, ((0.5, pack(deltas[0], CPU, kernels.lanes)), (2.0, pack(deltas[1], CPU, kernels.lanes)))),
+        Group(rows, 2 * rows, ((1.0, pack(deltas[1], CPU, kernels.lanes)),)),
+    ]
+    x, y = torch.randn(2 * rows, shape[1]), torch.ones(2 * rows, shape[0])
+    kernels.add_coarsely(y, x, groups)
+    first, second = (torch.from_numpy(as_matrix(delta)).double() for delta in deltas)
+    expected = torch.cat([x[:rows].double() @ (0.5 * first + 2 * second).T, x[rows:].double() @ second.T]) + 1
+    moved = torch.cat(
+        [(0.5 * first.abs() + 2 * second.abs()).sum(1).expand(rows, -1)] + [second.abs().sum(1)[None]] * rows
+    )
+    assert bool(((y.double() - expected).abs() <= 2**-15 * x.double().abs().amax(1, keepdim=True) * moved + 1e-5).all())
+
+
 def test_more_rows_than_the_cache_holds(kernels: Kernels) -> None:
     terms: Terms = [(1.0, sparse_delta(1, (40, 33_000), 0.2))]
     check(kernels, (40, 33_000), [(0, 40, terms)], torch.bfloat16)
@@ -112,7 +133,8 @@ def test_a_coarse_x_loses_at_most_its_rounding(folder: Path, data: st.DataObject
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
     x[rows // 2, width // 2] = odd
     y = torch.zeros(rows, out)
-    kernels.add_coarsely(y, x, [Group(0, rows, tuple((weight, pack(delta, CPU)) for weight, delta in deltas))])
+    lanes = data.draw(st.sampled_from([1, kernels.lanes]))
+    kernels.add_coarsely(y, x, [Group(0, rows, tuple((weight, pack(delta, CPU, lanes)) for weight, delta in deltas))])
     matrix = sum((weight * as_matrix(delta).astype(np.float64) for weight, delta in deltas), np.zeros((out, width)))
     moved = sum((abs(weight * as_matrix(delta)).astype(np.float64) for weight, delta in deltas), np.zeros((out, width)))
     plain = torch.isfinite(x).all(1)
