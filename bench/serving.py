@@ -1,10 +1,11 @@
 """How fast does the engine serve, and what do experts cost it?
 
-`python -m bench.serving --base FOLDER` measures, in turns within one run: decoding the base alone against transformers'
-own `generate` with a static batch of the same size and dtype; 8 sequences on 8 experts, or all on one, mixed and
-merged, against the base alone; how long an expert that lies on disk keeps its first request waiting, and what that
-costs the streams that run (`bench.serving_cold`); and, through whole servers side by side, what experts cost that are
-registered and not asked for (`bench.serving_registered`). `--quick` makes fewer of everything, and writes nothing.
+`python -m bench.serving --base FOLDER` measures, in turns within one run: decoding the base alone, and a long prompt,
+against transformers' own `generate` with a static batch of the same size and dtype; 8 sequences on 8 experts, or all on
+one, mixed and merged, against the base alone; how long an expert that lies on disk keeps its first request waiting, and
+what that costs the streams that run (`bench.serving_cold`); and, through whole servers side by side, what experts cost
+that are registered and not asked for (`bench.serving_registered`). `--quick` makes fewer of everything, and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench.report import Bar, Row, bar, show, write
 from bench.serving_cold import cold_rows
 from bench.serving_registered import registered_rows
 from bench.serving_stock import Stock, stock
-from bench.serving_turns import PROMPT, Work, compared, in_turns, streams
+from bench.serving_turns import PROMPT, Work, compared, first_token, in_turns, streams
 from examples.fetch import CACHE
 from server.engine.engine import TransformersEngine
 from server.engine.options import EngineSettings, Mode
@@ -46,14 +47,15 @@ class Effort:
     tokens: int
     rounds: int
     batches: tuple[int, ...]
+    prompt: int
     densities: tuple[float, ...]
     registered: tuple[int, ...]
     blocks: int
     arrivals: int
 
 
-FULL = Effort(32, 7, (1, 8, 32), (FLEX, 0.08, 0.2, 0.4), (10, 100, 1000), blocks=5, arrivals=8)
-QUICK = Effort(6, 2, (1, 8), (FLEX, COLD), (10, 20), blocks=1, arrivals=2)
+FULL = Effort(32, 7, (1, 8, 32), 1500, (FLEX, 0.08, 0.2, 0.4), (10, 100, 1000), blocks=5, arrivals=8)
+QUICK = Effort(6, 2, (1, 8), 200, (FLEX, COLD), (10, 20), blocks=1, arrivals=2)
 
 
 def generate(model: torch.nn.Module, prompt: list[int], batch: int, tokens: int, threads: int) -> Work:
@@ -107,7 +109,21 @@ async def base_rows(
         least = min(row["ratio"] for row in found)
         bars.append(bar(f"engine.base.{batch}", f"{ours}: × transformers' generate", least, ">=", 1.5))
         rows += found
-    return rows, bars
+    long = (prompt * effort.prompt)[: effort.prompt]
+    ours = f"base, a prompt of {effort.prompt} tokens"
+    theirs = {n: f"generate of one token, {n} threads" for n in (1, torch.get_num_threads())}
+
+    def read(work: Work) -> Work:
+        async def reads() -> int:
+            await work()
+            return len(long)
+
+        return reads
+
+    works = {ours: partial(first_token, engine, BASE_MIX, long)}
+    works |= {what: read(generate(plain, long, 1, 1, n)) for n, what in theirs.items()}
+    speeds = await in_turns(works, effort.rounds)
+    return rows + [compared(ours, what, speeds) for what in theirs.values()], bars
 
 
 async def expert_rows(

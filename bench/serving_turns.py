@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from server.engine.engine import TransformersEngine
@@ -18,9 +18,10 @@ Work = Callable[[], Awaitable[int]]
 """Does something, and tells how many tokens it has made."""
 
 
-def request(engine: TransformersEngine, mix: Mix, tokens: int) -> EngineRequest:
+def request(engine: TransformersEngine, mix: Mix, tokens: int, prompt: Sequence[int] = ()) -> EngineRequest:
     """A greedy stream of exactly so many tokens."""
-    return EngineRequest(tuple(engine.tokenizer.encode(PROMPT)), SamplingParams(tokens, 0.0, ignore_eos=True), mix)
+    asked = tuple(prompt) or tuple(engine.tokenizer.encode(PROMPT))
+    return EngineRequest(asked, SamplingParams(tokens, 0.0, ignore_eos=True), mix)
 
 
 async def streams(engine: TransformersEngine, mixes: list[Mix], tokens: int) -> int:
@@ -30,6 +31,13 @@ async def streams(engine: TransformersEngine, mixes: list[Mix], tokens: int) -> 
         return len([event async for event in engine.submit(request(engine, mix, tokens))])
 
     return sum(await asyncio.gather(*(one(mix) for mix in mixes)))
+
+
+async def first_token(engine: TransformersEngine, mix: Mix, prompt: Sequence[int]) -> int:
+    """A prompt up to its first token; how long it is."""
+    async for _ in engine.submit(request(engine, mix, 1, prompt)):
+        pass
+    return len(prompt)
 
 
 async def in_turns(works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:

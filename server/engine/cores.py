@@ -11,7 +11,7 @@ class Cores:
     """Sets the threads of torch, and so of steps, for the thread that makes it and calls it.
 
     The threads of a step wait for each other many times. If a core has to serve one of them and the thread that decodes
-    an expert, all of them wait for that core; with one thread less, steps and the load take a core each.
+    an expert, all of them wait for that core; with one thread less, steps and that thread have a core each.
     """
 
     def __init__(self, threads: int | None) -> None:
@@ -22,14 +22,14 @@ class Cores:
         self._now = 0
         self.share(False)
 
-    def share(self, loading: bool) -> None:
+    def share(self, decoding: bool) -> None:
         """For the next step.
 
         Args:
-            loading: whether an expert is being loaded.
+            decoding: whether an expert is being decoded.
         """
         spare = self._threads < _cores()
-        wanted = self._threads if spare or not loading else max(1, self._threads - 1)
+        wanted = self._threads if spare or not decoding else max(1, self._threads - 1)
         if wanted != self._now:
             torch.set_num_threads(wanted)
             self._now = wanted

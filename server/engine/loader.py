@@ -52,6 +52,9 @@ class ExpertLoader:
         transcode: `Kernels.transcode`, where the device decodes, or the host in native code; None decodes in NumPy. A
             GPU's temporary tensors take memory besides the expert's: where there is none, the host decodes.
         lists_below: `Kernels.lists_below`.
+
+    Attributes:
+        is_decoding: whether a core is busy with an expert now.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ExpertLoader:
         self._claimed: dict[str, Parcel | None] = {}
         """What the host tier had of experts whose loads are about to run."""
         self.bus = Bus(device)
+        self.is_decoding = False
         self._lock = threading.Lock()
         self._unkept: dict[str, tuple[Parcel, float]] = {}
         """What the device has decoded and the host has no copy of yet, and the seconds that it took."""
@@ -169,13 +173,17 @@ class ExpertLoader:
     def _decode(self, digest: str) -> tuple[Parcel, bool]:
         """On the device, if it decodes and has the memory; else on the host. And whether a device apart did."""
         data = self._read(digest)
-        if self._transcode is not None:
-            try:
-                with on(self.bus.stream):
-                    return self._packed(digest, data, self._transcode), not self._in_place
-            except torch.OutOfMemoryError:
-                _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
-        return self._packed(digest, data, None), False
+        self.is_decoding = True
+        try:
+            if self._transcode is not None:
+                try:
+                    with on(self.bus.stream):
+                        return self._packed(digest, data, self._transcode), not self._in_place
+                except torch.OutOfMemoryError:
+                    _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
+            return self._packed(digest, data, None), False
+        finally:
+            self.is_decoding = False
 
     def _packed(self, digest: str, data: bytes, transcode: Transcode | None) -> Parcel:
         device = _CPU if transcode is None else self._device

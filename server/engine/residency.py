@@ -86,11 +86,6 @@ class Residency:
         """Every resident expert by digest; always the same object."""
         return self._experts
 
-    @property
-    def loading(self) -> bool:
-        """Whether an expert is being loaded, or about to be."""
-        return len(self._experts) < len(self._slots)
-
     def pins(self) -> Mapping[str, tuple[int, int, bool]]:
         """Digest → bytes, how many requests use it, and whether it is decoded yet."""
         return {digest: (slot.nbytes, slot.pins, slot.expert is not None) for digest, slot in [*self._slots.items()]}

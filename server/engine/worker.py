@@ -60,7 +60,7 @@ class Worker:
         graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
         native = None if graphs else native_steps(settings.native_steps, model, self.cache, kernels)
         self.executor = Executor(model, self.cache, kernels, settings.merged_bytes, graphs or native)
-        self._host, self._bus = loader.host, loader.bus
+        self._loader, self._host, self._bus = loader, loader.host, loader.bus
         self.cache.attend = best_kernel(self.cache, model.query_heads)
         self.cache.write = best_writer(self.cache)
         self.residency = Residency(loader, settings.expert_bytes, post=self.post)
@@ -133,7 +133,7 @@ class Worker:
         try:
             while not self._stopping:
                 self._receive()
-                cores.share(self.residency.loading)
+                cores.share(self._loader.is_decoding)
                 self._busy_since = time.monotonic()
                 self.features.serve(self.scheduler.decoding, len(self._held))
                 self._step()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from server.engine import loader
 from server.engine.cores import Cores
 from server.engine.engine import TransformersEngine
 from server.engine.executor import Executor
 from store.mix import BASE_MIX, Mix
-from tests.engine.conftest import SETTINGS, Library, collect, until
+from tests.engine.conftest import SETTINGS, Library, collect
 
 
 @pytest.fixture(autouse=True)
@@ -53,52 +54,70 @@ def test_without_a_setting_it_is_what_torch_has_chosen(monkeypatch: pytest.Monke
     assert torch.get_num_threads() == 4
 
 
-def test_streams_leave_a_core_to_a_load_and_take_it_back(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_leave_a_core_to_what_decodes_and_take_it_back(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _machine(monkeypatch, 2)
-    digest = library.add(60)
-    asked, go, run = threading.Event(), threading.Event(), Executor.run
+    mix = Mix.of({library.add(60): 1.0})
+    run, decode = Executor.run, loader.read_packed
+    reads, decodes = Gate(), Gate()
     seen: list[int] = []
 
     def watched(self: Executor, *arguments: Any) -> Any:
         seen.append(torch.get_num_threads())
         return run(self, *arguments)
 
-    def slow(wanted: str) -> bytes:
-        asked.set()
-        assert go.wait(60)
+    def read(wanted: str) -> bytes:
+        reads.wait()
         return library.read(wanted)
 
+    def decoded(*arguments: Any) -> Any:
+        decodes.wait()
+        return decode(*arguments)
+
     monkeypatch.setattr(Executor, "run", watched)
-    engine = TransformersEngine(
-        library.base, name="tiny", settings=replace(SETTINGS, threads=2), read_expert=slow, cache_dir=None
-    )
+    monkeypatch.setattr(loader, "read_packed", decoded)
+    settings = replace(SETTINGS, threads=2)
+    engine = TransformersEngine(library.base, name="tiny", settings=settings, read_expert=read)
+
+    async def threads() -> set[int]:
+        seen.clear()
+        await collect(engine, [1, 2, 3], BASE_MIX)
+        return set(seen)
 
     async def body() -> None:
         await engine.start()
         try:
-            await collect(engine, [1, 2, 3], BASE_MIX)
-            assert set(seen) == {2}
-            cold = asyncio.create_task(collect(engine, [1, 2, 3], Mix.of({digest: 1.0})))
-            await asyncio.to_thread(asked.wait, 60)
-            go.set()
+            assert await threads() == {2}
+            reads.shut()
+            decodes.shut()
+            cold = asyncio.create_task(collect(engine, [1, 2, 3], mix))
+            await asyncio.to_thread(reads.reached.wait, 60)
+            assert await threads() == {2}, "a file that is on its way needs no core"
+            reads.open.set()
+            await asyncio.to_thread(decodes.reached.wait, 60)
+            assert await threads() == {1}
+            decodes.open.set()
             await cold
-            await until(lambda: not engine.stats().waiting)
-            seen.clear()
-            await collect(engine, [1, 2, 3], BASE_MIX)
-            assert set(seen) == {2}
-            # Dropped and asked for again: its size is known, and all that is waited for is the load.
-            await engine.drop_expert(digest)
-            asked.clear()
-            go.clear()
-            seen.clear()
-            again = asyncio.create_task(collect(engine, [1, 2, 3], Mix.of({digest: 1.0})))
-            await asyncio.to_thread(asked.wait, 60)
-            await collect(engine, [1, 2, 3], BASE_MIX)
-            assert set(seen) == {1}
-            go.set()
-            await again
+            assert await threads() == {2}
         finally:
-            go.set()
+            reads.open.set()
+            decodes.open.set()
             await engine.stop()
 
     asyncio.run(body())
+
+
+class Gate:
+    """Where a thread waits while it is shut."""
+
+    def __init__(self) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.open.set()
+
+    def shut(self) -> None:
+        self.open.clear()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.open.wait(60)
