@@ -28,7 +28,7 @@ from bench.report import Bar, Row, bar, show, write
 from bench.serving_cold import cold_rows
 from bench.serving_registered import registered_rows
 from bench.serving_stock import Stock, stock
-from bench.serving_turns import PROMPT, Work, compared, first_token, in_turns, streams
+from bench.serving_turns import PROMPT, Work, compared, in_turns, streams
 from examples.fetch import CACHE
 from server.engine.engine import TransformersEngine
 from server.engine.options import EngineSettings, Mode
@@ -120,7 +120,7 @@ async def base_rows(
 
         return reads
 
-    works = {ours: partial(first_token, engine, BASE_MIX, long)}
+    works = {ours: read(partial(streams, engine, [BASE_MIX], 1, long))}
     works |= {what: read(generate(plain, long, 1, 1, n)) for n, what in theirs.items()}
     speeds = await in_turns(works, effort.rounds)
     return rows + [compared(ours, what, speeds) for what in theirs.values()], bars

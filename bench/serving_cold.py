@@ -20,7 +20,7 @@ import torch
 
 from bench.report import Bar, Row, bar
 from bench.serving_stock import Stock, forget
-from bench.serving_turns import request
+from bench.serving_turns import request, streams
 from examples.fetch import CACHE
 from server.engine.engine import TransformersEngine
 from server.engine.host_tier import HostTier
@@ -109,8 +109,7 @@ def decode_seconds(stored: Stock, engine: TransformersEngine, digest: str, round
 async def first_token(engine: TransformersEngine, mix: Mix) -> float:
     """Seconds to the first token of a request."""
     began = time.perf_counter()
-    async for _ in engine.submit(request(engine, mix, 1)):
-        pass
+    await streams(engine, [mix], 1)
     return time.perf_counter() - began
 
 

@@ -24,20 +24,13 @@ def request(engine: TransformersEngine, mix: Mix, tokens: int, prompt: Sequence[
     return EngineRequest(asked, SamplingParams(tokens, 0.0, ignore_eos=True), mix)
 
 
-async def streams(engine: TransformersEngine, mixes: list[Mix], tokens: int) -> int:
+async def streams(engine: TransformersEngine, mixes: list[Mix], tokens: int, prompt: Sequence[int] = ()) -> int:
     """One stream per mix, all together."""
 
     async def one(mix: Mix) -> int:
-        return len([event async for event in engine.submit(request(engine, mix, tokens))])
+        return len([event async for event in engine.submit(request(engine, mix, tokens, prompt))])
 
     return sum(await asyncio.gather(*(one(mix) for mix in mixes)))
-
-
-async def first_token(engine: TransformersEngine, mix: Mix, prompt: Sequence[int]) -> int:
-    """A prompt up to its first token; how long it is."""
-    async for _ in engine.submit(request(engine, mix, 1, prompt)):
-        pass
-    return len(prompt)
 
 
 async def in_turns(works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:

@@ -41,15 +41,16 @@ class Buffers:
         """By the ids of their buffers."""
         self.used_bytes = 0
 
-    def has_room(self, names: Iterable[str]) -> bool:
-        """Whether a buffer for each of these parameters can be had; what is put back is given up for it, if need be."""
+    def make_room(self, names: Iterable[str]) -> bool:
+        """Whether a buffer for each of these parameters can be had, once what has been put back and is not for them is
+        given up, if need be."""
         wanted = set(names)
-        while self._missing_bytes(wanted) > self.budget - self.used_bytes:
+        while not (fits := self._missing_bytes(wanted) <= self.budget - self.used_bytes):
             needless = [name for name, spare in self._spare.items() if len(spare) > (name in wanted)]
             if not needless:
                 break
             self._give_up(needless)
-        return self._missing_bytes(wanted) <= self.budget - self.used_bytes
+        return fits
 
     def take(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """A buffer for each of these parameters, in their order. What they hold is arbitrary.
@@ -57,7 +58,7 @@ class Buffers:
         Raises whatever an allocation raises; nothing has been taken then.
         """
         wanted = list(names)
-        if not self.has_room(wanted):  # what would do shares its memory with what is needless
+        if not self.make_room(wanted):  # what would do shares its memory with what is needless
             self._give_up(wanted)
         for name, buffer in self._made([name for name in wanted if not self._spare[name]]):
             self._spare[name].append(buffer)

@@ -173,17 +173,13 @@ class ExpertLoader:
     def _decode(self, digest: str) -> tuple[Parcel, bool]:
         """On the device, if it decodes and has the memory; else on the host. And whether a device apart did."""
         data = self._read(digest)
-        self.is_decoding = True
-        try:
-            if self._transcode is not None:
-                try:
-                    with on(self.bus.stream):
-                        return self._packed(digest, data, self._transcode), not self._in_place
-                except torch.OutOfMemoryError:
-                    _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
-            return self._packed(digest, data, None), False
-        finally:
-            self.is_decoding = False
+        if self._transcode is not None:
+            try:
+                with on(self.bus.stream):
+                    return self._packed(digest, data, self._transcode), not self._in_place
+            except torch.OutOfMemoryError:
+                _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
+        return self._packed(digest, data, None), False
 
     def _packed(self, digest: str, data: bytes, transcode: Transcode | None) -> Parcel:
         device = _CPU if transcode is None else self._device
@@ -201,7 +197,11 @@ class ExpertLoader:
                     else pack(delta, _CPU, lists_below=self._lists_below),
                 )
 
-        return wrap(digest, _decoded_bytes(read_header(data), self._lists_below), packed(), device)
+        self.is_decoding = True
+        try:
+            return wrap(digest, _decoded_bytes(read_header(data), self._lists_below), packed(), device)
+        finally:
+            self.is_decoding = False
 
     def _overwrites(self, name: str, delta: OverwriteDelta) -> Overwrites:
         if self._base is None:

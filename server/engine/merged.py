@@ -99,7 +99,7 @@ class MergedWeights:
     def _build(self, mix: Mix, experts: Mapping[str, DecodedExpert]) -> None:
         changed = {name for digest, _ in mix.parts for name in experts[digest].tensors}
         names = [name for name in self._pristine if name in changed]
-        while not self._buffers.has_room(names) and self._built:
+        while not self._buffers.make_room(names) and self._built:
             self._buffers.put_back(self._built.popitem(last=False)[1])
         buffers = self._buffers.take(names)
         try:

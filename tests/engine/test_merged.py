@@ -228,7 +228,7 @@ def test_buffers_keep_their_budget_and_never_lie_in_each_other(data: st.DataObje
         held: list[tuple[int, dict[str, torch.Tensor]]] = []
         for mark in range(data.draw(st.integers(1, 12))):
             names = data.draw(st.lists(st.sampled_from(sorted(like)), unique=True))
-            while not kept.has_room(names) and held:
+            while not kept.make_room(names) and held:
                 kept.put_back(held.pop(0)[1])
             taken = kept.take(names)
             assert list(taken) == names

@@ -21,15 +21,10 @@ static_assert(BLOCK_TOKENS == SIDE && PAIR_TOKENS == ACROSS, "a block of the cac
 
 thread_local Scratch turned, scored, asked;
 
-// The tokens of one sequence in a step, `count` from the row `first` on, and how far each sees: the one of row r from
-// begins(r) up to its own position.
+// The tokens of one sequence in a step, `count` from the row `first` on, the first of them at `position`.
 struct Prompt {
-    int64_t first, count, position, window;
+    int64_t first, count, position;
     const int32_t* table;
-
-    int64_t begins(int64_t token) const { return window && token + 1 > window ? token + 1 - window : 0; }
-    // What a tile that begins with this token takes, in tokens that one head attends to alone; about.
-    int64_t cost(int64_t token) const { return 2 * (position + token + 1 - begins(position + token)); }
 };
 
 // Whether rows are attended to in tiles.
@@ -56,8 +51,8 @@ inline void turn_values(const Cached<Brain>& cached, const int32_t* table, int64
         }
 }
 
-// Scores become the sixteenth parts of a pair of tokens' weights: [tokens][16] floats -> [tokens / 2][16] pairs, in their
-// place. What the weights of each query are to be divided by.
+// Scores, [tokens][16] floats, become weights in their place: [tokens / 2][16] words, of two tokens each. Returns what
+// those of each query are to be divided by.
 inline __m512 weigh(float* scores, int64_t first, int64_t tokens, __m512i begins, __m512i positions, float scale,
                     float softcap) {
     Floats16 most = Floats16{} - 1e30f;
@@ -98,7 +93,7 @@ inline void attend_tile(const Operation& op, const Prompt& prompt, const Cached<
         positions[q] = -1;
         if (q >= count) continue;
         int64_t position = prompt.position + (query + q) / group;
-        begins[q] = int32_t(prompt.begins(position)), positions[q] = int32_t(position);
+        begins[q] = int32_t(first_seen(position, op.window)), positions[q] = int32_t(position);
         round_rows(op.in + place(query + q), size, 1, rows + q * size);
     }
     pack_rows(rows, size, count, size, packed);
@@ -161,13 +156,11 @@ inline void attend_tile(const Operation& op, const Prompt& prompt, const Cached<
 }
 
 // The tiles of queries [low, high) of one key head.
-inline void attend_tiles(const Operation& op, const Prompt& prompt, int64_t head, int64_t low, int64_t high) {
-    Cached<Brain> cached = {static_cast<const Brain*>(op.keys), static_cast<const Brain*>(op.values), op.kv_heads,
-                            op.head_size, head};
+inline void attend_tiles(const Operation& op, const Prompt& prompt, const Cached<Brain>& cached, int64_t low, int64_t high) {
     int64_t group = op.heads / op.kv_heads;
     // The pair of blocks that the first token of a tile sees begins with.
     auto from = [&](int64_t tile) {
-        return prompt.begins(prompt.position + tile * SIDE / group) / PAIR_TOKENS * 2;
+        return first_seen(prompt.position + tile * SIDE / group, op.window) / PAIR_TOKENS * 2;
     };
     int64_t last = smaller(high * SIDE, prompt.count * group) - 1, stop = prompt.position + last / group + 1;
     int64_t begun = from(low), until = begun + (stop - begun * BLOCK_TOKENS + PAIR_TOKENS - 1) / PAIR_TOKENS * 2;

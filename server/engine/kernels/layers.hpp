@@ -40,6 +40,11 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t size
     }
 }
 
+// The first token that one at this position sees; `window`: how many it sees, itself included, or 0: all.
+inline int64_t first_seen(int64_t position, int64_t window) {
+    return window && position >= window ? position + 1 - window : 0;
+}
+
 // Where a token's keys or values of one head lie.
 template <typename T> struct Cached {
     const T* keys;

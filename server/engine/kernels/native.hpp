@@ -83,6 +83,16 @@ class Scratch {
 
 thread_local Scratch inputs, tables, sums;
 
+// The rows of x that something was made of, or none: the products of a step that read the same ones share it.
+struct Origin {
+    const float* from = nullptr;
+    int64_t rows = 0, columns = 0;
+
+    bool operator==(const Origin& other) const {
+        return from == other.from && rows == other.rows && columns == other.columns;
+    }
+};
+
 inline int64_t blocks_of(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

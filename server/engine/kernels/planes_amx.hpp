@@ -5,6 +5,7 @@
 #pragma once
 
 #include "amx.hpp"
+#include "vectors.hpp"
 
 #if AMX
 
@@ -17,9 +18,7 @@ constexpr int64_t AHEAD_TILED = 2048;        // numbers after those that are rea
 constexpr float MOST_TILED = 127 * 256 + 127;
 
 thread_local Scratch bytes;
-// What `bytes` was made of, if that is still there: the products of a step that read the same rows share it.
-thread_local const float* split_from;
-thread_local int64_t split_rows, split_columns;
+thread_local Origin split;  // what `bytes` was made of
 
 // Where the columns of 64 come to lie: byte q of a tile's row has those of the bytes q of words, see `widen_words`.
 inline __m512i columns_tiled() {
@@ -34,17 +33,11 @@ inline __m512i columns_tiled() {
 // One row of x as two rows of tiles: to [tiles][high, low], `stride` bytes from tile to tile. Returns what the low
 // byte's unit is worth; what is not finite makes that NaN.
 inline float split_row(const float* x, int64_t in, int64_t stride, uint8_t* high, uint8_t* low) {
-    __m512 most = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     auto some = [&](int64_t c) {
         __mmask16 there = in - c >= 16 ? __mmask16(0xffff) : in > c ? __mmask16((1u << (in - c)) - 1) : __mmask16(0);
         return _mm512_maskz_loadu_ps(there, x + c);
     };
-    for (int64_t c = 0; c < in; c += 16) {
-        __m512 value = some(c);
-        most = _mm512_max_ps(most, _mm512_abs_ps(value));
-        odd = _mm512_fmadd_ps(value, _mm512_setzero_ps(), odd);  // zero, or NaN
-    }
-    float largest = _mm512_reduce_max_ps(most);
+    float largest = largest_of(x, in);
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? MOST_TILED / largest : 0.0f);
     const __m512i places = columns_tiled();
     for (int64_t c = 0; c < in; c += WIDTH, high += stride, low += stride) {
@@ -58,7 +51,7 @@ inline float split_row(const float* x, int64_t in, int64_t stride, uint8_t* high
         _mm512_store_si512(high, _mm512_permutexvar_epi8(places, _mm512_load_si512(parts[0])));
         _mm512_store_si512(low, _mm512_permutexvar_epi8(places, _mm512_load_si512(parts[1])));
     }
-    return largest / MOST_TILED + _mm512_reduce_add_ps(odd);
+    return largest / MOST_TILED;
 }
 
 // Sixteen words side by side as half a tile: the bits of the two planes look up a byte.
@@ -140,7 +133,7 @@ inline void add_block(const int32_t* sums, int64_t rows, int64_t most, const flo
 }
 
 // To be called when what is read may have changed.
-inline void forget_split() { split_from = nullptr; }
+inline void forget_split() { split = {}; }
 
 // What the planes among the terms add to the rows [start, stop), for the weight rows of the blocks [first, last).
 void add_planes_tiled(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
@@ -151,13 +144,13 @@ void add_planes_tiled(const Call& call, const Term* terms, const Term* end, int6
     float* units = bytes.floats(parts * (SIDE + size / int64_t(sizeof(float))));
     uint8_t* x = reinterpret_cast<uint8_t*>(units + parts * SIDE);
     const float* from = call.x + start * call.in;
-    if (split_from != from || split_rows != rows || split_columns != call.in) {
+    if (Origin own = {from, rows, call.in}; !(split == own)) {
         std::memset(x, 0, parts * size);  // rows that only fill a part
         for (int64_t r = 0; r < rows; r++) {
             uint8_t* high = x + r / most * size + r % most * 2 * WIDTH;
             units[r] = split_row(from + r * call.in, call.in, 2 * most * WIDTH, high, high + WIDTH);
         }
-        split_from = from, split_rows = rows, split_columns = call.in;
+        split = own;
     }
     alignas(64) int32_t sums[2 * 2 * SIDE * SIDE];
     Tiles used(true, 2 * most);

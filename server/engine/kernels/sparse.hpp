@@ -41,37 +41,53 @@ template <typename F> inline void each_rank(const Term& term, int64_t first, int
     }
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
+#define VECTOR_LISTS 1
+
+// The same with a mask of those lists, for all of whose entries it asks ahead.
+template <typename F> INLINE inline void each_mask(const Term& term, int64_t first, int64_t lists, F take) {
+    const int32_t* starts = term.starts + first;
+    int64_t here = smaller(ABREAST_LISTS, lists - first);
+    const __mmask16 all = __mmask16((1u << here) - 1);
+    __m512i counts = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(all, starts + 1), _mm512_maskz_loadu_epi32(all, starts));
+    int32_t place = starts[0], most = starts[1] - starts[0];
+    int32_t least = here == ABREAST_LISTS ? starts[ABREAST_LISTS] - starts[ABREAST_LISTS - 1] : 0;
+    for (int32_t k = place; k < starts[here]; k += 32) __builtin_prefetch(term.entries + k + FETCHED, 0, 2);
+    for (int32_t k = 0; k < least; k++, place += ABREAST_LISTS) take(place, __mmask16(0xffff));
+    for (int32_t k = least; k < most; k++) {
+        __mmask16 left = _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(k));
+        take(place, left);
+        place += __builtin_popcount(left);
+    }
+}
+
+// The entries from a place on, and their magnitudes.
+INLINE inline __m512i entries_at(const Term& term, int32_t place, __mmask16 mask) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, term.entries + place));
+}
+INLINE inline __m512 levels_at(const Term& term, int32_t place, __mmask16 mask) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, term.levels + place)));
+}
+#else
+#define VECTOR_LISTS 0
+#endif
+
 inline float signed_value(const float* x, uint16_t entry) { return entry & 1 ? -x[entry >> 1] : x[entry >> 1]; }
 
 // y[order] += factor * what the entries select of x, for the lists from `first` on that lie abreast, of `lists` in all.
 template <bool LEVELS>
 inline void add_lists(const Term& term, int64_t first, int64_t lists, const float* x, float* y) {
-    const uint16_t* entries = term.entries;
     int64_t here = smaller(ABREAST_LISTS, lists - first);
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
-    const int32_t* starts = term.starts + first;
+#if VECTOR_LISTS
     const __mmask16 all = __mmask16((1u << here) - 1);
-    __m512i counts = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(all, starts + 1), _mm512_maskz_loadu_epi32(all, starts));
     __m512 total = _mm512_setzero_ps();
-    int32_t place = starts[0], most = starts[1] - starts[0];
-    int32_t least = here == ABREAST_LISTS ? starts[ABREAST_LISTS] - starts[ABREAST_LISTS - 1] : 0;
-    for (int32_t k = place; k < starts[here]; k += 32) __builtin_prefetch(entries + k + FETCHED, 0, 2);
-    auto add = [&](__mmask16 mask) INLINE {
-        __m512i chosen = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, entries + place));
+    each_mask(term, first, lists, [&](int32_t place, __mmask16 mask) INLINE {
+        __m512i chosen = entries_at(term, place, mask);
         __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_srli_epi32(chosen, 1), x, 4);
         values = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(values), _mm512_slli_epi32(chosen, 31)));
-        if (LEVELS) {
-            __m128i levels = _mm_maskz_loadu_epi8(mask, term.levels + place);
-            values = _mm512_mul_ps(values, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(levels)));
-        }
+        if (LEVELS) values = _mm512_mul_ps(values, levels_at(term, place, mask));
         total = _mm512_add_ps(total, values);
-    };
-    for (int32_t k = 0; k < least; k++, place += ABREAST_LISTS) add(0xffff);
-    for (int32_t k = least; k < most; k++) {
-        __mmask16 left = _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(k));
-        add(left);
-        place += __builtin_popcount(left);
-    }
+    });
     __m512i order = _mm512_maskz_loadu_epi32(all, term.order + first);
     __m512 before = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, order, y, 4);
     _mm512_mask_i32scatter_ps(y, all, order, _mm512_fmadd_ps(total, _mm512_set1_ps(term.factor), before), 4);
@@ -79,7 +95,7 @@ inline void add_lists(const Term& term, int64_t first, int64_t lists, const floa
     float sums[ABREAST_LISTS] = {};
     each_rank(term, first, lists, [&](int32_t place, int64_t left) {
         for (int64_t l = 0; l < left; l++) {
-            float value = signed_value(x, entries[place + l]);
+            float value = signed_value(x, term.entries[place + l]);
             sums[l] += LEVELS ? value * term.levels[place + l] : value;
         }
     });

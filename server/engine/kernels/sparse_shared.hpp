@@ -7,36 +7,16 @@
 #include "products.hpp"
 #include "sparse.hpp"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
-#define LISTS_SHARED 1
-#else
-#define LISTS_SHARED 0
-#endif
-
 namespace {
 
-#if LISTS_SHARED
+#if VECTOR_LISTS
 
 constexpr int64_t PAIRS_SHARED = LANES / 2;
 constexpr int64_t SIDE_UNITS = 16;  // floats before the words, which are aligned so
 constexpr float MOST_SHARED = 32767;
 
 thread_local Scratch paired;
-// What `paired` was made of, if that is still there: the products of a step that read the same rows share it.
-thread_local const float* paired_from;
-thread_local int64_t paired_rows, paired_columns;
-
-// What the largest of a row's numbers makes one of its 16-bit numbers worth; NaN if one of them is not finite.
-inline float unit_of(const float* x, int64_t in) {
-    __m512 most = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    for (int64_t c = 0; c < in; c += 16) {
-        __mmask16 there = in - c >= 16 ? __mmask16(0xffff) : __mmask16((1u << (in - c)) - 1);
-        __m512 value = _mm512_maskz_loadu_ps(there, x + c);
-        most = _mm512_max_ps(most, _mm512_abs_ps(value));
-        odd = _mm512_fmadd_ps(value, _mm512_setzero_ps(), odd);  // zero, or NaN
-    }
-    return _mm512_reduce_max_ps(most) / MOST_SHARED + _mm512_reduce_add_ps(odd);
-}
+thread_local Origin pairs_of;  // what `paired` was made of
 
 // Two rows as words, [2 * in]; the second may be none.
 inline void pair_rows(const float* first, const float* second, const float* units, int64_t in, uint32_t* to) {
@@ -62,20 +42,11 @@ inline void pair_rows(const float* first, const float* second, const float* unit
 // other: [2 * P][16], in the order of the lists.
 template <int P, bool LEVELS>
 inline void sum_lists(const Term& term, int64_t first, int64_t lists, const uint32_t* words, int64_t apart, float* to) {
-    const uint16_t* entries = term.entries;
-    const int32_t* starts = term.starts + first;
-    int64_t here = smaller(ABREAST_LISTS, lists - first);
-    const __mmask16 all = __mmask16((1u << here) - 1);
-    __m512i counts = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(all, starts + 1), _mm512_maskz_loadu_epi32(all, starts));
     __m512i totals[2 * P] = {};
     __m512 scaled[2 * P] = {};
-    int32_t place = starts[0], most = starts[1] - starts[0];
-    int32_t least = here == ABREAST_LISTS ? starts[ABREAST_LISTS] - starts[ABREAST_LISTS - 1] : 0;
-    for (int32_t k = place; k < starts[here]; k += 32) __builtin_prefetch(entries + k + FETCHED, 0, 2);
-    auto add = [&](__mmask16 mask) INLINE {
-        __m512i chosen = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, entries + place));
-        __m512 level = _mm512_setzero_ps();
-        if (LEVELS) level = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, term.levels + place)));
+    each_mask(term, first, lists, [&](int32_t place, __mmask16 mask) INLINE {
+        __m512i chosen = entries_at(term, place, mask);
+        __m512 level = LEVELS ? levels_at(term, place, mask) : _mm512_setzero_ps();
         each<P>([&](auto p) INLINE {
             __m512i both = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, chosen, words + p * apart, 4);
             __m512i one = _mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16), other = _mm512_srai_epi32(both, 16);
@@ -87,13 +58,7 @@ inline void sum_lists(const Term& term, int64_t first, int64_t lists, const uint
                 totals[2 * p + 1] = _mm512_add_epi32(totals[2 * p + 1], other);
             }
         });
-    };
-    for (int32_t k = 0; k < least; k++, place += ABREAST_LISTS) add(0xffff);
-    for (int32_t k = least; k < most; k++) {
-        __mmask16 left = _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(k));
-        add(left);
-        place += __builtin_popcount(left);
-    }
+    });
     each<2 * P>([&](auto r) INLINE {
         _mm512_storeu_ps(to + r * ABREAST_LISTS, LEVELS ? scaled[r] : _mm512_cvtepi32_ps(totals[r]));
     });
@@ -139,14 +104,14 @@ inline void add_lists_shared(const Call& call, const Term* terms, const Term* en
     float* units = paired.floats(SIDE_UNITS + PAIRS_SHARED * apart);
     uint32_t* words = reinterpret_cast<uint32_t*>(units + SIDE_UNITS);
     const float* from = call.x + start * call.in;
-    if (paired_from != from || paired_rows != rows || paired_columns != call.in) {
-        for (int64_t r = 0; r < rows; r++) units[r] = unit_of(from + r * call.in, call.in);
+    if (Origin own = {from, rows, call.in}; !(pairs_of == own)) {
+        for (int64_t r = 0; r < rows; r++) units[r] = largest_of(from + r * call.in, call.in) / MOST_SHARED;
         for (int64_t p = 0; p < pairs; p++) {
             bool whole = 2 * p + 1 < rows;
             pair_rows(from + 2 * p * call.in, whole ? from + (2 * p + 1) * call.in : nullptr, units + 2 * p, call.in,
                       words + p * apart);
         }
-        paired_from = from, paired_rows = rows, paired_columns = call.in;
+        pairs_of = own;
     }
     auto add = pairs == 1   ? add_shared_term<1>
                : pairs == 2 ? add_shared_term<2>
@@ -159,7 +124,7 @@ inline void add_lists_shared(const Call& call, const Term* terms, const Term* en
 }
 
 // To be called when what is read may have changed.
-inline void forget_pairs() { paired_from = nullptr; }
+inline void forget_pairs() { pairs_of = {}; }
 
 #else
 

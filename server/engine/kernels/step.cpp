@@ -169,53 +169,53 @@ int64_t prompt_rows(const Rows& rows, int64_t r) {
 }
 
 template <typename T> void run_attend(const Operation& op, const Rows& rows, const Thread& thread) {
-    auto begin = [&](int64_t r) {
-        int64_t length = rows.positions[r] + 1;
-        return op.window && length > op.window ? length - op.window : 0;
-    };
     // Heads that share keys go side by side, unless that leaves threads without work.
     int64_t group = op.heads / op.kv_heads, together = op.rows * op.kv_heads < 4 * thread.count ? 1 : group;
     Cached<T> cached = {static_cast<const T*>(op.keys), static_cast<const T*>(op.values), op.kv_heads, op.head_size, 0};
+    auto table_of = [&](int64_t r) { return rows.tables + rows.sequences[r] * rows.table_size; };
+    auto begin = [&](int64_t r) { return first_seen(rows.positions[r], op.window); };
+    auto seen = [&](int64_t r) { return rows.positions[r] + 1 - begin(r); };
     auto one_row = [&](int64_t r, int64_t head) {
-        const int32_t* table = rows.tables + rows.sequences[r] * rows.table_size;
         cached.head = head / group;
         for (int64_t done = 0, count; done < together; done += count) {
             count = smaller(together - done, 4);
             int64_t at = (r * op.heads + head + done) * op.head_size;
-            attend_heads(count, op.in + at, cached, table, begin(r), rows.positions[r] + 1, float(op.eps), float(op.plus),
-                         op.out + at);
+            attend_heads(count, op.in + at, cached, table_of(r), begin(r), rows.positions[r] + 1, float(op.eps),
+                         float(op.plus), op.out + at);
         }
     };
-    // All that there is to do lies on a line that threads divide among themselves.
-    auto walk = [&](int64_t from, int64_t to, bool does) {
+    // All that there is to do lies on a line that threads divide among themselves: does what lies in [from, to), and tells
+    // how long it is.
+    auto walk = [&](int64_t from, int64_t to) {
         int64_t place = 0;
         for (int64_t r = 0, count; r < op.rows; r += count) {
             count = prompt_rows(rows, r);
 #if AMX
-            if (op.dtype == BFLOAT16 && attends_tiled(count, op.head_size)) {
-                Prompt prompt = {r, count, rows.positions[r], op.window,
-                                 rows.tables + rows.sequences[r] * rows.table_size};
-                for (int64_t head = 0; head < op.kv_heads; head++) {
-                    int64_t tiles = (count * group + SIDE - 1) / SIDE, low = tiles, high = 0;
-                    for (int64_t tile = 0; tile < tiles; tile++) {
-                        if (place >= from && place < to) low = smaller(low, tile), high = tile + 1;
-                        place += prompt.cost(tile * SIDE / group);
+            if constexpr (std::is_same_v<T, Brain>)
+                if (attends_tiled(count, op.head_size)) {
+                    Prompt prompt = {r, count, rows.positions[r], table_of(r)};
+                    int64_t tiles = (count * group + SIDE - 1) / SIDE;
+                    for (cached.head = 0; cached.head < op.kv_heads; cached.head++) {
+                        int64_t low = tiles, high = 0;
+                        for (int64_t tile = 0; tile < tiles; tile++) {
+                            if (place >= from && place < to) low = smaller(low, tile), high = tile + 1;
+                            place += 2 * seen(r + tile * SIDE / group);  // about what two heads of a row take
+                        }
+                        if (low < high) attend_tiles(op, prompt, cached, low, high);
                     }
-                    if (does && low < high) attend_tiles(op, prompt, head, low, high);
+                    continue;
                 }
-                continue;
-            }
 #endif
             for (int64_t row = r; row < r + count; row++)
                 for (int64_t head = 0; head < op.heads; head += together) {
-                    if (does && place >= from && place < to) one_row(row, head);
-                    place += (rows.positions[row] + 1 - begin(row)) * together;
+                    if (place >= from && place < to) one_row(row, head);
+                    place += seen(row) * together;
                 }
         }
         return place;
     };
-    int64_t line = walk(0, 0, false);
-    walk(thread.from(line), thread.to(line), true);
+    int64_t line = walk(0, 0);
+    walk(thread.from(line), thread.to(line));
 }
 
 void run_gate(const Operation& op, const Thread& thread) {

@@ -118,7 +118,7 @@ void some_rows(const Call& call, const Term* terms, const Term* end, int64_t sta
     if (tiled && any_planes(terms, end)) planes_by_tiles(call, terms, end, start, stop, first, last);
     if (tiled && !any_lists(terms, end)) return;
 #endif
-#if LISTS_SHARED
+#if VECTOR_LISTS
     if (call.coarse && stop - start > 1 && (tiled || !any_planes(terms, end)) && all_abreast(terms, end)) {
         for (int64_t row = start; row < stop; row += LANES)
             add_lists_shared(call, terms, end, row, smaller(row + LANES, stop), first, last);
@@ -139,7 +139,7 @@ inline void forget_rows() {
 }
 
 inline int64_t list_cost(const Call& call, int64_t rows) {
-    if (LISTS_SHARED && call.coarse && rows > 1) return 6 * ((rows + 1) / 2);
+    if (VECTOR_LISTS && call.coarse && rows > 1) return 6 * ((rows + 1) / 2);
     return rows <= FEW_SPARSE ? 8 * rows : 40;
 }
 

@@ -72,6 +72,20 @@ inline float sum16(Floats16 x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The largest magnitude of `count` numbers; NaN if one of them is not finite.
+inline float largest_of(const float* x, int64_t count) {
+    __m512 most = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (int64_t c = 0; c < count; c += 16) {
+        __mmask16 there = count - c >= 16 ? __mmask16(0xffff) : __mmask16((1u << (count - c)) - 1);
+        __m512 value = _mm512_maskz_loadu_ps(there, x + c);
+        most = _mm512_max_ps(most, _mm512_abs_ps(value));
+        odd = _mm512_fmadd_ps(value, _mm512_setzero_ps(), odd);  // zero, or NaN
+    }
+    return _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(odd);
+}
+#endif
+
 inline Floats16 larger16(Floats16 a, Floats16 b) { return a > b ? a : b; }
 
 inline float most_of(Floats16 x) {

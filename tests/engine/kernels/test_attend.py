@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,30 @@ def kernels() -> CpuKernels:
     return made
 
 
+def attended(
+    kernels: CpuKernels, query: torch.Tensor, cache: torch.Tensor, places: tuple[Any, Any, Any], scale: float,
+    *, window: int = 0, softcap: float = 0.0, threads: int = 2,
+) -> torch.Tensor:  # fmt: skip
+    """Args:
+    query: `[rows, heads, size]`.
+    cache: keys and values, `[2, slots, key heads, size]`.
+    places: positions, sequences and block tables.
+    """
+    (rows, heads, size), kv_heads = query.shape, cache.shape[2]
+    found = torch.full_like(query, torch.nan)
+    record = np.zeros(1, RECORD)
+    fields = {
+        "kind": ATTEND, "waits": 1, "rows": rows, "in": query.data_ptr(), "out": found.data_ptr(),
+        "dtype": DTYPES[cache.dtype], "eps": scale, "plus": softcap, "keys": cache[0].data_ptr(),
+        "values": cache[1].data_ptr(), "heads": heads, "kv_heads": kv_heads, "head_size": size, "window": window,
+    }  # fmt: skip
+    for name, value in fields.items():
+        record[name] = value
+    positions, sequences, tables = places
+    kernels.step(record, positions, positions, sequences, tables, threads)
+    return found
+
+
 def attend(
     kernels: CpuKernels, spans: Spans, heads: int, kv_heads: int, size: int, dtype: torch.dtype,
     *, window: int = 0, softcap: float = 0.0, threads: int = 2,
@@ -59,18 +84,12 @@ def attend(
         weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         expected[first : first + rows] = torch.einsum("rht,thd->rhd", weights, values)
         first += rows
-    found = torch.full((total, heads, size), torch.nan)
-    record = np.zeros(1, RECORD)
-    fields = {
-        "kind": ATTEND, "waits": 1, "rows": total, "in": query.data_ptr(), "out": found.data_ptr(),
-        "dtype": DTYPES[dtype], "eps": 1 / math.sqrt(size), "plus": softcap, "keys": cache[0].data_ptr(),
-        "values": cache[1].data_ptr(), "heads": heads, "kv_heads": kv_heads, "head_size": size, "window": window,
-    }  # fmt: skip
-    for name, value in fields.items():
-        record[name] = value
     positions = np.array([p for context, rows in spans for p in range(context, context + rows)], np.int64)
     sequences = np.array([i for i, (_, rows) in enumerate(spans) for _ in range(rows)], np.int64)
-    kernels.step(record, positions, positions, sequences, tables, threads)
+    places = positions, sequences, tables
+    found = attended(
+        kernels, query, cache, places, 1 / math.sqrt(size), window=window, softcap=softcap, threads=threads
+    )
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
@@ -102,14 +121,8 @@ def test_scores_that_are_far_apart(kernels: CpuKernels) -> None:
     tokens = torch.arange(48)
     keys[0, :48, 0, 0] = (tokens * 40).to(torch.bfloat16)
     keys[1, :48, 0, 0] = tokens.to(torch.bfloat16)
-    query, found = torch.zeros(48, 1, size), torch.empty(48, 1, size)
+    query = torch.zeros(48, 1, size)
     query[:, 0, 0] = 8
-    record = np.zeros(1, RECORD)
-    for name, value in {
-        "kind": ATTEND, "waits": 1, "rows": 48, "in": query.data_ptr(), "out": found.data_ptr(), "dtype": 1, "eps": 1.0,
-        "keys": keys[0].data_ptr(), "values": keys[1].data_ptr(), "heads": 1, "kv_heads": 1, "head_size": size,
-    }.items():  # fmt: skip
-        record[name] = value
-    at = np.arange(48)
-    kernels.step(record, at, at, np.zeros(48, np.int64), np.arange(3, dtype=np.int32)[None], 2)
+    places = np.arange(48), np.zeros(48, np.int64), np.arange(3, dtype=np.int32)[None]
+    found = attended(kernels, query, keys, places, 1.0)
     assert torch.equal(found[:, 0, 0].round(), tokens.float()), "each sees itself, the last and loudest of its past"
