@@ -188,6 +188,31 @@ def test_half_precision(halves: World, mix: int, rows: int) -> None:
     assert_near(both[1], both[0], 0.15)
 
 
+@pytest.mark.parametrize("weights", [BaseWeights.FULL, BaseWeights.INT8])
+@pytest.mark.parametrize("rows", [[64], [130], [70, 3, 61], [3, 5, 90]])
+def test_rows_that_threads_make_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: BaseWeights, rows: list[int]
+) -> None:
+    """As one thread makes them, of prompts on the base, on planes and on lists, whose weights are moved for some."""
+    monkeypatch.setattr("server.engine.native_steps._SMALL", 0)
+    world, before = world_of(tmp_path, "qwen2", torch.bfloat16, weights), torch.get_num_threads()
+    for first in range(len(rows)):
+        made = []
+        for threads in (1, 3):
+            _, (executor, cache) = world.executors()
+            work = [
+                Work(sequence_of([(7 * i) % 256 for i in range(count)], world.mixes[first + place], cache), count)
+                for place, count in enumerate(rows)
+            ]
+            torch.set_num_threads(threads)
+            try:
+                made += [run(executor, cache, lay_out(work), world, mixed=True) for _ in range(3)]
+            finally:
+                torch.set_num_threads(before)
+        for again in made[1:]:
+            assert_near(again, made[0], 1e-5)
+
+
 def test_deltas_are_priced_as_steps_apply_them(halves: World, monkeypatch: pytest.MonkeyPatch) -> None:
     ((_, _), (executor, _)) = halves.executors()
     assert isinstance(executor.fast, NativeSteps)

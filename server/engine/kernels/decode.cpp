@@ -26,25 +26,7 @@ constexpr int64_t SLACK = 16;     // zeros after a stream, so that whole words c
 
 enum Layout : int { BITMAP = 0, RICE = 1, RICE_ZEROS = 2 };
 
-// Memory that a thread keeps from call to call. Never initialised.
-class Memory {
-  public:
-    ~Memory() { std::free(memory_); }
-    void* bytes(int64_t count) {
-        if (count > size_) {
-            std::free(memory_);
-            memory_ = std::malloc(static_cast<size_t>(count));
-            size_ = memory_ == nullptr ? 0 : count;
-        }
-        return memory_;
-    }
-
-  private:
-    void* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-thread_local Memory copies, masks, lists;
+thread_local Scratch copies, masks, lists;
 
 inline int64_t bytes_for(int64_t bits) { return (bits + 7) / 8; }
 

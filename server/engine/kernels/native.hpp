@@ -65,16 +65,23 @@ struct Call {
 class Scratch {
   public:
     ~Scratch() { std::free(memory_); }
-    float* floats(size_t count) {
-        size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
-        if (bytes > size_) {
+    // Or null, if there is no more.
+    void* bytes(size_t count) {
+        if (count > PTRDIFF_MAX) return nullptr;
+        size_t whole = (count + 63) / 64 * 64;
+        if (whole > size_) {
             std::free(memory_);
-            memory_ = std::aligned_alloc(64, bytes);
-            if (memory_ == nullptr) std::abort();
-            size_ = bytes;
+            memory_ = std::aligned_alloc(64, whole);
+            size_ = memory_ == nullptr ? 0 : whole;
         }
-        return static_cast<float*>(memory_);
+        return memory_;
     }
+    float* floats(size_t count) {
+        void* memory = bytes(count * sizeof(float));
+        if (memory == nullptr && count) std::abort();
+        return static_cast<float*>(memory);
+    }
+    uint16_t* halves(size_t count) { return reinterpret_cast<uint16_t*>(floats((count + 1) / 2)); }
 
   private:
     void* memory_ = nullptr;
@@ -95,6 +102,7 @@ struct Origin {
 
 inline int64_t blocks_of(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // table[c] = sum of the values whose bits are set in c.
 template <int BITS, typename V> inline void subset_sums(const V* values, V factor, V* table) {

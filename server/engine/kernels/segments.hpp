@@ -2,6 +2,7 @@
 // moved on the way.
 #pragma once
 
+#include "inputs.hpp"
 #include "merging.hpp"
 #include "operations.hpp"
 #include "products.hpp"
@@ -13,7 +14,7 @@
 
 namespace {
 
-thread_local Scratch merged, packs;
+thread_local Scratch merged;
 
 thread_local double spent;  // on what experts add
 
@@ -43,15 +44,7 @@ struct Range {
     int64_t first, last;
 };
 
-// Rows of a product that read the same weights: the base's, or what one term moves them to.
-struct Segment {
-    int64_t row, until;
-    const Term* term;        // or none
-    const uint16_t* packed;  // the rows as tiles, or none
-};
-
 thread_local std::vector<Segment> segments;
-thread_local const float* packed_from;  // what `packs` was made of, if that was all of it
 
 // Cuts the rows of a product; whether any of its weights are moved.
 bool cut_rows(const Operation& op) {
@@ -75,27 +68,6 @@ bool any_packed() {
     return false;
 }
 
-template <typename U> void pack_segments(const Operation&, const U*, int64_t) {}
-#if AMX
-template <> void pack_segments(const Operation& op, const uint16_t* x, int64_t stride) {
-    int64_t size = 0;
-    for (const Segment& segment : segments) size += packed_size(segment.until - segment.row, op.in_size);
-    uint16_t* to = reinterpret_cast<uint16_t*>(packs.floats((size + 1) / 2));
-    bool made = segments.size() == 1 && packed_from == op.in;
-    packed_from = segments.size() == 1 ? op.in : nullptr;
-    for (Segment& segment : segments) {
-        int64_t rows = segment.until - segment.row;
-        if (!tiled(rows, FEW_TILED, op.in_size)) {
-            packed_from = nullptr;
-            continue;
-        }
-        if (!made) pack_rows(x + segment.row * stride, stride, rows, op.in_size, to);
-        segment.packed = to;
-        to += packed_size(rows, op.in_size);
-    }
-}
-#endif
-
 // op.out of the segment's rows = x * `weights`, which are those of the columns [first, last).
 template <typename T, typename U>
 void multiply_segment(const Operation& op, const Segment& segment, const T* weights, const U* x, int64_t stride,
@@ -110,12 +82,11 @@ void multiply_segment(const Operation& op, const Segment& segment, const T* weig
     multiply(weights, op.in_size, x + segment.row * stride, stride, rows, y, op.out_size, done, last - first);
 }
 
-// Products with weights that can be moved; `x` is what they read of op.in. Which columns of op.out the thread has made.
+// Products with weights that can be moved, and are for some segment; `x` is what they read of op.in. Which columns of
+// op.out the thread has made.
 template <typename T, typename U>
-Range run_full(const Operation& op, const Thread& thread, const U* x, int64_t stride) {
+Range run_full(const Operation& op, const Thread& thread, bool moved, const U* x, int64_t stride) {
     const T* weights = static_cast<const T*>(op.weight);
-    bool moved = cut_rows(op);
-    if constexpr (std::is_same_v<T, Brain>) pack_segments(op, x, stride);
     Tiles tiles(any_packed(), SIDE);
     int64_t unit = moved || tiles.used ? BLOCK : 4, units = (op.out_size + unit - 1) / unit;
     int64_t from = thread.from(units) * unit, to = smaller(thread.to(units) * unit, op.out_size);

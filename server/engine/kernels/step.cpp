@@ -4,8 +4,9 @@
 // the list side by side, each does its share of every operation, and they wait for each other where one reads what
 // others have written. Between one product and the next nothing leaves the caches.
 
-#include "attention_amx.hpp"
+#include "attention.hpp"
 #include "embedding.hpp"
+#include "inputs.hpp"
 #include "integers.hpp"
 #include "layers.hpp"
 #include "operations.hpp"
@@ -14,7 +15,7 @@
 
 namespace {
 
-thread_local Scratch halves, chosen;
+thread_local Scratch chosen;
 
 void run_norm(const Operation& op, const Thread& thread) {
     int64_t size = op.in_size, row_size = size * op.out_size;
@@ -79,27 +80,20 @@ Call call_of(const Operation& op) {
     return {op.out, op.in, op.out_size, op.in_size, blocks_of(op.in_size), blocks_of(op.out_size), op.dtype != FLOAT32};
 }
 
-// `fresh`: whether `halves` must be made anew from op.in.
-void run_product(const Operation& op, const Thread& thread, bool fresh) {
-    int64_t stride = padded(op.in_size);
-    uint16_t* x = nullptr;
-    if (op.dtype >= EIGHT_BITS || (PAIRS && op.dtype == BFLOAT16)) {
-        x = reinterpret_cast<uint16_t*>(halves.floats((op.rows * stride + 1) / 2));
-        if (fresh) {
-            round_rows(op.in, op.in_size, op.rows, x);
-            packed_from = nullptr;
-        }
-    }
+void run_product(const Operation& op, const Thread& thread, Inputs& inputs, Barrier& barrier) {
+    const int64_t stride = padded(op.in_size);
+    const bool moved = cut_rows(op);
+    const uint16_t* x = reads_rounded(op) ? inputs.make(op, segments, thread, barrier) : nullptr;
     Range made;
     if (op.dtype == FLOAT32)
-        made = run_full<float>(op, thread, op.in, op.in_size);
+        made = run_full<float>(op, thread, moved, op.in, op.in_size);
     else if (op.dtype >= EIGHT_BITS)
         made = run_integers(op, thread, x, stride);
     else
 #if PAIRS
-        made = run_full<Brain>(op, thread, x, stride);
+        made = run_full<Brain>(op, thread, moved, x, stride);
 #else
-        made = run_full<Brain>(op, thread, op.in, op.in_size);
+        made = run_full<Brain>(op, thread, moved, op.in, op.in_size);
 #endif
     for (int64_t r = 0; r < op.rows; r++) {
         float* y = op.out + r * op.out_size;
@@ -151,82 +145,15 @@ template <typename T> void run_rotate(const Operation& op, const Rows& rows, con
     }
 }
 
-template <typename T, typename... More>
-void attend_heads(int64_t count, const float* query, const Cached<T>& cached, More... more) {
-    switch (count) {
-        case 1: return attend<1>(query, cached, more...);
-        case 2: return attend<2>(query, cached, more...);
-        case 3: return attend<3>(query, cached, more...);
-        default: return attend<4>(query, cached, more...);
-    }
-}
-
-// Rows of one sequence, side by side, from the row `r` on.
-int64_t prompt_rows(const Rows& rows, int64_t r) {
-    int64_t next = r + 1;
-    while (next < rows.count && rows.sequences[next] == rows.sequences[r]) next++;
-    return next - r;
-}
-
-template <typename T> void run_attend(const Operation& op, const Rows& rows, const Thread& thread) {
-    // Heads that share keys go side by side, unless that leaves threads without work.
-    int64_t group = op.heads / op.kv_heads, together = op.rows * op.kv_heads < 4 * thread.count ? 1 : group;
-    Cached<T> cached = {static_cast<const T*>(op.keys), static_cast<const T*>(op.values), op.kv_heads, op.head_size, 0};
-    auto table_of = [&](int64_t r) { return rows.tables + rows.sequences[r] * rows.table_size; };
-    auto begin = [&](int64_t r) { return first_seen(rows.positions[r], op.window); };
-    auto seen = [&](int64_t r) { return rows.positions[r] + 1 - begin(r); };
-    auto one_row = [&](int64_t r, int64_t head) {
-        cached.head = head / group;
-        for (int64_t done = 0, count; done < together; done += count) {
-            count = smaller(together - done, 4);
-            int64_t at = (r * op.heads + head + done) * op.head_size;
-            attend_heads(count, op.in + at, cached, table_of(r), begin(r), rows.positions[r] + 1, float(op.eps),
-                         float(op.plus), op.out + at);
-        }
-    };
-    // All that there is to do lies on a line that threads divide among themselves: does what lies in [from, to), and tells
-    // how long it is.
-    auto walk = [&](int64_t from, int64_t to) {
-        int64_t place = 0;
-        for (int64_t r = 0, count; r < op.rows; r += count) {
-            count = prompt_rows(rows, r);
-#if AMX
-            if constexpr (std::is_same_v<T, Brain>)
-                if (attends_tiled(count, op.head_size)) {
-                    Prompt prompt = {r, count, rows.positions[r], table_of(r)};
-                    int64_t tiles = (count * group + SIDE - 1) / SIDE;
-                    for (cached.head = 0; cached.head < op.kv_heads; cached.head++) {
-                        int64_t low = tiles, high = 0;
-                        for (int64_t tile = 0; tile < tiles; tile++) {
-                            if (place >= from && place < to) low = smaller(low, tile), high = tile + 1;
-                            place += 2 * seen(r + tile * SIDE / group);  // about what two heads of a row take
-                        }
-                        if (low < high) attend_tiles(op, prompt, cached, low, high);
-                    }
-                    continue;
-                }
-#endif
-            for (int64_t row = r; row < r + count; row++)
-                for (int64_t head = 0; head < op.heads; head += together) {
-                    if (place >= from && place < to) one_row(row, head);
-                    place += seen(row) * together;
-                }
-        }
-        return place;
-    };
-    int64_t line = walk(0, 0);
-    walk(thread.from(line), thread.to(line));
-}
-
 void run_gate(const Operation& op, const Thread& thread) {
     int64_t units = (op.rows * op.out_size + 15) / 16, first = thread.from(units) * 16;
     int64_t last = smaller(thread.to(units) * 16, op.rows * op.out_size);
     if (first < last) gated(op.out + first, op.other + first, last - first, op.gate);
 }
 
-void run(const Operation* op, const Operation* end, const Rows& rows, const Thread& thread, Barrier& barrier) {
+void run(const Operation* op, const Operation* end, const Rows& rows, const Thread& thread, Inputs inputs,
+         Barrier& barrier) {
     const Operation* pending = nullptr;  // products since the last wait, some with terms
-    const float* rounded_from = nullptr;
     forget_rows();
     for (; op < end; op++) {
         if (op->kind == EMBED) {
@@ -234,8 +161,7 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
         } else if (op->kind == NORM) {
             run_norm(*op, thread);
         } else if (op->kind == PRODUCT) {
-            run_product(*op, thread, op->in != rounded_from);
-            rounded_from = op->in;
+            run_product(*op, thread, inputs, barrier);
             if (!pending) pending = op;
         } else if (op->kind == ROTATE) {
             op->dtype == FLOAT32 ? run_rotate<float>(*op, rows, thread) : run_rotate<Brain>(*op, rows, thread);
@@ -253,8 +179,8 @@ void run(const Operation* op, const Operation* end, const Rows& rows, const Thre
             run_terms(*pending, thread);
         }
         pending = nullptr;
-        rounded_from = nullptr;
         barrier.wait(thread);
+        inputs.forget();
         forget_rows();
     }
 }
@@ -274,12 +200,12 @@ double switchyard_step(const void* operations, int64_t count, int64_t rows, cons
     Rows batch = {rows, positions, slots, sequences, tables, table_size};
     Barrier barrier;
     spent = 0;
+    const Inputs inputs(Inputs::room_for(first, first + count, threads));
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    run(first, first + count, batch, {omp_get_thread_num(), omp_get_num_threads()}, barrier);
+    run(first, first + count, batch, {omp_get_thread_num(), omp_get_num_threads()}, inputs, barrier);
 #else
-    (void)threads;
-    run(first, first + count, batch, {0, 1}, barrier);
+    run(first, first + count, batch, {0, 1}, inputs, barrier);
 #endif
     return spent;
 }
