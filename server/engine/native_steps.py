@@ -83,10 +83,11 @@ class NativeSteps:
         """
         if not self.fits(layout):
             return None
-        sees = self._program.see(max(segment.length for segment in layout.segments))
-        if self._program.answer(len(layout.logit_rows)) or sees:
-            self._records.clear()
-            self._beside.clear()
+        # One after the other: the second may fail for want of memory once the first has changed addresses.
+        if self._program.see(max(segment.length for segment in layout.segments)):
+            self._forget()
+        if self._program.answer(len(layout.logit_rows)):
+            self._forget()
         records = self._pointed(moved)
         if terms is not None:
             if terms not in self._beside:
@@ -115,6 +116,10 @@ class NativeSteps:
         """Run so many arbitrary tokens of the base, each alone, and compute their logits; before the cache is used."""
         segments = [Segment(row, row + 1, 0, (1,)) for row in range(rows)]
         self.run(Layout([0] * rows, segments, list(range(rows)), [], (), ()), frozenset())
+
+    def _forget(self) -> None:
+        self._records.clear()
+        self._beside.clear()
 
     def _pointed(self, moved: frozenset[tuple[str, int]]) -> Records:
         records = self._records.get(moved)

@@ -98,15 +98,17 @@ class Program:
         """Have the angles of so many positions; whether addresses have changed for that."""
         if positions <= self._positions:
             return False
-        self._positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
-        at = torch.arange(self._positions)[None]
-        self._angles = []
-        for rotary in self._outline.rotaries:
-            cos, sin = rotary(at)
-            self._angles.append(Angles(cos[0].float().contiguous(), sin[0].float().contiguous()))
+        enough = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
+        at = torch.arange(enough)[None]
+        # Those that steps read stay until all of the new ones are there: memory may be short.
+        angles = [
+            Angles(cos[0].float().contiguous(), sin[0].float().contiguous())
+            for cos, sin in (rotary(at) for rotary in self._outline.rotaries)
+        ]
+        self._angles, self._positions = angles, enough
         for place, layer in zip(self._rotations, self._outline.layers, strict=True):
-            angles = self._angles[layer.rotary]
-            self._plain[place]["cos"], self._plain[place]["sin"] = angles.cos.data_ptr(), angles.sin.data_ptr()
+            own = angles[layer.rotary]
+            self._plain[place]["cos"], self._plain[place]["sin"] = own.cos.data_ptr(), own.sin.data_ptr()
         return True
 
     def records(self) -> Records:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -299,3 +299,35 @@ def test_a_network_that_computes_something_else_is_run_by_its_modules(
         layer.mlp.down_proj = Scaled(layer.mlp.down_proj)
         assert native_steps(NativeCalls.AUTO, world.model, cache, world.kernels) is None
         assert "Scaled is no linear layer" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["angles", "logits"])
+def test_steps_read_nothing_that_is_gone_where_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Whichever part of a step's memory was to grow."""
+    monkeypatch.setattr("server.engine.programs._FIRST_ANSWERS", 1)
+    world = world_of(tmp_path, "llama")
+    _, (executor, cache) = world.executors()
+    fast = executor.fast
+    assert isinstance(fast, NativeSteps)
+    work = [Work(sequence_of([i, 2, 3], BASE_MIX, cache), 3) for i in range(2)]
+    one, both = lay_out(work[:1]), lay_out(work)
+    before = run(executor, cache, one, world, mixed=False)
+    program = fast._program
+    program._positions = 1  # as if it had to see more
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        if what == "angles":
+            patch.setattr(program, "_outline", replace(program._outline, rotaries=[full]))
+        else:
+            patch.setattr(torch, "zeros", full)
+        with pytest.raises(MemoryError):
+            run(executor, cache, both, world, mixed=False)
+    known = {angles.cos.data_ptr() for angles in program._angles}
+    assert known
+    assert all(set(records["cos"].tolist()) - {0} <= known for records in [program._plain, *fast._records.values()])
+    assert_near(run(executor, cache, one, world, mixed=False), before, 1e-6)

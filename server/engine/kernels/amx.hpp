@@ -4,8 +4,8 @@
 
 #include "native.hpp"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
-    defined(__AVX512VBMI__) && defined(__linux__) && !defined(PORTABLE)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && \
+    defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__linux__) && !defined(PORTABLE)
 #define AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -41,6 +41,8 @@ class Tiles {
         if (!used) return;
         alignas(64) uint8_t config[64] = {1};
         for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = i < 6 ? uint8_t(rows) : SIDE;
+        // The compiler may take the instruction for one that reads eight bytes.
+        __asm__ volatile("" ::"r"(config) : "memory");
         _tile_loadconfig(config);
     }
     ~Tiles() {

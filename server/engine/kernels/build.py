@@ -12,7 +12,9 @@ import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -69,11 +71,13 @@ def load(
 ) -> ctypes.CDLL:
     """The library, built unless `cache_dir` holds it already.
 
-    The file's name is a digest of all it was made from and for: source, flags, compiler and the CPU's features. Any
-    number of processes may do this at the same time: each builds beside the target and renames.
+    The file's name has a digest of all it was made from and for (source, flags, compiler and the CPU's features) and
+    one of what is in it: a file that is damaged is built anew. Any number of processes may do this at the same time:
+    each builds beside the target and renames.
 
     Args:
-        cache_dir: must be trusted: what lies there is run.
+        cache_dir: must be trusted: what lies there is run. Where nothing can be written to it, the library is built in
+            a folder of this process.
         flags: for the compiler, after the usual ones.
         sources: what to build; a part of it is built sooner.
 
@@ -101,18 +105,51 @@ def _load(
     texts = [source.read_text(encoding="utf-8") for source in (*sources, *HEADERS)]
     made_from = (texts, options, recipe.link, _run([compiler, "--version"]), _cpu())
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:20]
-    path = cache_dir / "kernels" / f"native-{digest}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    folder = cache_dir / "kernels"
+    path = _sound(folder, digest)
+    if path is None:
+        with _scratch_in(folder) as scratch:
             linked = Path(scratch, "native.so")
             made = [str(Path(scratch, f"{source.stem}.o")) for source in sources]
             commands = ([compiler, *options, "-c", str(s), "-o", into] for s, into in zip(sources, made, strict=True))
             with ThreadPoolExecutor() as pool:
                 list(pool.map(_run, commands))
             _run([compiler, "-shared", *recipe.link, *made, "-o", str(linked)])
+            path = Path(scratch).parent / f"native-{digest}-{_content(linked)}.so"
+            with linked.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(linked, path)
     return ctypes.CDLL(str(path))
+
+
+def _sound(folder: Path, digest: str) -> Path | None:
+    """The library that was built before, unless it is damaged: loading half of one ends the process."""
+    for path in folder.glob(f"native-{digest}-*.so"):
+        if path.stem.rpartition("-")[2] == _content(path):
+            return path
+        log.warning("%s is damaged and is built anew", path.name)
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        log.warning("native kernels cannot be kept in %s, so each start builds them: %s", folder, error.strerror)
+        return tempfile.TemporaryDirectory(dir=own_folder().name)
+
+
+@cache
+def own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this process alone: what lies there is run, so it must not be a place where others may write."""
+    return tempfile.TemporaryDirectory(prefix="switchyard-kernels-")
 
 
 def _run(command: list[str]) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
 
-from server.engine.kernels.build import BuildError
+from server.engine.kernels.build import BuildError, own_folder
 from server.engine.kernels.cpu import CpuKernels
 from server.engine.kernels.integers import IntegerKernels
 from server.engine.kernels.reference import ReferenceKernels
@@ -29,7 +27,7 @@ def _cpu(device: torch.device, cache_dir: Path | None) -> Kernels | str:
     if device.type != "cpu":
         return f"the device is {device.type}"
     try:
-        return CpuKernels(cache_dir or Path(_own_folder().name))
+        return CpuKernels(cache_dir or Path(own_folder().name))
     except (BuildError, OSError) as error:
         return str(error)
 
@@ -64,12 +62,6 @@ def _fault(kernels: Kernels, device: torch.device) -> str | None:
     return None if is_right else "computes wrongly on this machine"
 
 
-@cache
-def _own_folder() -> tempfile.TemporaryDirectory[str]:
-    """Of this process alone: what lies there is run, so it must not be a place where others may write."""
-    return tempfile.TemporaryDirectory(prefix="switchyard-kernels-")
-
-
 _MAKERS: dict[str, _Maker] = {
     "cpu": _cpu,
     "triton": _triton,
@@ -99,7 +91,9 @@ def backend(name: str, device: torch.device, cache_dir: Path | None = None) -> K
         made = make(device, cache_dir)
         if not isinstance(made, str):
             reasons = "".join(f"; not {reason}" for reason in passed_over)
-            log.info("kernels: %s on %s%s", made.name, device, reasons)
+            # Whoever did not ask for the slowest should know why they have it.
+            level = logging.WARNING if made.name == "reference" and name == "auto" else logging.INFO
+            log.log(level, "kernels: %s on %s%s", made.name, device, reasons)
             return made
         passed_over.append(f"{candidate}: {made}")
     raise InvalidRequestError(f"the kernels cannot be used here: {passed_over[0]}", param="kernels")
@@ -108,7 +102,7 @@ def backend(name: str, device: torch.device, cache_dir: Path | None = None) -> K
 def integer_kernels(cache_dir: Path | None = None) -> IntegerKernels | None:
     """Products with a base in four or eight bits on a CPU; None, and a word in the log, where they cannot be had."""
     try:
-        return IntegerKernels(cache_dir or Path(_own_folder().name))
+        return IntegerKernels(cache_dir or Path(own_folder().name))
     except (BuildError, OSError) as error:
         log.info("products with integers: PyTorch's own; not native: %s", error)
         return None

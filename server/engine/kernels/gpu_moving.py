@@ -26,7 +26,8 @@ class Mover:
         cuda: what takes a delta alone, if not Triton.
         """
         self._cuda = cuda
-        self._terms: WeakKeyDictionary[LoadedDelta, dict[tuple[float, int], torch.Tensor]] = WeakKeyDictionary()
+        self._terms: WeakKeyDictionary[LoadedDelta, dict[int, tuple[float, torch.Tensor]]] = WeakKeyDictionary()
+        """Of each delta, by first row, its table at the last weight: clients choose from hundreds of thousands."""
 
     def multiply(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[Term]
@@ -78,18 +79,17 @@ class Mover:
         merge_lists[(triton.cdiv(rows, fixed["L"]),)](out, pristine, table, first_row, rows, width, **fixed)
 
     def table(self, terms: Sequence[Term], first_row: int = 0) -> torch.Tensor:
-        """The table of terms, of rows from `first_row` on. Of one term it is kept for as long as its delta lives."""
+        """The table of terms, of rows from `first_row` on. Of one term it is kept until its weight is another."""
         device = terms[0][1].device
         if len(terms) > 1:
             fields = [field for weight, delta in terms for field in term_fields(weight, delta, first_row)]
             return torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
         weight, delta = terms[0]
         known = self._terms.setdefault(delta, {})
-        table = known.get((weight, first_row))
-        if table is None:
-            table = torch.tensor(term_fields(weight, delta, first_row), dtype=torch.int64).to(device, non_blocking=True)
-            known[weight, first_row] = table
-        return table
+        if first_row not in known or known[first_row][0] != weight:
+            table = torch.tensor(term_fields(weight, delta, first_row), dtype=torch.int64)
+            known[first_row] = weight, table.to(device, non_blocking=True)
+        return known[first_row][1]
 
 
 def slabs(matrix: torch.Tensor, itemsize: int | None = None) -> list[tuple[int, torch.Tensor]]:

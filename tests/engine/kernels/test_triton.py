@@ -240,3 +240,14 @@ def test_groups_beyond_the_rows_are_refused(kernels: Kernels, group: tuple[int, 
         kernels.fused_linear(y, x, weight, None, [Group(*group, ((1.0, delta),))])
     with pytest.raises(ValueError, match="cannot be applied"):
         kernels.add_linear(y, x[:, :49].contiguous(), [Group(0, 1, ((1.0, delta),))])
+
+
+def test_tables_of_weights_that_clients_choose_do_not_pile_up() -> None:
+    """One of each delta, at the last weight."""
+    from server.engine.kernels.gpu_moving import Mover
+
+    mover, delta = Mover(None), pack(sparse_delta(1, (64, 64), 0.3), CPU)
+    made = [mover.table([(0.5 + i / 1000, delta)], first_row) for i in range(100) for first_row in (0, 32)]
+    assert len(mover._terms[delta]) == 2
+    assert mover.table([(0.5 + 99 / 1000, delta)]) is made[-2]
+    assert mover.table([(0.5, delta)]).tolist() == made[0].tolist()
