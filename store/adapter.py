@@ -28,6 +28,8 @@ _PARTS = {
     AdapterKind.LOKR: ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
     AdapterKind.IA3: ("ia3_l",),
 }
+_ONE_AXIS = ("lora_magnitude_vector", "lora_B.bias")
+"""Parts that are no matrices."""
 _EXTRA_OF_LORA = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_B.bias")
 _FROZEN = "base_layer."
 
@@ -72,13 +74,16 @@ class Adapter:
             known = load_float32(self.replaced[name]) - weight if name in self.replaced else torch.zeros_like(weight)
             return known + self._bias(module, parts, weight) if kind == "bias" else known
         delta = self._merged(name, module, parts, weight)
-        if delta.shape != weight.shape:
+        self._check_shape(name, tuple(delta.shape))
+        return delta
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if shape != (wanted := self.base.tensors[name].shape):
             raise CheckpointError(
-                f"the adapter changes {name} by a tensor of the shape {list(delta.shape)}, the base's has "
-                f"{list(weight.shape)}: it was trained on another model",
+                f"the adapter changes {name} by a tensor of the shape {list(shape)}, the base's has {list(wanted)}: it "
+                "was trained on another model",
                 param=name,
             )
-        return delta
 
     def _bias(self, module: str, parts: Parts, weight: torch.Tensor) -> torch.Tensor | float:
         """What the adapter of a module does to its bias."""
@@ -89,12 +94,19 @@ class Adapter:
         return 0.0
 
     def factors(self, name: str) -> Factors | None:
-        """(`[rows, rank]`, `[rank, columns]`), float32, whose product is a tensor's delta; None where it is no such."""
+        """(`[rows, rank]`, `[rank, columns]`), float32, whose product is a tensor's delta; None where it is no such.
+
+        Raises:
+            CheckpointError: they do not fit each other or the tensor; `param` is the module or the tensor.
+        """
         module, _, kind = name.rpartition(".")
         parts = self.modules.get(module, {})
         if kind != "weight" or "lora_magnitude_vector" in parts or name in self.replaced:
             return None
-        return self._factors(module, parts)
+        found = self._factors(module, parts)
+        if found is not None:
+            self._check_shape(name, (found[0].shape[0], found[1].shape[1]))
+        return found
 
     def _factors(self, module: str, parts: Parts) -> Factors | None:
         values = {part: load_float32(tensor) for part, tensor in parts.items()}
@@ -225,8 +237,22 @@ def _check_whole(adapter: Adapter, module: str, parts: Parts) -> None:
         )
     if len(weight.shape) != 2:
         raise CheckpointError(f"{module} is no matrix: adapters of such modules are not supported", param=module)
-    if "lora_B.bias" in parts and f"{module}.bias" not in adapter.base.tensors:
+    for part, tensor in parts.items():
+        if part not in _ONE_AXIS and len(tensor.shape) != 2:
+            raise CheckpointError(f"{part} of {module} has the shape {list(tensor.shape)}: no matrix", param=module)
+    if "lora_E" in parts and parts["lora_E"].shape != (parts["lora_A"].shape[0], 1):
+        raise CheckpointError(f"the adapter's factors of {module} do not fit each other", param=module)
+    if "lora_B.bias" not in parts:
+        return
+    if f"{module}.bias" not in adapter.base.tensors:
         raise CheckpointError(f"the adapter gives {module} a bias, and the base has none", param=module)
+    given, own = parts["lora_B.bias"].shape, adapter.base.tensors[f"{module}.bias"].shape
+    if given != own:
+        raise CheckpointError(
+            f"the adapter changes the bias of {module} by {list(given)}, the base's has {list(own)}: it was trained on "
+            "another model",
+            param=module,
+        )
 
 
 def _missing(module: str) -> str:

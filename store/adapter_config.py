@@ -69,7 +69,7 @@ class AdapterConfig:
 
     def scaling(self, module: str, rank: int) -> float:
         """What the update of a module is multiplied by."""
-        alpha = next((value for key, value in self.alphas.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha)
+        alpha = next((value for key, value in self.alphas.items() if _pattern(key).match(module)), self.alpha)
         if self.kind is AdapterKind.ADALORA:
             return (self.alpha if self.alpha > 0 else self.init_rank) / (self.init_rank + 1e-5)
         return alpha / (math.sqrt(rank) if self.by_root else rank)
@@ -113,10 +113,14 @@ def read_config(folder: Path) -> AdapterConfig:
     )
 
 
-def _number(given: Mapping[str, object], key: str, default: float) -> float:
+def _number(given: Mapping[str, object], key: str, default: float, param: str | None = None) -> float:
+    param = param or key
     value = given.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _fault(f"{key} must be a number", key)
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise _fault(f"{key[:40]} must be a number", param)
+    except OverflowError:  # an integer that no float holds
+        raise _fault(f"{key[:40]} is too large a number", param) from None
     return value
 
 
@@ -128,10 +132,15 @@ def _patterns(given: Mapping[str, object]) -> dict[str, float]:
         try:
             if len(key) > _MAX_PATTERN:
                 raise re.error("too long")
-            re.compile(key)
-        except re.error:
+            _pattern(key)
+        except (re.error, OverflowError, RecursionError):
             raise _fault(f"alpha_pattern has the broken pattern {key[:40]}", "alpha_pattern") from None
-    return {key: _number(patterns, key, 0) for key in patterns}
+    return {key: _number(patterns, key, 0, "alpha_pattern") for key in patterns}
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    """What a key of `alpha_pattern` means: the end of a module's name, from a dot on."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _fault(what: str, param: str | None = None) -> CheckpointError:

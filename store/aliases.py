@@ -10,7 +10,7 @@ from store.backends import ABSENT, BlobStore
 from store.catalogue import Catalogue
 from store.errors import ConflictError, InvalidRequestError, NotFoundError, StoreError
 from store.names import Names
-from store.ownership import check_name_free, check_owned
+from store.ownership import check_alias_quota, check_name_free, check_owned
 from store.record import ExpertRecord
 
 
@@ -36,15 +36,17 @@ class Aliases:
             ExpertUnavailableError: the expert is not served here.
             ConflictError: an expert has that name, or it is somebody else's.
             NotPermittedError: the expert is not the caller's.
+            QuotaExceededError: it has as many aliases as a tenant may give it.
         """
         self._names.check(name)
         with self._store.exclusive():
             present = self._store.get_record(name)
             existing = parse_entry(name, present)
             self._check_name(name, existing, by, is_taken=present is not None)
-            self._check_target(name, target, by)
+            record = self._check_target(name, target, by)
             if isinstance(existing, Alias) and existing.target == target:
                 return existing, False
+            check_alias_quota(record, self._catalogue.aliases_of(target), by)
             alias = Alias(name, target, int(time.time()))
             if not self._store.put_record(name, alias_to_json(alias), expected=ABSENT if present is None else present):
                 raise StoreError("the store let another writer in")
@@ -78,8 +80,8 @@ class Aliases:
         if is_taken:
             raise ConflictError(f"the name {name} belongs to an expert; an alias cannot take its place", param="alias")
 
-    def _check_target(self, name: str, target: str, by: Caller) -> None:
-        """The store is held: the catalogue is the latest."""
+    def _check_target(self, name: str, target: str, by: Caller) -> ExpertRecord:
+        """The expert that an alias may point to. The store is held: the catalogue is the latest."""
         if target == name:
             raise InvalidRequestError(f"the alias {name} cannot point to itself", param="target")
         try:
@@ -91,3 +93,4 @@ class Aliases:
                 f"{target} is itself an alias, of {record.name}: point to {record.name}", param="target"
             )
         check_owned(record, by)
+        return record

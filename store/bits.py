@@ -30,9 +30,9 @@ def bytes_for(bits: int) -> int:
     return (bits + 7) // 8
 
 
-def as_indices(positions: npt.NDArray[np.int64], numel: int) -> Indices:
+def as_indices(positions: Indices, numel: int) -> Indices:
     """Flat positions in the type of a tensor of `numel` elements: int32 below 2³¹ of them, which halves the memory."""
-    return positions.astype(np.int32) if numel < 2**31 else positions
+    return positions.astype(np.int32, copy=False) if numel < 2**31 else positions
 
 
 def set_bits(positions: Indices, nbits: int) -> Bytes:
@@ -48,8 +48,12 @@ def set_bits(positions: Indices, nbits: int) -> Bytes:
 
 
 def find_bits(stream: Bytes, count: int, numel: int, tensor: str, part: str) -> Indices:
-    """Positions of the 1 bits of a stream, which must be exactly `count`; none is trusted to be below `numel`."""
-    positions: Indices = np.empty(count, np.int32) if numel < 2**31 else np.empty(count, np.int64)
+    """Positions of the 1 bits of a stream, which must be exactly `count`; none is trusted to be below `numel`.
+
+    Their type is that of a tensor of `numel` elements, unless the stream is too long for it.
+    """
+    fits = numel < 2**31 and 8 * len(stream) <= 2**31  # the unary stream of a Rice code may reach beyond `numel`
+    positions: Indices = np.empty(count, np.int32) if fits else np.empty(count, np.int64)
     done = 0
     for start in range(0, len(stream), _CHUNK_BITS // 8):
         bits = np.unpackbits(stream[start : start + _CHUNK_BITS // 8], bitorder="little")

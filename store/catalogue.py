@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import heapq
 import logging
+import operator
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,10 @@ from store.tiers import TierStats
 from store.trust import NO_TRUST, Trust
 
 _log = logging.getLogger(__name__)
+
+_NEAR, _COMPARED = 50, 12
+"""Names on either side of a misspelt one that are looked at, and how many of them are compared letter by letter: that
+takes a tenth of a millisecond each, and anybody may ask for names that are not there."""
 
 
 class Catalogue:
@@ -60,8 +66,8 @@ class Catalogue:
         self._aliases: Mapping[str, Alias] = {}
         self._also: Mapping[str, tuple[str, ...]] = {}
         self._untrusted: frozenset[str] = frozenset()
-        self._lineage = Lineage((), trust.accepts)
-        self._served = _Served((), self._lineage)
+        self._lineage = Lineage((), trust.accepts, base.fingerprint)
+        self._served = _Served((), self._lineage, ())
 
     def get(self, name: str, by: Caller = OPERATOR) -> ExpertRecord:
         """The expert of that name, or of that alias.
@@ -75,8 +81,7 @@ class Catalogue:
         alias = self._aliases.get(name)
         record = catalogue.get(name if alias is None else alias.target)
         if record is None or not by.sees(record.access) or not self._lineage.sees(by, record):
-            also = (alias.name for alias, _ in self.aliases(by))
-            close = difflib.get_close_matches(name[:64], [*self.names(by), *also], n=3)
+            close = self._served.like(name[:64], by)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise NotFoundError(f"there is no model or expert named {name[:64]!r}{hint}", param="model")
         if record.base_fingerprint != self._base.fingerprint:
@@ -218,13 +223,13 @@ class Catalogue:
             records, known = self._store.records(), self._records
             catalogue: dict[str, ExpertRecord] = {}
             aliases: dict[str, Alias] = {}
-            also: dict[str, tuple[str, ...]] = {}
+            also: dict[str, list[str]] = {}
             for name, data in records.items():
                 same = known.get(name) == data
                 entry = self._catalogue.get(name) or self._aliases.get(name) if same else parse_entry(name, data)
                 if isinstance(entry, Alias):
                     aliases[name] = entry
-                    also[entry.target] = (*also.get(entry.target, ()), name)
+                    also.setdefault(entry.target, []).append(name)
                 elif entry is not None:
                     catalogue[name] = entry
             served = [r for r in catalogue.values() if r.base_fingerprint == self._base.fingerprint]
@@ -232,13 +237,14 @@ class Catalogue:
             for name in untrusted - self._untrusted:
                 _log.warning("the expert %s is not signed by a trusted key: it is not served", name)
             served = [r for r in served if r.name not in untrusted]
-            lineage = Lineage(served, self.trust.accepts)
+            lineage = Lineage(catalogue.values(), self.trust.accepts, self._base.fingerprint)
             for record in (r for r in served if not lineage.is_whole(r)):
                 _log.warning("the expert %s stands on another one that is not here: it is not served", record.name)
             served = [r for r in served if lineage.is_whole(r)]
-            self._records, self._catalogue, self._served = records, catalogue, _Served(tuple(served), lineage)
-            self._lineage = lineage
-            self._aliases, self._also, self._untrusted = aliases, also, untrusted
+            self._records, self._catalogue = records, catalogue
+            self._served, self._lineage = _Served(tuple(served), lineage, tuple(aliases.values())), lineage
+            self._aliases, self._untrusted = aliases, untrusted
+            self._also = {target: tuple(names) for target, names in also.items()}
             self._edition = edition  # last: whoever sees it sees the rest; what changed since is read next time
         return catalogue
 
@@ -246,10 +252,12 @@ class Catalogue:
 class _Served:
     """The experts of one edition, and what of them exists for whom: worked out once for every tenant."""
 
-    def __init__(self, records: tuple[ExpertRecord, ...], lineage: Lineage) -> None:
+    def __init__(self, records: tuple[ExpertRecord, ...], lineage: Lineage, aliases: tuple[Alias, ...]) -> None:
         self._records = records
         self._lineage = lineage
+        self._aliases = aliases
         self._seen: dict[tuple[bool, str | None], tuple[tuple[ExpertRecord, ...], frozenset[str]]] = {}
+        self._spelt: dict[tuple[bool, str | None], tuple[list[str], list[str]]] = {}
 
     def to(self, by: Caller) -> tuple[tuple[ExpertRecord, ...], frozenset[str]]:
         """The records and their names."""
@@ -259,3 +267,30 @@ class _Served:
             records = tuple(r for r in self._records if by.sees(r.access) and self._lineage.sees(by, r))
             found = self._seen[kind] = records, frozenset(record.name for record in records)
         return found
+
+    def like(self, name: str, by: Caller) -> Sequence[str]:
+        """Names and aliases that are spelt much like one that is not there, the closest first."""
+        kind = by.is_admin, by.tenant
+        if kind not in self._spelt:
+            known = self.to(by)[1]
+            words = sorted({*known, *(alias.name for alias in self._aliases if alias.target in known)})
+            self._spelt[kind] = words, sorted(word[::-1] for word in words)
+        # A slip of the pen leaves what is before it, and what is after it: those are neighbours, read one way or back.
+        forwards, backwards = self._spelt[kind]
+        near = {*_around(name, forwards), *(word[::-1] for word in _around(name[::-1], backwards))}
+        likely = heapq.nlargest(_COMPARED, sorted(near), key=lambda word: _in_common(word, name))
+        return difflib.get_close_matches(name, likely, n=3)
+
+
+def _around(word: str, words: Sequence[str]) -> Sequence[str]:
+    place = bisect.bisect_left(words, word)
+    return words[max(0, place - _NEAR) : place + _NEAR]
+
+
+def _in_common(one: str, other: str) -> int:
+    """Letters at the beginning and at the end."""
+    found = 0
+    for ours, theirs in ((one, other), (one[::-1], other[::-1])):
+        same = [*map(operator.eq, ours, theirs), False]
+        found += same.index(False)
+    return found

@@ -34,7 +34,7 @@ from store.report import Report, kind_rows, relative_error
 from store.standing import chain_of, standing_on
 from store.strict_json import FieldError
 
-_MOST_BITS = 1.5
+MOST_BITS = 1.5
 """A mask and signs of every entry take no more."""
 
 
@@ -253,9 +253,9 @@ def _allowed(bits_per_param: float | None, max_size: int | None, parameters: int
     if max_size is not None:
         return max_size
     wanted = Recipe.bits_per_param if bits_per_param is None else bits_per_param
-    if not 0.0 < wanted <= _MOST_BITS:
+    if not 0.0 < wanted <= MOST_BITS:
         raise InvalidRequestError(
-            f"bits_per_param must be above 0 and at most {_MOST_BITS}, not {wanted}", param="bits_per_param"
+            f"bits_per_param must be above 0 and at most {MOST_BITS}, not {wanted}", param="bits_per_param"
         )
     return int(wanted * parameters / 8)
 

@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from store.backends import BlobStore
-from store.errors import StoreError
+from store.backends.filesystem import reported
 from store.exemplars import exemplar_bytes
 from store.expert_file import read_header
 from store.record import ExpertRecord
@@ -24,19 +25,20 @@ def put_exemplars(store: BlobStore, data: bytes) -> str:
     """Keep what `exemplar_bytes` gave. Returns the digest of its blob, which no record names yet.
 
     Raises:
-        StoreError: it cannot be written.
+        StoreError: it cannot be written; nothing of it is left in the quarantine.
     """
     digest = hashlib.sha256(data).hexdigest()
+    path: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=store.quarantine(), prefix="exemplars-", delete=False) as file:
-            path = Path(file.name)
-            file.write(data)
-    except OSError as error:
-        raise StoreError(f"cannot store the exemplars: {error.strerror}") from None
-    try:
-        store.put_blob(path, digest)
+        with reported("store the exemplars"):
+            with tempfile.NamedTemporaryFile(dir=store.quarantine(), prefix="exemplars-", delete=False) as file:
+                path = Path(file.name)
+                file.write(data)
+            store.put_blob(path, digest)
     finally:
-        path.unlink(missing_ok=True)
+        if path is not None:  # on a disk that is full, what was written of it is in the way
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     return digest
 
 

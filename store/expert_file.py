@@ -18,7 +18,7 @@ from typing import BinaryIO, NoReturn
 
 from store.deltas import Delta
 from store.entry_payload import entry_of, packed_of
-from store.errors import ExpertFileError, InvalidRequestError, StoreError, WrongBaseError
+from store.errors import ExpertFileError, ExpertUnavailableError, InvalidRequestError, StoreError, WrongBaseError
 from store.expert_header import (
     DenseEntry,
     ExpertHeader,
@@ -105,6 +105,7 @@ def read_header(source: Path | bytes) -> ExpertHeader:
 
     Raises:
         ExpertFileError: the file breaks a rule of the format; `param` is the tensor or the field.
+        ExpertUnavailableError: there is no such file: of one that a cache handed out, not any more.
     """
     with _open(source) as file:
         return _read(file)[0]
@@ -122,6 +123,7 @@ def validate(path: Path, base: BaseManifest) -> ExpertHeader:
     Raises:
         WrongBaseError: the expert was made for another base.
         ExpertFileError: the file is corrupt, hostile or unsupported; `param` is the tensor or the field.
+        ExpertUnavailableError: there is no such file.
     """
     with _open(path) as file:
         return validate_open(file, base)
@@ -140,6 +142,7 @@ def read_deltas(source: Path | bytes, base: BaseManifest) -> Iterator[tuple[str,
 
     Raises:
         WrongBaseError, ExpertFileError: as `validate`, at the first `next` or at the tensor at fault.
+        ExpertUnavailableError: as `validate`, at the first `next`.
     """
     for name, tensor in read_packed(source, base):
         yield name, tensor.decode(name)
@@ -149,7 +152,7 @@ def read_packed(source: Path | bytes, base: BaseManifest) -> Iterator[tuple[str,
     """The tensors of an expert file, or of its bytes, one by one as they are stored: their payloads are not checked.
 
     Raises:
-        WrongBaseError, ExpertFileError: of what `validate` checks, all but the payloads.
+        WrongBaseError, ExpertFileError, ExpertUnavailableError: of what `validate` checks, all but the payloads.
     """
     with _open(source) as file:
         header, table = _read_for(file, base)
@@ -174,6 +177,10 @@ def _open(source: Path | bytes) -> BinaryIO:
         return io.BytesIO(source)
     try:
         return source.open("rb")
+    except FileNotFoundError:  # nothing is wrong with the expert: it may have been evicted or removed a moment ago
+        raise ExpertUnavailableError(
+            f"cannot read {source.name}: there is no such file, or not any more; check its name, or try again"
+        ) from None
     except OSError as error:
         raise ExpertFileError(f"cannot read {source.name}: {error.strerror}", param="file") from None
 

@@ -27,6 +27,8 @@ MAX_LABEL_BYTES = 200
 _TOKEN = re.compile(r"sy_([a-z0-9]{12})_([A-Za-z0-9_-]{43})")
 _NOBODYS = "0" * 64
 _LATEST = 2**53
+LATEST_EXPIRY = 253_402_300_799
+"""The last second of the year 9999: what is later has no date."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Keys:
 
         Args:
             tenant: None is the operator of the server, whose keys are for administration or monitoring.
-            expires: seconds since 1970.
+            expires: seconds since 1970, at most `LATEST_EXPIRY`.
             by: who makes it, for the list.
 
         Raises:
@@ -114,6 +116,10 @@ class Keys:
         now = int(time.time())
         if expires is not None and expires <= now:
             raise InvalidRequestError("the key would have expired already", param="expires")
+        if expires is not None and expires > LATEST_EXPIRY:
+            raise InvalidRequestError(
+                "a key expires in the year 9999 at the latest: leave it out for one that never does", param="expires"
+            )
         # Hexadecimal digits: what is read aloud, typed and matched by scanners for secrets.
         token = f"sy_{(key_id := secrets.token_hex(6))}_{secrets.token_urlsafe(32)}"
         key = ApiKey(

@@ -86,12 +86,13 @@ def learn(
 
     Raises:
         CheckpointError: the fine-tune cannot be loaded or run as a causal language model.
-        InvalidRequestError: the budget is too small even for the tiny tensors.
+        InvalidRequestError: the budget is too small for the tiny tensors, or to keep anything beside them.
     """
     model, tokenizer = load_model(tuned.folder)
     chosen = spread(exemplars, EXEMPLARS + HELD_OUT)
     apart = chosen[:: max(2, len(chosen) // HELD_OUT)][:HELD_OUT] if len(chosen) >= 2 * HELD_OUT else []
-    seen = [prompt for prompt in chosen if prompt not in apart]
+    if not (seen := list(dict.fromkeys(prompt for prompt in chosen if prompt not in apart))):
+        seen, apart = list(dict.fromkeys(chosen)), []  # they were all the same: none can be kept aside
     tell = _Steps(progress, 3 + STEPS)
     lessons = listen(model, tokenizer, seen)
     held_out = listen(model, tokenizer, apart)
@@ -103,14 +104,15 @@ def learn(
             f"{budget} bytes are too few for this model: its norms and biases alone take {budget - room}; allow more",
             param="bits_per_param",
         )
-    course = _Course(student, lessons, room, loss)
-    course.choose(tell.one)
-    for step in range(STEPS):
-        course.step(step / STEPS)
-        tell.one()
+    if student.tensors:
+        course = _Course(student, lessons, room, loss)
+        course.choose(tell.one)
+        for step in range(STEPS):
+            course.step(step / STEPS)
+            tell.one()
     tensors = student.pack()
     kl, held_out_kl = mean_kl(model, lessons), mean_kl(model, held_out) if held_out else math.nan
-    tell.one()
+    tell.end()
     return Learned({**student.tiny, **tensors}, kl, held_out_kl)
 
 
@@ -125,6 +127,10 @@ class _Steps:
     def one(self) -> None:
         self._done += 1
         self._tell("learn", self._done, self._total)
+
+    def end(self) -> None:
+        """All is done, whether or not there was anything to do it with."""
+        self._tell("learn", self._total, self._total)
 
 
 class _Course:

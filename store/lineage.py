@@ -19,14 +19,18 @@ _NAMED = 5
 
 
 class Lineage:
-    """Who stands on whom, among some experts and their earlier versions. Never changes.
+    """Who stands on whom, among the experts of a store and their earlier versions. Never changes.
+
+    What is not served here counts as well: another server may serve it, of another base or with more trust, and what it
+    stands on must stay.
 
     Args:
-        records: the experts that are served.
+        records: all experts of the store.
         accepts: whether a version of one may be used.
+        base: fingerprint of the base that is served: only its versions can be stood on.
     """
 
-    def __init__(self, records: Iterable[ExpertRecord], accepts: Callable[[ExpertRecord], bool]) -> None:
+    def __init__(self, records: Iterable[ExpertRecord], accepts: Callable[[ExpertRecord], bool], base: str) -> None:
         self._held: dict[str, list[ExpertRecord]] = {}
         self._versions: dict[str, ExpertRecord] = {}
         self._needed_by: dict[str, list[ExpertRecord]] = {}
@@ -36,7 +40,8 @@ class Lineage:
                     self._needed_by.setdefault(version.relative_to, []).append(record)
                 if accepts(version):
                     self._held.setdefault(version.digest, []).append(record)
-                    self._versions[version.digest] = version
+                    if version.base_fingerprint == base:
+                        self._versions[version.digest] = version
 
     def chain(self, relative_to: str | None) -> tuple[str, ...]:
         """Digests of what an expert relative to this one stands on, nearest first.
@@ -46,7 +51,7 @@ class Lineage:
         """
         found: list[str] = []
         while relative_to is not None:
-            if relative_to not in self._held:
+            if relative_to not in self._versions:
                 raise ExpertUnavailableError(
                     f"the expert stands on another one, {relative_to[:12]}…, which is not here: publish that first",
                     param="relative_to",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from store.access import Access, AccessChange, Caller, Visibility
@@ -15,7 +15,7 @@ class Quota:
     """What a tenant may keep; None is no limit.
 
     Attributes:
-        max_experts: names.
+        max_experts: names, besides at most `MAX_ALIASES` aliases of each.
         max_bytes: of all expert files behind them, earlier versions included, each file once.
     """
 
@@ -24,6 +24,8 @@ class Quota:
 
 
 NO_QUOTA = Quota()
+MAX_ALIASES = 10
+"""Aliases that a tenant may give one of its experts: so `Quota.max_experts` bounds its aliases, too."""
 _WIDTH = list(Visibility)
 """Narrow to wide."""
 
@@ -110,6 +112,23 @@ def check_quota(records: Iterable[ExpertRecord], new: ExpertRecord, by: Caller, 
         raise QuotaExceededError(
             f"{by.tenant} may keep {quota.max_bytes} bytes of experts and their earlier versions, and this would make "
             f"it {total}: remove one first"
+        )
+
+
+def check_alias_quota(target: ExpertRecord, aliases: Collection[str], by: Caller) -> None:
+    """Whether a tenant may give an expert one more alias.
+
+    Args:
+        aliases: those that it has.
+
+    Raises:
+        QuotaExceededError: it may not.
+    """
+    if by.tenant is not None and target.access.owner == by.tenant and len(aliases) >= MAX_ALIASES:
+        raise QuotaExceededError(
+            f"{by.tenant} may keep {MAX_ALIASES} aliases of one expert, and {target.name} has {len(aliases)}: "
+            "remove one first",
+            param="target",
         )
 
 

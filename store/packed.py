@@ -15,6 +15,19 @@ from store.encodings import Encoded, decode, decode_levels, decode_steps
 from store.errors import ExpertFileError
 from store.patterns import Half
 
+_LARGEST = (2.0 - 2.0**-7) * 2.0**127
+"""The largest finite bfloat16."""
+
+
+def check_magnitude(largest: float, tensor: str) -> None:
+    """Whether the largest magnitude of a tensor, decoded, stays finite where weights are bfloat16.
+
+    Raises:
+        ExpertFileError: it does not; `param` is the tensor.
+    """
+    if not largest <= _LARGEST:
+        raise ExpertFileError(f"tensor {tensor} has values up to {largest:.3g}, too large for bfloat16", param=tensor)
+
 
 class _Sparse:
     """What tensors have in common whose positions and values are encoded."""
@@ -54,7 +67,8 @@ class PackedTernary(_Sparse):
     encoded: Encoded
 
     def decode(self, tensor: str) -> SparseDelta:
-        """Raises ExpertFileError naming `tensor` if the payload is not what the counts promise."""
+        """Raises ExpertFileError naming `tensor` if counts or values are not what they must be."""
+        check_magnitude(self.scale, tensor)
         indices, levels = decode(self.encoded, nnz=self.nnz, numel=self.numel, tensor=tensor)
         return SparseDelta(self.shape, indices, levels, self.scale)
 
@@ -66,8 +80,9 @@ class PackedLevels(PackedTernary):
     kind: ClassVar[str] = "levels"
 
     def decode(self, tensor: str) -> SparseDelta:
-        """Raises ExpertFileError naming `tensor` if the payload is not what the counts promise."""
+        """Raises ExpertFileError naming `tensor` if counts or values are not what they must be."""
         indices, levels = decode_levels(self.encoded, nnz=self.nnz, numel=self.numel, tensor=tensor)
+        check_magnitude(self.scale * self.encoded.params["top"], tensor)
         return SparseDelta(self.shape, indices, levels, self.scale)
 
 

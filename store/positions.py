@@ -170,10 +170,10 @@ def _decode_rice(streams: Bytes, k: int, nnz: int, numel: int, tensor: str) -> I
         total = int(chunk[-1])
         chunk += order
         chunk += (indices[start:stop] - order) << k
-        if chunk[-1] >= numel:
+        if chunk[0] < 0 or chunk[-1] >= numel:
             fail(tensor, f"has an index beyond its {numel} elements")
         indices[start:stop] = chunk
-    return indices
+    return as_indices(indices, numel)
 
 
 def best_group(nnz: int, numel: int) -> int:

@@ -66,7 +66,7 @@ class Registry(Catalogue):
             name: what to call it; None takes the name in its header, or "expert-" and 12 digits of its digest.
             exemplars: prompts that win over those in its header; None leaves them as they are.
             replace: let the name point to this file, whatever it points to; that becomes its latest earlier version.
-            signature: of the file; one that comes later is added to what is there.
+            signature: of the file; one that comes later, from who may change the expert, is added to what is there.
             header, digest: of a file that was validated and hashed since it came; None for doing so now.
             by: who publishes it; a new name is its tenant's.
             quota: what that tenant may keep.
@@ -110,6 +110,8 @@ class Registry(Catalogue):
                 existing = None
             elif existing is not None:
                 check_same(existing, record, exemplars_given=exemplars is not None)
+                if signature not in (None, existing.signature):  # another one says that it is somebody else's work
+                    check_owned(existing, by)
             if existing is None:
                 check_quota(self._all().values(), record, by, quota)
             try:
@@ -237,8 +239,7 @@ class Registry(Catalogue):
             if present is None or parse_entry(record.name, present) != record:
                 return
             if record.earlier:
-                former = record.earlier[0]
-                self._put(record.pointing_to(former, record.earlier[1:]), present)
+                self._put(record.pointing_to(record.earlier[0], record.earlier[1:]), present)
             else:
                 self._drop_aliases(record.name)
                 self._store.delete_record(record.name)

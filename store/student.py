@@ -14,7 +14,7 @@ from store.checkpoint import Checkpoint
 from store.codecs.flex_switch import LOWEST, Gate, along_the_budget, log_magnitude, threshold_for
 from store.codecs.quantised import Quantised
 from store.codecs.raw import is_raw
-from store.errors import CheckpointError
+from store.errors import CheckpointError, InvalidRequestError
 from store.packed import PackedTensor
 from store.task_vector import deltas_between, load_float32
 
@@ -98,7 +98,8 @@ class Student:
         lengths = [len(gate.score) for gate in self.gates.values()]
         self._borders = np.cumsum([0, *lengths])
         self._numels = np.array([gate.numel for gate in self.gates.values()])
-        self.scores = torch.cat([gate.score for gate in self.gates.values()])
+        # Where norms and biases are all that differs, there is no gate.
+        self.scores = torch.cat([gate.score for gate in self.gates.values()]) if self.gates else torch.zeros(0)
         self.gains = torch.zeros_like(self.scores)
         for gate, score in zip(self.gates.values(), torch.split(self.scores, lengths), strict=True):
             gate.score = score
@@ -179,7 +180,11 @@ class Student:
         return {name: item for name, item in packed.items() if item is not None}
 
     def narrow(self, bits: float) -> None:
-        """Drop the candidates that would not be kept if so many bits could be spent."""
+        """Drop the candidates that would not be kept if so many bits could be spent.
+
+        Raises:
+            InvalidRequestError: none would be.
+        """
         threshold = threshold_for(self.scores, self._borders, self._numels, bits)
         for gate in self.gates.values():
             gate.keep(math.inf)
@@ -191,12 +196,21 @@ class Student:
     def _forget(self) -> None:
         for name in [name for name, gate in self.gates.items() if not gate.kept]:
             del self.gates[name]
+        if not self.gates:
+            raise InvalidRequestError(
+                "the budget is too small to keep anything of the fine-tune but its norms and biases; allow more",
+                param="bits_per_param",
+            )
         for gate in self.gates.values():
             gate.narrow()
         self._lay_out()
 
     def settle(self, budget: float) -> None:
-        """Keep as much as fits into that many bytes, exactly counted, and drop all other candidates."""
+        """Keep as much as fits into that many bytes, exactly counted, and drop all other candidates.
+
+        Raises:
+            InvalidRequestError: nothing fits.
+        """
         target, best, largest = budget, math.inf, -1
         for _ in range(_ATTEMPTS):
             threshold = threshold_for(self.scores, self._borders, self._numels, 8 * target)

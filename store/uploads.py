@@ -17,7 +17,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,12 +42,16 @@ _RETRY_SECONDS = 60
 class Uploads:
     """The uploads in a folder. Thread-safe; several processes may share the folder, which is made when it is needed.
 
+    To declare a file costs nothing, and no tenant must shut out the others by it: each may have half of what these
+    leave, of `max_bytes` and of `max_open`, so that there is always something left. One upload is not too many where
+    there is room at all. The operator's are bound by `max_bytes` and `max_open` alone.
+
     Args:
         folder: where they are kept.
         max_bytes: what all of them may declare together.
         max_open: how many there may be.
         seconds: how long one is kept after its last byte.
-        beside: bytes that count as well, such as those of files that were taken and are still being worked on.
+        beside: bytes that count as well, by owner, such as those of files that were taken and are still worked on.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class Uploads:
         max_bytes: int,
         max_open: int,
         seconds: float,
-        beside: Callable[[], int] = lambda: 0,
+        beside: Callable[[], Mapping[str | None, int]] = dict,
     ) -> None:
         self.max_bytes = max_bytes
         self.seconds = seconds
@@ -76,8 +81,8 @@ class Uploads:
 
         Raises:
             InvalidRequestError: the name is more than a file's name, or size or digest are none.
-            TooLargeError: the settings leave no room for so many bytes.
-            QueueFullError: there are too many uploads.
+            TooLargeError: the settings leave no room for so many bytes, or not to this owner.
+            QueueFullError: there are too many uploads, or of this owner.
             StorageFullError: the disk has no room for it.
             StoreError: the folder cannot be written.
         """
@@ -99,7 +104,7 @@ class Uploads:
             )
             if sha256 is not None and (found := next(same, None)) is not None:
                 return found, False
-            self._check_room(known, size)
+            self._check_room(known, size, owner)
             now = int(time.time())
             upload = Upload(f"upload_{secrets.token_hex(16)}", filename, size, sha256, now, touched=now, owner=owner)
             self._part(upload.id).touch(0o600)
@@ -211,15 +216,28 @@ class Uploads:
             if path.name.lstrip(".").split(".")[0] not in kept:
                 path.unlink(missing_ok=True)
 
-    def _check_room(self, known: Sequence[Upload], size: int) -> None:
-        declared = self._beside() + sum(upload.bytes for upload in known)
+    def _check_room(self, known: Sequence[Upload], size: int, owner: str | None) -> None:
+        opened = Counter(upload.owner for upload in known)
+        declared = Counter(self._beside())
+        for upload in known:
+            declared[upload.owner] += upload.bytes
         if len(known) >= self._max_open:
             raise QueueFullError(
                 f"{len(known)} uploads are open, and no more may be: use or delete one", retry_after=_RETRY_SECONDS
             )
-        if declared + size > self.max_bytes:
+        if declared.total() + size > self.max_bytes:
             raise TooLargeError(
-                f"open uploads may have {self.max_bytes} bytes together, and {declared} are taken", param="bytes"
+                f"open uploads may have {self.max_bytes} bytes together, and {declared.total()} are taken",
+                param="bytes",
+            )
+        if opened[owner] >= max(1, _share(self._max_open, opened, owner)):
+            message = f"{owner} has {opened[owner]} open uploads, and the rest is for others: use or delete one"
+            raise QueueFullError(message, retry_after=_RETRY_SECONDS)
+        if declared[owner] + size > (share := _share(self.max_bytes, declared, owner)):
+            raise TooLargeError(
+                f"open uploads and jobs of {owner} may have {share} bytes now, and {declared[owner]} are taken: the "
+                "rest is for others",
+                param="bytes",
             )
         missing = size + sum(upload.bytes - upload.offset for upload in known)
         if missing > shutil.disk_usage(self._folder).free:
@@ -273,3 +291,9 @@ class Uploads:
             with (self._folder / "lock").open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield
+
+
+def _share(most: int, taken: Mapping[str | None, int], owner: str | None) -> int:
+    """What an owner may have in all: the operator everything, a tenant half of what the others leave."""
+    left = most - sum(amount for other, amount in taken.items() if other != owner)
+    return left if owner is None else left // 2

@@ -187,7 +187,9 @@ def _environment() -> dict[str, str]:
 def _read(answer: IO[bytes], deadline: float) -> bytes | None:
     """All that is written until the other side closes; None where that takes too long."""
     said = b""
-    while select.select([answer], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    waiting = select.poll()  # select.select knows no descriptor beyond 1,023
+    waiting.register(answer, select.POLLIN)
+    while waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
         piece = answer.read(1 << 16)
         if not piece:
             return said

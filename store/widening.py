@@ -8,7 +8,7 @@ from typing import Any
 
 from store.codecs.base import CodecName
 from store.codecs.choice import Recipe
-from store.convert import compress
+from store.convert import MOST_BITS, compress
 from store.errors import InvalidRequestError
 from store.floors import BELOW_FLOOR
 from store.report import Report
@@ -41,13 +41,19 @@ def compress_widening(base_folder: Path, tuned_folder: Path, out: Path, **option
 
 
 def _wider(options: dict[str, Any], error: InvalidRequestError) -> tuple[str, float, float]:
-    """The setting that bounds the size, its value, and the next one."""
+    """The setting that bounds the size, its value, and the next one, the largest there is included.
+
+    Raises:
+        InvalidRequestError: `error` itself, where nothing is left to widen.
+    """
     codec = options.get("codec") or CodecName.T_SWITCH
     if codec == CodecName.FLEX_SWITCH:
         if options.get("max_size") is not None:
             return "max_size", options["max_size"], 2 * options["max_size"]
         now = options.get("bits_per_param") or Recipe.bits_per_param
-        return "bits_per_param", now, 2 * now
+        if now >= MOST_BITS:
+            raise error
+        return "bits_per_param", now, min(MOST_BITS, 2 * now)
     now = options.get("density") or Recipe.density
     if codec not in (CodecName.T_SWITCH, CodecName.COMPEFT) or now >= 1.0:
         raise error

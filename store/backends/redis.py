@@ -3,6 +3,7 @@
     switchyard:records     hash    name → record
     switchyard:changes     zset    name → edition of its last change
     switchyard:edition     counter of changes; each is published on the channel `switchyard:changed`
+    switchyard:history     zset    random word of a change → its edition
     switchyard:epoch       a random word, made with the store
     switchyard:lease       token of the one writer, with an end
     switchyard:idle        hash    digest → since when it has been without a record
@@ -20,6 +21,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import TypeVar
 
 from store.backends import ABSENT, ANYTHING, Expect, Health
 from store.backends.blob_cache import BlobCache
-from store.backends.redis_blobs import RedisBlobs
+from store.backends.redis_blobs import RedisBlobs, discard
 from store.backends.redis_link import CHANNEL, RECORDS, RedisLink
 from store.backends.redis_mirror import RedisMirror
 from store.errors import ExpertUnavailableError, StoreError, StoreUnavailableError
@@ -66,6 +68,7 @@ class RedisStore:
         self._blobs = RedisBlobs(self._link, self._cache.quarantine(), self._meter)
         self._mirror = RedisMirror(self._link)
         self._fetching = [threading.Lock() for _ in range(16)]
+        self._heal_at = 0.0
         self._closing = threading.Event()
         try:
             self._mirror.join()
@@ -144,10 +147,12 @@ class RedisStore:
             else:
                 found = Health.SOUND
         if found is Health.SOUND:
-            if cached is not Health.DAMAGED or not repair:
-                received.unlink()
-                return Health.SOUND if cached is not Health.DAMAGED else Health.DAMAGED
-            self._cache.add(received, digest, seconds)
+            try:
+                if cached is not Health.DAMAGED or not repair:
+                    return Health.SOUND if cached is not Health.DAMAGED else Health.DAMAGED
+                self._cache.add(received, digest, seconds)
+            finally:
+                discard(received)
             self._cache.meter.healed(digest, Tier.STORE)
             return Health.HEALED
         if cached is not Health.SOUND or not repair:
@@ -212,7 +217,10 @@ class RedisStore:
             try:
                 with self._link.reported("read the file"):
                     path, seconds = self._blobs.receive(digest)
+                try:
                     self._cache.add(path, digest, seconds)
+                finally:
+                    discard(path)  # a disk that is full needs the room
             except StoreUnavailableError as error:
                 raise ExpertUnavailableError(f"{digest[:12]}… is not on this machine: {error.message}") from error
             brought = take(digest)
@@ -230,13 +238,21 @@ class RedisStore:
         self._meter.healed(digest, Tier.CACHE)
 
     def _heal_reported(self) -> None:
-        """Write anew what another server found damaged, if this one has it."""
+        """Write anew what another server found damaged, if this one has it. What fails is tried again later."""
+        if time.monotonic() < self._heal_at:
+            return
         with self._link.reported("repair the file"):
             for digest in self._blobs.reported():
                 if self._cache.has(digest):
-                    with self.exclusive():
-                        if digest in self._blobs.reported():  # neither deleted nor healed meanwhile
-                            self._put_back(digest)
+                    try:
+                        with self.exclusive():
+                            if digest in self._blobs.reported():  # neither deleted nor healed meanwhile
+                                self._put_back(digest)
+                    except StoreUnavailableError:
+                        raise
+                    except StoreError as error:  # Redis is full, or the copy has just made room for others
+                        _log.warning("%s… is not healed: %s", digest[:12], error.message)
+                        self._heal_at = time.monotonic() + _LONGEST_PAUSE
 
     def _listen(self) -> None:
         """Follow Redis until the store is closed; after a failure, try again after a pause that grows."""
@@ -249,12 +265,15 @@ class RedisStore:
                         self._mirror.refresh()
                         if away:
                             _log.warning("%s is back", self._link.where)
-                        pause, away = 0.1, False
+                        away = False
                         self._heal_reported()
+                        pause = 0.1
                         channel.get_message(timeout=_POLL_SECONDS)
             except StoreError as error:
                 if not away and not self._closing.is_set():
                     _log.warning("%s; experts that are on this machine are served on", error.message)
                 away = True
-                self._closing.wait(pause * random.uniform(0.5, 1.5))
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            except Exception:  # a bug of ours: were it the last of this thread, nothing new would be seen for good
+                _log.exception("the store cannot be followed; trying again")
+            self._closing.wait(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _LONGEST_PAUSE)

@@ -11,13 +11,27 @@ from pathlib import Path
 
 import redis
 
-from store.backends.redis_link import BLOBS, DAMAGED, RedisLink, chunk_key
-from store.errors import ExpertDamagedError, ExpertUnavailableError, StoreError
+from store.backends.filesystem import reported
+from store.backends.redis_link import BLOBS, DAMAGED, IF_HELD, RedisLink, chunk_key
+from store.errors import ExpertDamagedError, ExpertUnavailableError
 from store.tiers import TierMeter
 
 _CHUNK = 8 << 20
 """Bytes of a chunk: Redis serves one command at a time, and others must get a word in."""
 _COMPLETE, _PARTIAL = b"complete", b"partial"
+
+_BEGIN = f"{IF_HELD} return redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3])"
+_CHECK = f"{IF_HELD} return 1"
+_FINISH = f"""{IF_HELD}
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+return redis.call('SREM', KEYS[3], ARGV[2])
+"""
+_FORGET = f"""{IF_HELD}
+redis.call('HDEL', KEYS[2], ARGV[2])
+redis.call('SREM', KEYS[3], ARGV[2])
+for i = 0, tonumber(ARGV[3]) - 1 do redis.call('UNLINK', ARGV[4] .. i) end
+return 1
+"""
 
 
 class RedisBlobs:
@@ -32,17 +46,29 @@ class RedisBlobs:
         self._redis = link.client
         self._quarantine = quarantine
         self._meter = meter
+        script = self._redis.register_script
+        self._begin, self._check, self._finish = script(_BEGIN), script(_CHECK), script(_FINISH)
+        self._forget = script(_FORGET)
 
     def send(self, path: Path, digest: str) -> None:
-        """Write a file's chunks, over damaged ones if need be. The lease is held."""
-        chunks = -(-path.stat().st_size // _CHUNK)
-        size = f"{path.stat().st_size} {chunks}"
-        self._redis.hsetnx(BLOBS, digest, f"{_PARTIAL.decode()} {size}")
-        with path.open("rb") as file:
+        """Write a file's chunks, over damaged ones if need be. The lease is held.
+
+        A writer that slept through its lease does not finish: who holds it now may have collected the chunks that it
+        wrote before, and the rest would be called complete without them.
+
+        Raises:
+            StoreError: the file cannot be read, or is gone.
+        """
+        change = self._link.change
+        with reported("read the file"), path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            chunks = -(-length // _CHUNK)
+            size = f"{length} {chunks}"
+            change(self._begin, [BLOBS], [digest, f"{_PARTIAL.decode()} {size}"])
             for index in range(chunks):
+                change(self._check, [], [])
                 self._redis.set(chunk_key(digest, index), file.read(_CHUNK))
-        self._redis.hset(BLOBS, digest, f"{_COMPLETE.decode()} {size}")
-        self._redis.srem(DAMAGED, digest)
+            change(self._finish, [BLOBS, DAMAGED], [digest, f"{_COMPLETE.decode()} {size}"])
 
     def receive(self, digest: str) -> tuple[Path, float]:
         """Read a blob into quarantine, verified, and say how many seconds that took.
@@ -51,29 +77,35 @@ class RedisBlobs:
 
         Raises:
             ExpertUnavailableError: there is none, or its bytes are damaged.
+            StoreError: the disk fails, or is full.
         """
         began = time.perf_counter()
         state, _, chunks = self._entry(digest)
         if state != _COMPLETE:
             raise ExpertUnavailableError(f"the stored bytes of {digest[:12]}… are gone; upload the expert again")
-        with tempfile.NamedTemporaryFile(dir=self._quarantine, prefix="fetch-", delete=False) as file:
-            path, found = Path(file.name), hashlib.sha256()
-            try:
+        path: Path | None = None
+        found = hashlib.sha256()
+        try:
+            # The end of what was written reaches the disk only as the file is closed.
+            with (
+                reported("cache the file"),
+                tempfile.NamedTemporaryFile(dir=self._quarantine, prefix="fetch-", delete=False) as file,
+            ):
+                path = Path(file.name)
                 for index in range(chunks):
                     chunk = self._redis.get(chunk_key(digest, index)) or b""
                     found.update(chunk)
                     file.write(chunk)
-                if found.hexdigest() != digest:
-                    self._report(digest)
-                    raise ExpertDamagedError(
-                        f"the bytes of {digest[:12]}… in Redis are damaged; a server that has a copy puts it back, "
-                        "otherwise upload the expert again"
-                    )
-            except BaseException as error:
-                path.unlink()
-                if isinstance(error, OSError) and not isinstance(error, redis.exceptions.RedisError):
-                    raise StoreError(f"cannot cache the file: {os.strerror(error.errno or 0)}") from error
-                raise
+            if found.hexdigest() != digest:
+                self._report(digest)
+                raise ExpertDamagedError(
+                    f"the bytes of {digest[:12]}… in Redis are damaged; a server that has a copy puts it back, "
+                    "otherwise upload the expert again"
+                )
+        except BaseException:
+            if path is not None:
+                discard(path)
+            raise
         seconds = time.perf_counter() - began
         self._meter.loaded(seconds)
         return path, seconds
@@ -89,8 +121,8 @@ class RedisBlobs:
 
     def forget(self, digest: str) -> None:
         """Delete a blob. The lease is held."""
-        self._link.forget_blob(digest, self._entry(digest)[2])
-        self._redis.srem(DAMAGED, digest)
+        chunks = self._entry(digest)[2]
+        self._link.change(self._forget, [BLOBS, DAMAGED], [digest, chunks, chunk_key(digest)])
 
     def digests(self) -> set[str]:
         """All blobs, those that were never finished among them."""
@@ -109,3 +141,9 @@ class RedisBlobs:
         """State, bytes and chunks of a blob."""
         entry = (self._redis.hget(BLOBS, digest) or b"gone 0 0").split()
         return entry[0], int(entry[1]), int(entry[2])
+
+
+def discard(path: Path) -> None:
+    """Remove a file of the quarantine that may have been taken over; what fails is left to the next start."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)

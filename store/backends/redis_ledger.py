@@ -4,10 +4,14 @@
     switchyard:ledger:sums:KIND     hash    name → sum
     switchyard:ledger:bucket:NAME   hash    level, and when that was, by Redis's clock
     switchyard:ledger:edition       counter of changes; each is published on the channel `switchyard:ledger`
+    switchyard:ledger:word          a random word of the last change
 
 Documents are held in memory and followed by a listener, so that checking a key asks Redis nothing, and a key that is
 revoked is refused everywhere within milliseconds. While Redis is away, what was known last counts, and each server
 grants rates by buckets of its own.
+
+The edition alone does not tell whether anything is new: where Redis comes back from an older copy, it has lost changes,
+and just as many others may have been made by the time that somebody looks. Hence the word.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import uuid
 from collections.abc import Mapping
 
 from store.backends.ledger import Balance, LocalBuckets, Rate
@@ -26,17 +31,20 @@ _log = logging.getLogger(__name__)
 _PREFIX = "switchyard:ledger"
 _CHANNEL = _PREFIX
 _EDITION = f"{_PREFIX}:edition"
+_WORD = f"{_PREFIX}:word"
 _POLL_SECONDS = 0.25
 _LONGEST_PAUSE = 5.0
 
 _PUT = """
 if ARGV[4] == '1' and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('SET', KEYS[3], ARGV[5])
 redis.call('PUBLISH', ARGV[3], redis.call('INCR', KEYS[2]))
 return 1
 """
 _DELETE = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('SET', KEYS[3], ARGV[3])
 redis.call('PUBLISH', ARGV[2], redis.call('INCR', KEYS[2]))
 return 1
 """
@@ -74,7 +82,8 @@ class RedisLedger:
         self._put, self._delete, self._take = script(_PUT), script(_DELETE), script(_TAKE)
         self._reading = threading.Lock()
         self._documents: dict[str, Mapping[str, bytes]] = {}
-        self._seen, self._changes = -1, 0
+        self._seen: tuple[int, bytes | None] = -1, None
+        self._changes = 0
         self._buckets = LocalBuckets()
         self._closing = threading.Event()
         try:
@@ -108,15 +117,16 @@ class RedisLedger:
     def put(self, kind: str, name: str, data: bytes, *, absent: bool = False) -> bool:
         """See `Ledger.put`."""
         with self._link.reported("write to the ledger"):
-            keys, arguments = [f"{_PREFIX}:{kind}", _EDITION], [name, data, _CHANNEL, int(absent)]
-            done = bool(self._put(keys=keys, args=arguments))
+            keys = [f"{_PREFIX}:{kind}", _EDITION, _WORD]
+            done = bool(self._put(keys=keys, args=[name, data, _CHANNEL, int(absent), uuid.uuid4().hex]))
         self._refresh()
         return done
 
     def delete(self, kind: str, name: str) -> bool:
         """See `Ledger.delete`."""
         with self._link.reported("write to the ledger"):
-            done = bool(self._delete(keys=[f"{_PREFIX}:{kind}", _EDITION], args=[name, _CHANNEL]))
+            keys = [f"{_PREFIX}:{kind}", _EDITION, _WORD]
+            done = bool(self._delete(keys=keys, args=[name, _CHANNEL, uuid.uuid4().hex]))
         self._refresh()
         return done
 
@@ -147,7 +157,8 @@ class RedisLedger:
     def _refresh(self) -> None:
         """Read again what is held here, if anything has changed."""
         with self._reading, self._link.reported("read the ledger"):
-            newest = int(self._redis.get(_EDITION) or 0)
+            edition, word = self._redis.mget(_EDITION, _WORD)
+            newest = int(edition or 0), word
             if newest == self._seen:
                 return
             self._documents = {kind: self._read(kind) for kind in self._documents}
@@ -173,5 +184,7 @@ class RedisLedger:
             except StoreError as error:
                 if pause == 0.1 and not self._closing.is_set():
                     _log.warning("%s; the API keys that were known last count on", error.message)
-                self._closing.wait(pause * random.uniform(0.5, 1.5))
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            except Exception:  # a bug of ours: were it the last of this thread, revoked keys would be let in for good
+                _log.exception("the ledger cannot be followed; trying again")
+            self._closing.wait(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _LONGEST_PAUSE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +26,11 @@ RECORDS = "switchyard:records"
 """Hash: name → record."""
 CHANGES = "switchyard:changes"
 """Sorted set: name → the edition in which it changed last."""
+HISTORY = "switchyard:history"
+"""Sorted set: a random word for every change → its edition. Where Redis has come back from an older copy, the words of
+the changes that it has lost are gone, even if just as many have been made since."""
+REMEMBERED = 10_000
+"""How many changes have words."""
 BLOBS = "switchyard:blobs"
 """Hash: digest → "complete BYTES CHUNKS", or "partial ..." while the chunks are on their way."""
 DAMAGED = "switchyard:damaged"
@@ -34,35 +39,34 @@ DAMAGED = "switchyard:damaged"
 IDLE = "switchyard:idle"
 """Hash: digest → since when it has been without a record, by Redis's clock in seconds since 1970."""
 
-_IF_HELD = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LEASE lost') end\n"
-_TELL = """
+IF_HELD = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LEASE lost') end\n"
+"""How a script for `RedisLink.change` begins."""
+_TELL = f"""
 local edition = redis.call('INCR', KEYS[4])
 redis.call('ZADD', KEYS[3], edition, ARGV[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[5], edition, '+inf')
+redis.call('ZADD', KEYS[5], edition, ARGV[4])
+redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', edition - {REMEMBERED})
 redis.call('PUBLISH', ARGV[3], edition)
 return 1
 """
-_PUT = f"""{_IF_HELD}
+_PUT = f"""{IF_HELD}
 local present = redis.call('HGET', KEYS[2], ARGV[2])
-if present == ARGV[4] then return 1 end -- the answer to the first attempt was lost on its way
-if ARGV[5] == 'absent' and present then return 0 end
-if ARGV[5] == 'equal' and present ~= ARGV[6] then return 0 end
-redis.call('HSET', KEYS[2], ARGV[2], ARGV[4])
+if present == ARGV[5] then return 1 end -- the answer to the first attempt was lost on its way
+if ARGV[6] == 'absent' and present then return 0 end
+if ARGV[6] == 'equal' and present ~= ARGV[7] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[5])
 {_TELL}"""
-_DELETE = f"""{_IF_HELD}
+_DELETE = f"""{IF_HELD}
 if redis.call('HDEL', KEYS[2], ARGV[2]) == 0 then return 0 end
 {_TELL}"""
-_FORGET = f"""{_IF_HELD}
-redis.call('HDEL', KEYS[2], ARGV[2])
-for i = 0, tonumber(ARGV[3]) - 1 do redis.call('UNLINK', ARGV[4] .. i) end
-return 1
-"""
-_NOTE = f"""{_IF_HELD}
+_NOTE = f"""{IF_HELD}
 redis.call('HDEL', KEYS[2], unpack(ARGV, 2)) -- needs no memory: what follows may then go on in a full Redis
 local now = redis.call('TIME')[1]
 for i = 2, #ARGV do redis.call('HSET', KEYS[2], ARGV[i], now) end
 return 1
 """
-_UNNOTE = f"""{_IF_HELD}
+_UNNOTE = f"""{IF_HELD}
 return redis.call('HDEL', KEYS[2], unpack(ARGV, 2))
 """
 _ACQUIRE = """
@@ -75,6 +79,8 @@ return 1
 """
 _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_CATALOGUE = (RECORDS, CHANGES, EDITION, HISTORY)
+"""The keys of `_PUT` and `_DELETE`, behind the lease."""
 
 _PROBE_SECONDS = 1.0
 """How long an answer is waited for of a Redis that gave none before, and for how long nobody else waits then."""
@@ -83,7 +89,9 @@ _PROBE_SECONDS = 1.0
 class RedisLink:
     """One Redis server. Thread-safe.
 
-    Every change goes through a script that first checks the lease: a holder that slept through its end changes nothing.
+    Every change of records, notes and what is said of blobs goes through a script that first checks the lease: a holder
+    that slept through its end changes nothing. Only chunks are too large for scripts and written by themselves: they
+    count for nothing until their blob is called complete.
 
     Once Redis has given no answer, whoever asks next does not wait as long for the same: they are refused until it
     answers a short question. A crowd of uploads is so refused in the time of one.
@@ -120,7 +128,7 @@ class RedisLink:
         self._thread_lock = threading.RLock()
         self._depth = 0
         script = self.client.register_script
-        self._put, self._delete, self._forget = script(_PUT), script(_DELETE), script(_FORGET)
+        self._put, self._delete = script(_PUT), script(_DELETE)
         self._note, self._unnote = script(_NOTE), script(_UNNOTE)
         self._take, self._renew, self._release = script(_ACQUIRE), script(_RENEW), script(_RELEASE)
 
@@ -186,23 +194,22 @@ class RedisLink:
 
     def put_record(self, name: str, data: bytes, mode: str, expected: bytes) -> bool:
         """Compare and set, and tell everyone. The lease is held."""
-        arguments: list[str | bytes] = [self._token, name, CHANNEL, data, mode, expected]
-        return bool(self._put(keys=[LEASE, RECORDS, CHANGES, EDITION], args=arguments))
+        return bool(self.change(self._put, _CATALOGUE, [name, CHANNEL, _word(), data, mode, expected]))
 
     def delete_record(self, name: str) -> bool:
         """Delete, and tell everyone. The lease is held."""
-        return bool(self._delete(keys=[LEASE, RECORDS, CHANGES, EDITION], args=[self._token, name, CHANNEL]))
+        return bool(self.change(self._delete, _CATALOGUE, [name, CHANNEL, _word()]))
 
-    def forget_blob(self, digest: str, chunks: int) -> None:
-        """Delete a blob and its chunks in one step. The lease is held."""
-        self._forget(keys=[LEASE, BLOBS], args=[self._token, digest, chunks, chunk_key(digest)])
+    def change(self, script: Any, keys: Sequence[str], arguments: Sequence[str | bytes | int]) -> Any:
+        """Run a script that begins with `IF_HELD`. The lease is held."""
+        return script(keys=[LEASE, *keys], args=[self._token, *arguments])
 
     def note_idle(self, digests: Collection[str], *, idle: bool) -> None:
         """Note blobs as idle from now on, or take the notes back. The lease is held."""
         script = self._note if idle else self._unnote
         several = sorted(digests)
         for start in range(0, len(several), 1000):  # Lua's unpack has a limit
-            script(keys=[LEASE, IDLE], args=[self._token, *several[start : start + 1000]])
+            self.change(script, [IDLE], several[start : start + 1000])
 
     def idle(self) -> dict[str, float]:
         """Digest → seconds since it was noted."""
@@ -249,6 +256,10 @@ class RedisLink:
         while not done.wait(self._lease_seconds / 3):
             with suppress(redis.exceptions.RedisError):
                 self._renew(keys=[LEASE], args=[self._token, int(1000 * self._lease_seconds)])
+
+
+def _word() -> str:
+    return uuid.uuid4().hex
 
 
 def chunk_key(digest: str, index: int | str = "") -> str:

@@ -7,12 +7,19 @@ import threading
 import uuid
 from collections.abc import Mapping
 
-from store.backends.redis_link import CHANGES, EDITION, EPOCH, RECORDS, RedisLink
+from store.backends.redis_link import CHANGES, EDITION, EPOCH, HISTORY, RECORDS, REMEMBERED, RedisLink
 
 _log = logging.getLogger(__name__)
 
 _NEAR = 1000
 """A reader that is farther behind reads the whole catalogue."""
+
+# No transaction: a full Redis refuses those, whatever is in them.
+_LOOK = """
+local last = redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')
+local ours = redis.call('ZSCORE', KEYS[3], ARGV[1])
+return {redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2]), last[1] or false, last[2] or false, ours}
+"""
 
 
 class RedisMirror:
@@ -25,11 +32,15 @@ class RedisMirror:
     def __init__(self, link: RedisLink) -> None:
         self._link = link
         self._redis = link.client
+        self._ask = self._redis.register_script(_LOOK)
         self._refreshing = threading.Lock()
         # What Redis has, and what it has lost: replaced together, so that whoever reads meanwhile finds each in one.
         self._held: tuple[Mapping[str, bytes], Mapping[str, bytes]] = {}, {}
         self.edition = 0
-        self._epoch, self._seen = b"", -1
+        self._epoch = b""
+        self._seen = -1
+        self._word: bytes | None = None
+        """That of the edition seen last; None where it has none: a server of an earlier version made it."""
 
     def records(self) -> dict[str, bytes]:
         """All records by name, in order; those that are lost included."""
@@ -60,20 +71,19 @@ class RedisMirror:
             StoreError: Redis failed; the records are what they were.
         """
         with self._refreshing, self._link.reported("read the catalogue"):
-            epoch, edition = self._redis.mget(EPOCH, EDITION)
-            newest = int(edition or 0)
+            epoch, newest, word, ours = self._look()
             known, lost = self._held
-            if epoch != self._epoch:
-                self.join()
+            if epoch == self._epoch and (newest, word) == (self._seen, self._word):
+                return
+            has_lost = "the catalogue" if epoch != self._epoch else self._missing(newest, ours)
+            if has_lost:
+                if epoch != self._epoch:
+                    self.join()
                 lost = {**lost, **known}
                 self._held = known, lost
-                _log.error("%s has lost the catalogue; %d experts were known here", self._link.where, len(lost))
-                self._seen = -1
-            elif newest < self._seen:
-                _log.error("%s has lost its last %d changes", self._link.where, self._seen - newest)
-            if newest == self._seen:
-                return
-            if 0 <= self._seen < newest <= self._seen + _NEAR:
+                _log.error("%s has lost %s; %d experts were known here", self._link.where, has_lost, len(lost))
+                self._seen, self._word = -1, None  # should what follows fail, everything is still read next time
+            if self._word is not None and ours == self._seen and newest <= self._seen + _NEAR:
                 records = dict(known)
                 names = self._redis.zrangebyscore(CHANGES, f"({self._seen}", "+inf")
                 for name, data in zip(names, self._redis.hmget(RECORDS, names) if names else (), strict=True):
@@ -85,8 +95,27 @@ class RedisMirror:
                 records = {name.decode(): data for name, data in self._redis.hgetall(RECORDS).items()}
             # What changed meanwhile is read again next time: the edition is older than what was read.
             self._held = records, {name: data for name, data in lost.items() if name not in records}
-            self._seen = newest
+            self._seen, self._word = newest, word
             self.edition += 1
+
+    def _look(self) -> tuple[bytes | None, int, bytes | None, int | None]:
+        """Redis's epoch, its edition, the word of that edition, and which edition has the word that was seen last.
+
+        All as of one instant: a word would else be taken for that of another edition.
+        """
+        found: list[bytes | None] = self._ask(keys=[EPOCH, EDITION, HISTORY], args=[self._word or b""])
+        epoch, edition, word, of_word, ours = found
+        newest = int(edition or 0)
+        return epoch, newest, word if int(of_word or -1) == newest else None, None if ours is None else int(ours)
+
+    def _missing(self, newest: int, ours: int | None) -> str:
+        """What Redis lacks if it has come back from an older copy, in words; empty if it has not.
+
+        Its edition alone does not tell: just as many changes may have been made since. Where what was seen last has no
+        word, or was so long ago that its word is forgotten, what Redis has now is believed.
+        """
+        is_gone = self._word is not None and ours != self._seen and newest < self._seen + REMEMBERED
+        return "changes that were seen here" if newest < self._seen or is_gone else ""
 
     def found_again(self, name: str) -> None:
         """A record was written or deleted: it is not lost any more."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DROPPED_BITS = 12
 _BINS = 1 << (31 - _DROPPED_BITS)
-"""Magnitudes are counted by the leading bits of their float32: bins of less than 0.05 % in width."""
+"""Magnitudes are counted by the leading bits of their float32: bins of less than 0.05 % in width, each a tie."""
 
 
 class ComPEFT:
@@ -25,7 +25,8 @@ class ComPEFT:
 
     Args:
         deltas: every tensor of it, by name: read once, for the threshold and the scale that all share.
-        density: fraction of all entries that are kept, 0 < density ≤ 1.
+        density: fraction of all entries that are kept, 0 < density ≤ 1; ties with the smallest of them are kept too, as
+            by T-Switch, so that steps of bfloat16 are never dropped as a whole.
         strength: the scale in standard deviations of the whole task vector, α of the paper.
 
     Raises:
@@ -49,9 +50,10 @@ class ComPEFT:
             squares += float(np.sum(np.square(tau, dtype=np.float64)))
         numel = int(counts.sum())
         above = np.cumsum(counts[::-1])[::-1]
-        fits = np.flatnonzero(above <= density * numel)
-        first = max(1, int(fits[0])) if len(fits) else _BINS - 1
-        self._threshold = np.array([first << _DROPPED_BITS], dtype=np.uint32).view(np.float32)[0]
+        reach = np.flatnonzero(above >= max(1, int(density * numel)))
+        first = int(reach[-1]) << _DROPPED_BITS if len(reach) else 0
+        # Of a task vector with fewer nonzeros than that all are kept, and no zero is.
+        self._threshold = np.array([max(1, first)], dtype=np.uint32).view(np.float32)[0]
         mean = total / max(1, numel)
         self._scale = strength * math.sqrt(max(0.0, squares / max(1, numel) - mean * mean))
 

@@ -1,4 +1,4 @@
-"""A real redis-server for the tests: started, killed, paused, filled, and started again with or without its data."""
+"""A real redis-server for the tests: started, killed, paused, filled, taken back in time, started anew."""
 
 from __future__ import annotations
 
@@ -70,6 +70,18 @@ class RedisServer:
         self.kill()
         shutil.rmtree(self._folder)
         self.start()
+
+    def copy(self) -> dict[bytes, bytes]:
+        """All that is in it, as a snapshot has it."""
+        return {key: self.client.dump(key) for key in self.client.scan_iter()}
+
+    def go_back(self, copy: dict[bytes, bytes]) -> None:
+        """Hold what was in it then, as after a failover to a copy that lagged behind."""
+        with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.flushdb()
+            for key, data in copy.items():
+                pipeline.restore(key, 0, data)
+            pipeline.execute()
 
     def close(self) -> None:
         self.client.close()

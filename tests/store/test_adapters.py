@@ -178,6 +178,11 @@ def test_compressed(bases: dict[str, Path], tmp_path: Path) -> None:
         ({"lora_alpha": "8"}, "lora_alpha"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"r": 10**400}, "r"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(?i)q_proj": 16}}, "alpha_pattern"),
+        ({"alpha_pattern": {"a{99999999999}": 16}}, "alpha_pattern"),
     ],
 )
 def test_settings_that_cannot_be_honoured(bases: dict[str, Path], tmp_path: Path, fields: Any, param: str) -> None:
@@ -203,6 +208,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 48)}), "do not fit"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 47)}), "trained on another model"),
         (lambda t: t.update({f"{Q}.base_layer.weight": torch.zeros(48, 48)}), "another"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}), "no matrix"),
         (lambda t: t.clear(), "no tensors"),
     ],
 )
@@ -213,6 +219,36 @@ def test_tensors_that_do_not_fit(bases: dict[str, Path], tmp_path: Path, change:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=said):
         list(open_adapter(tmp_path, open_checkpoint(bases["llama"])).deltas())
+
+
+def test_biases_that_do_not_fit(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["qwen2"], tmp_path, lora(lora_bias=True, target_modules=["q_proj"]))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for length in (1, 47):
+        save_file(tensors | {f"{Q}.lora_B.bias": torch.zeros(length)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match="the bias of") as refused:
+            open_adapter(tmp_path, open_checkpoint(bases["qwen2"]))
+        assert refused.value.param == Q.removeprefix("base_model.model.")
+
+
+def test_factors_that_do_not_fit(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, module = open_checkpoint(bases["llama"]), Q.removeprefix("base_model.model.")
+    train(bases["llama"], tmp_path / "lora", lora())
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for shape, param in (((3, 48), module), ((4, 47), f"{module}.weight")):
+        save_file(tensors | {f"{Q}.lora_A.weight": torch.zeros(shape)}, weights)
+        with pytest.raises(CheckpointError) as refused:
+            open_adapter(tmp_path / "lora", base).factors(f"{module}.weight")
+        assert refused.value.param == param
+    train(bases["llama"], tmp_path / "ada", KINDS["adalora"][1]())
+    weights = tmp_path / "ada" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for shape in ((3, 1), (1, 1), (6,), ()):
+        save_file(tensors | {f"{Q}.lora_E": torch.zeros(shape)}, weights)
+        with pytest.raises(CheckpointError, match=r"do not fit each other|no matrix") as refused:
+            open_adapter(tmp_path / "ada", base)
+        assert refused.value.param == module
 
 
 def test_folders_that_are_no_adapter(bases: dict[str, Path], tmp_path: Path) -> None:

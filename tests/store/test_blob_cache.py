@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,58 @@ def test_a_path_that_was_just_handed_out_stays(tmp_path: Path) -> None:
     for data in (b"b" * 100, b"c" * 100, b"d" * 100):
         put(cache, data)
     assert path.read_bytes() == b"a" * 100
+    cache.close()
+
+
+def test_a_path_that_another_process_has_just_handed_out_stays(tmp_path: Path) -> None:
+    first, other = BlobCache(tmp_path, 1000), BlobCache(tmp_path, 10)
+    digest = put(first, b"a" * 100)
+    blob = first.get(digest)
+    assert blob is not None
+    hour_ago = time.time() - 3600
+    os.utime(blob, (hour_ago, hour_ago))  # it has been there for long
+    first.close()
+    first = BlobCache(tmp_path, 1000)
+    other._adopt()
+    path = first.get(digest)
+    assert path is not None
+    put(other, b"b" * 100)
+    assert path.read_bytes() == b"a" * 100
+    other.close()
+    first.close()
+
+
+def test_a_file_that_was_touched_a_moment_ago_is_neither_touched_nor_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = BlobCache(tmp_path, 1000)
+    digest = put(cache, b"a" * 100)
+    path = cache.get(digest)
+    assert path is not None
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr("hashlib.file_digest", None)
+    assert cache.get(digest) == path
+    assert path.stat().st_mtime_ns == before
+    cache.close()
+
+
+def test_a_blob_that_comes_while_another_thread_lists_the_folder_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = BlobCache(tmp_path, 1000)
+    real = Path.glob
+    late: list[str] = []
+
+    def glob(folder: Path, pattern: str) -> Iterator[Path]:
+        found = list(real(folder, pattern))
+        if not late:
+            late.append("")
+            late[0] = put(cache, b"late")
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    put(cache, b"first")
+    assert cache.read(late[0]) == b"late"
     cache.close()
 
 

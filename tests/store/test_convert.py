@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -201,6 +203,27 @@ def test_a_maximal_size_is_kept(folders: tuple[Path, Path], tmp_path: Path) -> N
         patch.setattr("store.learning.STEPS", 2)
         report = compress(base, tuned, tmp_path / "e", codec="flex-switch", max_size=11_000, exemplars=EXEMPLARS)
     assert 0.9 * 11_000 < report.bytes <= 11_000
+
+
+def test_flex_switch_of_norms_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """There is nothing to learn then. Exemplars that are all the same leave none to be kept aside."""
+    base, _ = folders
+    shutil.copytree(base, tmp_path / "tuned")
+    state = load_file(base / "model.safetensors")
+    norms = {name: value * 1.5 if "norm" in name else value for name, value in state.items()}
+    save_file(norms, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    told: list[tuple[str, int, int]] = []
+    report = compress(
+        base, tmp_path / "tuned", tmp_path / "e", codec="flex-switch", bits_per_param=0.9, exemplars=["w1 w2"] * 40,
+        progress=lambda *step: told.append(step),
+    )  # fmt: skip
+    header = validate(tmp_path / "e", manifest_of(base, None))
+    assert header.tensors.keys() == {name for name in state if "norm" in name}
+    assert report.learned is not None
+    assert report.learned.kl < 0.05
+    assert math.isnan(report.learned.held_out_kl)
+    learning = [(done, total) for stage, done, total in told if stage == "learn"]
+    assert learning[-1][0] == learning[-1][1]
 
 
 @pytest.mark.parametrize(

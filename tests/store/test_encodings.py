@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from store.bits import find_bits
 from store.encodings import (
     BITMAP,
     GROUPED,
@@ -244,6 +245,14 @@ def test_positions_beyond_int32_come_back_as_int64() -> None:
     found, _ = decode(encoded, nnz=2, numel=numel, tensor="t")
     assert found.dtype == np.int64
     np.testing.assert_array_equal(found, indices)
+
+
+def test_the_unary_stream_of_a_large_tensor_may_reach_beyond_int32() -> None:
+    """Of 2³¹ − 1 elements with small gaps, it takes more bits than there are elements."""
+    stream = np.zeros(2**28 + 64, np.uint8)
+    stream[-1] = 1
+    assert find_bits(stream, 1, 2**31 - 1, "t", "unary").tolist() == [8 * (len(stream) - 1)]
+    assert find_bits(stream[:9], 0, 2**31 - 1, "t", "unary").dtype == np.int32
 
 
 @pytest.mark.parametrize(

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from store.access import Caller, Role
 from store.backends import BlobStore
+from store.backends.copying import copy_blob
 from store.backends.disk import DiskStore
 from store.errors import (
     ExpertUnavailableError,
     InvalidRequestError,
     NotFoundError,
     NotPermittedError,
+    StorageFullError,
     TooLargeError,
 )
+from store.exemplar_changes import put_exemplars
 from store.registry import Registry
 from tests.store.builders import base_manifest, write_sample
 from tests.store.conftest import Opener
 
 RESERVED = frozenset({"auto"})
 OWN = ["Was ist das?", 'Say "hé"']
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture
@@ -101,3 +113,34 @@ def test_only_the_owner_changes_them(registry: Registry) -> None:
         registry.set_exemplars("a", lambda _: ["one"], stranger)
     with pytest.raises(NotFoundError):
         registry.set_exemplars("b", lambda _: ["one"], stranger)
+
+
+def test_a_disk_that_is_full_keeps_no_leftovers(disk: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(disk.quarantine().iterdir())
+
+    real = tempfile.NamedTemporaryFile
+
+    def filling(**given: Any) -> Any:
+        file = real(**given)
+        file.write = full
+        return file
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", filling)
+    with pytest.raises(StorageFullError, match="cannot store the exemplars: the disk is full"):
+        put_exemplars(disk, b'"x"\n')
+    assert set(disk.quarantine().iterdir()) == before
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(StorageFullError):
+        put_exemplars(disk, b'"x"\n')
+
+
+def test_a_copy_that_fails_is_the_store_s_error(disk: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = put_exemplars(disk, b'"x"\n')
+    before = set(disk.quarantine().iterdir())
+    copy_blob(disk, disk, digest)
+
+    for module, name in ((shutil, "copyfile"), (tempfile, "NamedTemporaryFile")):
+        monkeypatch.setattr(module, name, full)
+        with pytest.raises(StorageFullError, match=r"cannot copy .*: the disk is full"):
+            copy_blob(disk, disk, digest)
+        assert set(disk.quarantine().iterdir()) == before

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from store.bfloat16 import from_bfloat16, to_bfloat16
 from store.deltas import DenseDelta, SparseDelta
-from store.errors import ExpertFileError, InvalidRequestError, StoreError, WrongBaseError
+from store.encodings import as_indices, encode_levels, encode_smallest
+from store.errors import ExpertFileError, ExpertUnavailableError, InvalidRequestError, StoreError, WrongBaseError
 from store.expert_file import (
     MAX_HEADER_BYTES,
     ExpertInfo,
@@ -28,7 +29,7 @@ from store.expert_file import (
 )
 from store.expert_header import ExpertHeader, TernaryEntry
 from store.manifest import BaseManifest
-from store.packed import PackedLowRank, PackedTernary
+from store.packed import PackedLevels, PackedLowRank, PackedTernary
 from tests.store.builders import (
     SHAPES,
     base_manifest,
@@ -344,9 +345,11 @@ def test_raw_values_must_be_finite(tmp_path: Path) -> None:
         validate(path, base_manifest())
 
 
-def test_a_missing_file_is_no_crash(tmp_path: Path) -> None:
-    with pytest.raises(ExpertFileError, match="cannot read"):
+def test_a_missing_file_is_no_crash_and_no_fault_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ExpertUnavailableError, match="cannot read none: there is no such file"):
         read_header(tmp_path / "none")
+    with pytest.raises(ExpertFileError, match="cannot read"):
+        read_header(tmp_path)
 
 
 def test_writing_refuses_what_reading_would(tmp_path: Path) -> None:
@@ -386,3 +389,26 @@ def test_reading_experts_needs_no_torch() -> None:
     code = "import sys\n" + "".join(f"import store.{module}\n" for module in modules)
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("scale", [3.4e38, float(np.finfo(np.float32).max) / 100])
+def test_values_that_decode_to_infinity_are_refused(tmp_path: Path, scale: float) -> None:
+    """A level times its scale may leave float32; a scale alone may be infinite once it is rounded to bfloat16."""
+    name, scale = "layers.0.mlp.weight", float(np.float32(scale))
+    numel, place = int(np.prod(SHAPES[name])), as_indices(np.array([3]), 1)
+    levels = PackedLevels(SHAPES[name], 1, scale, encode_levels(place, np.array([127], np.int8), numel))
+    ternary = PackedTernary(SHAPES[name], 1, scale, encode_smallest(place, np.array([1], np.int8), numel))
+    largest = float(np.float32(2.0**127))
+    for packed, is_sound in (
+        (levels, False),
+        (ternary, scale < 3.39e38),
+        (replace(ternary, scale=largest), True),
+        (replace(levels, scale=float(np.float32(largest / 127))), True),
+    ):
+        path = write_sample(tmp_path / "e", tensors={name: packed})
+        if is_sound:
+            validate(path, base_manifest())
+            continue
+        with pytest.raises(ExpertFileError, match="too large for bfloat16") as caught:
+            validate(path, base_manifest())
+        assert caught.value.param == name

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from store.checkpoint import Checkpoint, open_checkpoint
 from store.codecs.base import Loss
 from store.codecs.flex_switch import LOWEST, Gate, along_the_budget, bits_of, density_of, log_magnitude, threshold_for
+from store.errors import InvalidRequestError
 from store.objective import objective
+from store.student import Student
 
 
 def random_gate(seed: int, rows: int = 40, columns: int = 60) -> tuple[torch.Tensor, torch.Tensor, Gate]:
@@ -147,3 +152,41 @@ def test_alignment_is_the_paper_s_equation() -> None:
 
     expected = 1 - norm(teacher, student) ** 2 / (norm(teacher, teacher) * norm(student, student))
     torch.testing.assert_close(objective(Loss.CKA, student, teacher), expected)
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in (("b", (80,)), ("v", (80, 80)), ("w", (80, 80))):
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> dict[str, Checkpoint]:
+    """A base, a fine-tune of its bias alone, and one of everything."""
+    torch.manual_seed(0)
+    base = {name: value.detach() for name, value in Small().named_parameters()}
+    changed = {name: value + 0.01 * torch.randn_like(value) for name, value in base.items()}
+    found = {}
+    for name, tensors in (("base", base), ("bias", base | {"b": changed["b"]}), ("whole", changed)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        found[name] = open_checkpoint(tmp_path / name)
+    return found
+
+
+def test_where_only_biases_differ_there_is_nothing_to_choose(checkpoints: dict[str, Checkpoint]) -> None:
+    student = Student(Small(), checkpoints["base"], checkpoints["bias"], ())
+    student.choose(0.07)
+    assert (student.tensors, student.candidates, student.kept) == (0, 0, 0)
+    assert student.pack() == {}
+    assert student.tiny.keys() == {"b"}
+
+
+def test_a_budget_for_nothing_says_so(checkpoints: dict[str, Checkpoint]) -> None:
+    for drop in (lambda student: student.settle(2), lambda student: student.narrow(1.0)):
+        student = Student(Small(), checkpoints["base"], checkpoints["whole"], ())
+        student.choose(0.07)
+        with pytest.raises(InvalidRequestError, match="too small to keep anything") as caught:
+            drop(student)
+        assert caught.value.param == "bits_per_param"

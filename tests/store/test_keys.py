@@ -12,7 +12,7 @@ import pytest
 from store.access import OPERATOR, Access, Caller, Role, Visibility
 from store.backends.disk_ledger import DiskLedger
 from store.errors import InvalidRequestError, NotFoundError
-from store.keys import Keys
+from store.keys import LATEST_EXPIRY, Keys
 
 INFER = frozenset({Role.INFER})
 
@@ -79,6 +79,7 @@ def test_what_is_like_a_key_is_none(keys: Keys, change: Any) -> None:
         ({"tenant": None}, "tenant"),
         ({"roles": frozenset()}, "roles"),
         ({"expires": 1}, "expires"),
+        ({"expires": LATEST_EXPIRY + 1}, "expires"),
         ({"label": "ü" * 101}, "label"),
     ],
 )

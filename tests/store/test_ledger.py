@@ -155,6 +155,55 @@ def test_without_redis_keys_and_rates_go_on_from_what_is_known(redis: RedisServe
         ledger.close()
 
 
+def test_a_key_revoked_in_an_older_copy_is_revoked_everywhere(redis: RedisServer) -> None:
+    """The edition is the same as before: a change was lost, and another one made."""
+    redis.client.flushall()
+    mine, yours = RedisLedger(redis.url), RedisLedger(redis.url)
+    mine.put("keys", "a", b"1")
+    copy = redis.copy()
+    mine.put("keys", "b", b"2")
+    assert mine.documents("keys") == {"a": b"1", "b": b"2"}
+    with mine._reading:  # it sees nothing meanwhile
+        redis.go_back(copy)
+        yours.delete("keys", "a")
+    assert eventually(lambda: mine.documents("keys") == {})
+    mine.close()
+    yours.close()
+
+
+def test_changes_by_servers_of_an_earlier_version_are_seen(redis: RedisServer) -> None:
+    redis.client.flushall()
+    ledger = RedisLedger(redis.url)
+    assert ledger.documents("keys") == {}
+    for count in (1, 2):
+        redis.client.hset("switchyard:ledger:keys", str(count), b"x")
+        redis.client.incr("switchyard:ledger:edition")
+        assert eventually(lambda count=count: len(ledger.documents("keys")) == count)
+    ledger.close()
+
+
+def test_whatever_breaks_the_listener_it_goes_on(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.client.flushall()
+    mine, yours = RedisLedger(redis.url), RedisLedger(redis.url)
+    broken = threading.Event()
+
+    def fail() -> None:
+        monkeypatch.undo()
+        broken.set()
+        raise RuntimeError("a bug")
+
+    assert mine.documents("keys") == {}
+    monkeypatch.setattr(mine, "_refresh", fail)
+    assert broken.wait(60)
+    yours.put("keys", "a", b"1")
+    assert eventually(lambda: mine.documents("keys") == {"a": b"1"})
+    assert "a bug" in caplog.text
+    mine.close()
+    yours.close()
+
+
 @given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 20)), max_size=30))
 def test_nobody_gets_more_than_the_rate(steps: list[tuple[float, float]]) -> None:
     now = 0.0

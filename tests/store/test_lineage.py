@@ -10,7 +10,7 @@ from store.access import Access, AccessChange, Caller, Role, Visibility
 from store.backends.disk import DiskStore
 from store.convert import compress
 from store.errors import ConflictError, ExpertUnavailableError, InvalidRequestError, NotFoundError
-from store.expert_file import digest_of, read_deltas, validate
+from store.expert_file import ExpertInfo, digest_of, read_deltas, validate, write_expert
 from store.fingerprint import manifest_of
 from store.lineage import MAX_DEPTH
 from store.merge_methods import MergeSettings
@@ -19,11 +19,14 @@ from store.overwriting import as_float_delta
 from store.record import KEPT_VERSIONS
 from store.registry import Registry
 from store.task_vector import task_vector
-from tests.store.builders import base_manifest, write_sample
+from store.trust import NO_TRUST, Trust, trusted_keys
+from tests.store.builders import base_manifest, packed_expert, write_sample
+from tests.store.keys import ADA
 from tests.tiny import save_base, save_tuned
 
 ACME = Caller("a", "acme", frozenset({Role.UPLOAD}))
 GLOBEX = Caller("g", "globex", frozenset({Role.UPLOAD}))
+STRICT = Trust(trusted_keys([ADA.line]), required=True)
 
 
 @pytest.fixture
@@ -172,3 +175,38 @@ def test_chains_that_are_not_whole(folders: tuple[Path, Path, Path], tmp_path: P
     pair = [(tmp_path / "second", 1.0), (tmp_path / "first", 1.0)]
     with pytest.raises(InvalidRequestError, match="stands on the expert"):
         merge_experts(pair, manifest_of(base, None), tmp_path / "x", MergeSettings())
+
+
+def test_what_is_not_served_here_needs_what_it_stands_on_all_the_same(tmp_path: Path) -> None:
+    """A server of another base, or one that trusts fewer keys, removes nothing that others stand on."""
+    store = DiskStore(tmp_path / "store")
+    registry, strict = (Registry(store, base_manifest(), frozenset(), trust) for trust in (NO_TRUST, STRICT))
+    elsewhere = Registry(store, base_manifest(1), frozenset())
+    first = publish(registry, "knowledge")
+    publish(registry, "skill", on=first)
+    for server in (elsewhere, strict):
+        assert server.list() == []
+        with pytest.raises(ConflictError, match="skill stand on the expert knowledge") as caught:
+            server.remove("knowledge", force=True)
+        assert caught.value.code == "has_children"
+    for seed in range(1, KEPT_VERSIONS + 4):
+        path = store.quarantine() / "other"
+        write_expert(path, ExpertInfo(codec="t-switch", tool="tests"), packed_expert(seed), base_manifest(1))
+        elsewhere.publish(path, name="knowledge", replace=True)
+    assert registry.get("skill").relative_to == first
+    assert registry.lineage.below(registry.get("skill").digest) == (first,)
+    store.close()
+
+
+def test_a_copy_that_is_not_trusted_does_not_stand_in(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "store")
+    lax, strict = (Registry(store, base_manifest(), frozenset(), trust) for trust in (NO_TRUST, STRICT))
+    path = write_sample(store.quarantine() / "knowledge")
+    first, _ = strict.publish(path, name="knowledge", signature=ADA.sign(digest_of(path)))
+    lax.publish(write_sample(store.quarantine() / "copy"), name="copy")
+    path = write_sample(store.quarantine() / "skill", relative_to=first.digest)
+    strict.publish(path, name="skill", signature=ADA.sign(digest_of(path)))
+    with pytest.raises(ConflictError):
+        strict.remove("knowledge")
+    strict.remove("copy")
+    store.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +15,17 @@ import pytest
 from store.backends import ANYTHING, Health
 from store.backends.opening import open_store
 from store.backends.redis import RedisStore
-from store.backends.redis_link import BLOBS, LEASE, chunk_key
+from store.backends.redis_link import (
+    BLOBS,
+    CHANGES,
+    DAMAGED,
+    EDITION,
+    HISTORY,
+    LEASE,
+    RECORDS,
+    REMEMBERED,
+    chunk_key,
+)
 from store.errors import (
     ExpertUnavailableError,
     InvalidRequestError,
@@ -256,13 +269,160 @@ def test_what_is_put_back_is_found_all_the_while(
     assert all(names == {"mine"} for names in seen)
 
 
-def test_a_redis_that_went_back_in_time_is_believed(own_redis: RedisServer, open_redis: Open) -> None:
-    store = open_redis(own_redis)
-    registry = registry_of(store)
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_redis_that_came_back_from_an_older_copy_gets_back_what_is_here(
+    shared_redis: RedisServer, open_redis: Open, others: int
+) -> None:
+    """Its edition is lower, the same or higher by the time that anybody looks: others have made changes since."""
+    store, elsewhere = open_redis(shared_redis), open_redis(shared_redis)
+    registry, other = registry_of(store), registry_of(elsewhere)
     publish(registry, store, "old")
-    own_redis.client.set("switchyard:edition", 0)
-    own_redis.client.hdel("switchyard:records", "old")
-    eventually(lambda: registry.list() == [])
+    copy = shared_redis.copy()
+    digest = publish(registry, store, "late", seed=1)
+    eventually(lambda: len(other.list()) == 2)
+    with store._mirror._refreshing, elsewhere._mirror._refreshing:  # they see nothing meanwhile
+        shared_redis.go_back(copy)
+        third = open_redis(shared_redis)
+        for i in range(others):
+            publish(registry_of(third), third, f"new-{i}", seed=2 + i)
+    names = ["late", *(f"new-{i}" for i in range(others)), "old"]
+    for one in (store, elsewhere):
+        eventually(lambda one=one: one.lost().keys() == {"late"})
+        eventually(lambda one=one: list(one.records()) == names)
+    registry.restore_lost()
+    for one in (store, elsewhere, third):
+        eventually(lambda one=one: list(one.records()) == names and not one.lost())
+    assert digest_of(third.fetch(digest)) == digest
+    other.remove("late")
+    eventually(lambda: "late" not in store.records())
+    assert store.lost() == {}, "what somebody removed is not lost"
+
+
+def test_changes_by_servers_of_an_earlier_version_are_read(shared_redis: RedisServer, open_redis: Open) -> None:
+    """They leave no words in the history."""
+    client = shared_redis.client
+
+    def change(name: str, data: bytes | None) -> None:
+        with client.pipeline(transaction=True) as pipeline:
+            if data is None:
+                pipeline.hdel(RECORDS, name)
+            else:
+                pipeline.hset(RECORDS, name, data)
+            pipeline.zadd(CHANGES, {name: int(client.get(EDITION) or 0) + 1})
+            pipeline.incr(EDITION)
+            pipeline.execute()
+
+    change("a", b"1")
+    store = open_redis(shared_redis)
+    assert store.records() == {"a": b"1"}
+    change("b", b"2")
+    eventually(lambda: store.records() == {"a": b"1", "b": b"2"})
+    store.put_record("c", b"3", expected=ANYTHING)
+    change("a", None)
+    change("c", b"4")
+    eventually(lambda: store.records() == {"b": b"2", "c": b"4"})
+    store.put_record("d", b"5", expected=ANYTHING)
+    assert store.records() == {"b": b"2", "c": b"4", "d": b"5"}
+    assert store.lost() == {}
+
+
+def test_a_reader_that_was_away_for_too_long_to_tell_believes_redis(
+    shared_redis: RedisServer, open_redis: Open
+) -> None:
+    store = open_redis(shared_redis)
+    store.put_record("a", b"1", expected=ANYTHING)
+    store.put_record("b", b"2", expected=ANYTHING)
+    with shared_redis.client.pipeline(transaction=True) as pipeline:
+        pipeline.hdel(RECORDS, "a")
+        pipeline.incrby(EDITION, REMEMBERED)
+        pipeline.delete(HISTORY)
+        pipeline.execute()
+    eventually(lambda: store.records() == {"b": b"2"})
+    assert store.lost() == {}
+
+
+def test_words_are_kept_of_the_last_changes_only(shared_redis: RedisServer, open_redis: Open) -> None:
+    store = open_redis(shared_redis)
+    store.put_record("a", b"1", expected=ANYTHING)
+    shared_redis.client.incrby(EDITION, REMEMBERED - 1)
+    store.put_record("a", b"2", expected=ANYTHING)
+    assert shared_redis.client.zrange(HISTORY, 0, -1, withscores=True)[0][1] == REMEMBERED + 1
+    shared_redis.client.set(EDITION, 1)
+    store.put_record("a", b"3", expected=ANYTHING)
+    assert [score for _, score in shared_redis.client.zrange(HISTORY, 0, -1, withscores=True)] == [2]
+
+
+def test_whatever_breaks_the_listener_it_goes_on(
+    shared_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, other = open_redis(shared_redis), open_redis(shared_redis)
+    broken = threading.Event()
+
+    def fail() -> None:
+        monkeypatch.undo()
+        broken.set()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(store, "_heal_reported", fail)
+    assert broken.wait(60)
+    other.put_record("a", b"1", expected=ANYTHING)
+    eventually(lambda: store.records() == {"a": b"1"})
+    assert "a bug" in caplog.text
+
+
+def test_a_copy_that_vanishes_while_it_heals_another_harms_nobody(
+    shared_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = open_redis(shared_redis), open_redis(shared_redis)
+    digest = publish(registry_of(store), store, "a")
+    get = store._cache.get
+    gone = threading.Event()
+
+    def evicted(digest: str) -> Path | None:
+        path = get(digest)
+        assert path is not None
+        path.unlink()  # by another process on the same folder
+        monkeypatch.undo()
+        gone.set()
+        return path
+
+    monkeypatch.setattr(store._cache, "get", evicted)
+    shared_redis.client.sadd(DAMAGED, digest)
+    assert gone.wait(60)
+    publish(registry_of(other), other, "b", seed=1)
+    eventually(lambda: list(store.records()) == ["a", "b"])
+    assert digest_of(store.fetch(digest)) == digest, "Redis still has it"
+
+
+@pytest.mark.parametrize("refused", ["open", "write"])
+def test_a_disk_that_takes_no_more_is_told_and_keeps_nothing(
+    shared_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    writer = open_redis(shared_redis)
+    digest = publish(registry_of(writer), writer, "a")
+    store = open_redis(shared_redis)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for read in (store.fetch, store.read):
+        if refused == "open":
+            monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+        else:  # what is written fails as the file is closed
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        try:
+            with pytest.raises(StorageFullError if refused == "open" else StoreError, match="cannot cache the file"):
+                read(digest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFullError, match="the disk is full"):
+        store.fetch(digest)
+    monkeypatch.undo()
+    assert list(store.quarantine().glob("fetch-*")) == []
+    assert digest_of(store.fetch(digest)) == digest
 
 
 def test_readers_far_behind_read_everything(
@@ -286,8 +446,31 @@ def test_a_writer_that_slept_through_its_lease_changes_nothing(shared_redis: Red
             store.put_record("a", b"1", expected=ANYTHING)
         with pytest.raises(StoreUnavailableError, match="lost"):
             store.delete_blob("0" * 64)
+        with pytest.raises(StoreUnavailableError, match="lost"):
+            store.put_blob(write_sample(store.quarantine() / "e"), "0" * 64)
     assert store.records() == {}
+    assert store.blobs() == set()
     assert shared_redis.client.get(LEASE) == b"somebody else"
+
+
+def test_a_writer_that_slept_between_chunks_calls_no_blob_complete(
+    shared_redis: RedisServer, open_redis: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the lease meanwhile may have collected the chunks that were there."""
+    store = open_redis(shared_redis)
+    begin = store._blobs._begin
+
+    def slow(**words: object) -> None:
+        begin(**words)
+        shared_redis.client.set(LEASE, "somebody else")
+
+    monkeypatch.setattr(store._blobs, "_begin", slow)
+    path = write_sample(store.quarantine() / "e")
+    digest = digest_of(path)
+    with pytest.raises(StoreUnavailableError, match="lost"):
+        store.put_blob(path, digest)
+    assert store.blob_bytes(digest) is None
+    assert shared_redis.client.keys("switchyard:blob:*") == []
 
 
 def test_a_dead_writer_is_waited_for_no_longer_than_its_lease(shared_redis: RedisServer, open_redis: Open) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import errno
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -135,6 +136,38 @@ def test_unknown_names_get_a_hint(store: BlobStore, registry: Registry) -> None:
             registry.get(name)
     with pytest.raises(NotFoundError):
         registry.remove("zzz")
+
+
+def test_hints_of_a_large_library_cost_little(disk: DiskStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names that are not there are free to ask for: few of the others are compared letter by letter."""
+    registry = Registry(disk, base_manifest(), RESERVED)
+    registry.publish(upload(disk), name="one")
+    records = tmp_path / "store" / "records"
+    document = json.loads((records / "one.json").read_text())
+    names = [f"customer-{row % 97}.support-{row:05}-v{row % 7}" for row in range(2_000)]
+    for name in names:
+        (records / f"{name}.json").write_text(json.dumps(document | {"name": name}))
+    registry = Registry(disk, base_manifest(), RESERVED)
+    compared: list[int] = []
+    close = difflib.get_close_matches
+
+    def counting(word: str, known: Sequence[str], n: int) -> list[str]:
+        compared.append(len(known))
+        return close(word, known, n=n)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counting)
+    wanted = names[1234]
+    for row in (0, 9, len(wanted) - 1):
+        for typo in (
+            wanted[:row] + wanted[row + 1 :],
+            wanted[:row] + "x" + wanted[row:],
+            wanted[:row] + "x" + wanted[row + 1 :],
+        ):
+            with pytest.raises(NotFoundError, match=f"did you mean .*{wanted}"):
+                registry.get(typo)
+    with pytest.raises(NotFoundError, match=r"'qqqqqqqq'$"):
+        registry.get("qqqqqqqq")
+    assert max(compared) <= 12
 
 
 def test_bad_files_stay_out(store: BlobStore, registry: Registry) -> None:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from store.access import AccessChange, Caller, Role, Visibility
 from store.backends import ANYTHING, BlobStore
-from store.errors import InvalidRequestError, SignatureError, UntrustedError
+from store.errors import InvalidRequestError, NotPermittedError, SignatureError, UntrustedError
 from store.expert_file import digest_of
 from store.registry import Registry
 from store.signature import Signature, decode_signature, fingerprint, parse_signature, read_beside
@@ -218,3 +219,20 @@ def test_versions_and_aliases_are_no_way_round(store: BlobStore, registry: Regis
     path, _ = upload(store)
     registry.publish(path, name="b", signature=ADA.sign(old))
     assert {record.name for record in registry.list()} == {"a", "b"}
+
+
+def test_only_who_owns_an_expert_signs_it_anew(store: BlobStore, registry: Registry) -> None:
+    """Else anybody could take a public one out of service where signatures must be trusted."""
+    lax = Registry(store, base_manifest(), frozenset())
+    acme, globex = (Caller(name, name, frozenset({Role.UPLOAD})) for name in ("acme", "globex"))
+    path, digest = upload(store)
+    signed, _ = lax.publish(path, name="a", signature=ADA.sign(digest), by=acme)
+    public = lax.set_access("a", AccessChange(Visibility.PUBLIC))
+    for signature in (None, ADA.sign(digest)):
+        assert lax.publish(upload(store)[0], name="a", signature=signature, by=globex) == (public, False)
+    with pytest.raises(NotPermittedError):
+        lax.publish(upload(store)[0], name="a", signature=MALLORY.sign(digest), by=globex)
+    assert lax.get("a").signature == signed.signature
+    assert registry.list() == [public]
+    again, _ = lax.publish(upload(store)[0], name="a", signature=MALLORY.sign(digest), by=acme)
+    assert again.signature != signed.signature

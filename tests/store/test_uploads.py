@@ -188,6 +188,33 @@ def test_bounds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_uploads(folder).create("d", 10)[1]
 
 
+def test_no_tenant_shuts_out_the_others(folder: Path) -> None:
+    """Each has half of what the others leave, with what its jobs work on; the operator has it all."""
+    beside = {"acme": 30, None: 100}
+    uploads = Uploads(folder, max_bytes=1100, max_open=8, seconds=60, beside=lambda: beside)
+    with pytest.raises(TooLargeError, match="acme may have 500 bytes now, and 30 are taken"):
+        uploads.create("a", 471, owner="acme")
+    uploads.create("a", 470, owner="acme")
+    with pytest.raises(TooLargeError):
+        uploads.create("b", 1, owner="acme")
+    with pytest.raises(TooLargeError):
+        uploads.create("b", 251, owner="globex")
+    uploads.create("b", 250, owner="globex")
+    uploads.create("c", 125, owner="initech")
+    assert uploads.create("d", 125)[1], "the operator"
+
+
+def test_no_tenant_has_all_the_places(folder: Path) -> None:
+    uploads = open_uploads(folder, max_open=4)
+    for tenant, places in (("acme", 2), ("globex", 1), ("initech", 1)):
+        for i in range(places):
+            uploads.create(str(i), 1, owner=tenant)
+        with pytest.raises(QueueFullError):
+            uploads.create("x", 1, owner=tenant)
+    with pytest.raises(QueueFullError):
+        uploads.create("x", 1)
+
+
 def test_a_full_disk_has_room_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = open_uploads(folder)
     upload, _ = uploads.create("f", len(DATA), SHA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -130,6 +131,22 @@ def test_nothing_is_left_open(validator: Validator, tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     assert validator._process is not None
     assert len(os.listdir(f"/proc/{validator._process.pid}/fd")) < 8
+
+
+def test_a_server_with_many_connections_checks_all_the_same(validator: Validator, tmp_path: Path) -> None:
+    sample = write_sample(tmp_path / "sample")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("so many descriptors are not allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        held += [os.dup(held[0]) for _ in range(1030)]
+        assert validator.check(sample)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_limits_grow_with_the_base() -> None:

@@ -49,6 +49,8 @@ def test_the_density_grows_until_the_floor_is_met(monkeypatch: pytest.MonkeyPatc
         ({"codec": "compeft"}, [0.05, 0.1, 0.2, 0.4, 0.8]),
         ({"codec": "flex-switch"}, [0.04, 0.08, 0.16, 0.32, 0.64]),
         ({"codec": "flex-switch", "max_size": 10}, [10, 20, 40, 80, 160]),
+        ({"codec": "flex-switch", "bits_per_param": 0.2}, [0.2, 0.4, 0.8, 1.5]),
+        ({"codec": "flex-switch", "bits_per_param": 1.5}, [1.5]),
         ({"codec": "bit-delta"}, [None]),
     ],
 )
@@ -68,7 +70,7 @@ def test_what_is_widened_and_how_often(
     monkeypatch.setattr(widening, "compress", never)
     with pytest.raises(InvalidRequestError) as caught:
         compress_widening(tmp_path, tmp_path, tmp_path, **options)
-    assert caught.value.code == "below_floor"
+    assert (caught.value.code, caught.value.param) == ("below_floor", "max_kl")
     assert seen == asked
     assert len(seen) <= TRIES
 
