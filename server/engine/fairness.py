@@ -2,7 +2,9 @@
 
 Each tenant has a counter of the service it got; whenever there is room for one more request, it goes to the tenant
 served least (VTC: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024). A tenant that has been away
-does not save up for later: when it comes back, its counter is lifted to the least of those that wait.
+does not save up for later: when it comes back, its counter is lifted to the least of the others that wait, or run if none
+waits. What a tenant gets beside others, of room that they have no use for, counts as well, so that counters alone may
+never come to a request: a few turns and places go to whoever has waited longest.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from __future__ import annotations
 from collections import Counter
 
 Tenant = str | None
+
+LONGEST_WAIT = 16
+"""Of so many turns, and of so many requests that begin, one is the one that has waited longest, whosever it is."""
 
 
 class ServiceCounters:
@@ -19,8 +24,10 @@ class ServiceCounters:
     def __init__(self) -> None:
         self._served: dict[Tenant, int] = {}
         self._waiting: Counter[Tenant] = Counter()
+        self._present: Counter[Tenant] = Counter()
+        """Requests that wait or run."""
         self._last = 0
-        """The counter of the tenant that ceased to wait last."""
+        """The counter of the tenant that left last."""
 
     def served(self, tenant: Tenant) -> int:
         """The counter of a tenant that has asked."""
@@ -28,16 +35,24 @@ class ServiceCounters:
 
     def wait(self, tenant: Tenant, *, again: bool = False) -> None:
         """A request begins to wait; `again` if it was preempted: its tenant has not been away."""
-        if not self._waiting[tenant] and not again:
-            floor = min((self._served[other] for other in self._waiting), default=self._last)
-            self._served[tenant] = max(self._served.get(tenant, 0), floor)
+        if not again:
+            if not self._waiting[tenant]:
+                others = [other for other in self._present if other != tenant]
+                others = [other for other in others if self._waiting[other]] or others
+                floor = min(map(self.served, others), default=0 if self._present[tenant] else self._last)
+                self._served[tenant] = max(self._served.get(tenant, 0), floor)
+            self._present[tenant] += 1
         self._waiting[tenant] += 1
 
     def stop_waiting(self, tenant: Tenant) -> None:
-        """A request runs, or has gone."""
+        """A request runs, or is about to leave."""
         self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+
+    def leave(self, tenant: Tenant) -> None:
+        """A request that does not wait has gone."""
+        self._present[tenant] -= 1
+        if not self._present[tenant]:
+            del self._present[tenant]
             self._last = self._served[tenant]
 
     def charge(self, tenant: Tenant, tokens: int) -> None:

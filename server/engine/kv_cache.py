@@ -116,7 +116,11 @@ class KVCache:
             return False
         # Padding of a batch reads stale slots at weight zero, and 0 × NaN is NaN: a broken expert's leftovers must not
         # reach the next owner.
-        self._storage[:, :, fresh] = 0
+        try:
+            self._storage[:, :, fresh] = 0
+        except Exception:
+            self._pool.give_back(fresh)
+            raise
         sequence.blocks.extend(fresh)
         return True
 

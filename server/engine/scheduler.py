@@ -1,71 +1,31 @@
 """Who runs in the next step.
 
 Requests that share a mix form a lane. In mixed mode all lanes share every step; in merged mode one lane runs at a
-time and lanes take turns. Sequences join and leave at every step. Where tenants compete for room or turns, the one that
-has been served least comes first (`server.engine.fairness`); among one tenant's, who has waited longest.
+time and lanes take turns (`server.engine.lanes`). Sequences join and leave at every step. Where tenants compete for
+room or turns, the one that has been served least comes first (`server.engine.fairness`); among one tenant's, who has
+waited longest.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 
-from server.engine.fairness import ServiceCounters
+import torch
+
+from server.engine.batch import Batch, Work
+from server.engine.fairness import LONGEST_WAIT, ServiceCounters
 from server.engine.kv_cache import KVCache
+from server.engine.lanes import Lane, Turns
 from server.engine.prefill_budget import PrefillBudget
 from server.engine.sequence import Sequence, SequenceState
 from store.mix import Mix
 
+__all__ = ["Batch", "Demand", "Lane", "Scheduler", "Work"]
 
-@dataclass(eq=False)
-class Lane:
-    """All sequences of one mix."""
-
-    mix: Mix
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
-
-    @property
-    def empty(self) -> bool:
-        return not self.waiting and not self.running
-
-
-@dataclass(frozen=True)
-class Work:
-    """One sequence's share of a step: its next `count` tokens."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that a new one can be sampled."""
-        return self.count == self.sequence.pending
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's work, that of one mix side by side; the base's comes first.
-
-    Attributes:
-        mixed: whether deltas are applied beside the weights; otherwise all work has one mix, to be merged.
-    """
-
-    work: list[Work]
-    mixed: bool
-
-    def rows(self) -> tuple[int, int]:
-        """How many streams get their next token, and how many tokens of prompts there are. To be asked before the
-        sequences take note of the step."""
-        decodes = sum(item.sequence.decodes for item in self.work)
-        return decodes, sum(item.count for item in self.work) - decodes
-
-    def by_mix(self) -> list[Batch]:
-        """The same work, one batch per mix."""
-        return [Batch(list(work), self.mixed) for _, work in groupby(self.work, key=lambda item: item.sequence.mix)]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,13 +57,18 @@ class Scheduler:
         self._cache = cache
         self._max_batch = max_batch
         self._step_tokens = step_tokens
-        self._turn_steps = turn_steps
         self._prefill = prefill or PrefillBudget(0.0)
         self._shareable = shareable
-        self._lanes: OrderedDict[Mix, Lane] = OrderedDict()
-        self._steps_in_turn = 0
         self.service = ServiceCounters()
-        self.preemptions = 0
+        self._turns = Turns(turn_steps, shareable, self.service)
+        self._lanes = self._turns.lanes
+        self._stuck: Sequence | None = None
+        """Who gave its room back in the last step because all that is left belongs to older ones."""
+        self._window = 0
+        """Where the next step's streams begin among those of lanes that hold more than a step has room for."""
+        self.preemptions = self._begun = 0
+        self.failed: list[Sequence] = []
+        """Whose memory could not be had in the last step: whoever runs the steps must end them."""
 
     @property
     def idle(self) -> bool:
@@ -139,11 +104,10 @@ class Scheduler:
         else:
             lane.waiting.remove(sequence)
             self.service.stop_waiting(sequence.request.tenant)
+        self.service.leave(sequence.request.tenant)
         self._cache.release(sequence)
         sequence.state = SequenceState.FINISHED
         if lane.empty:
-            if lane is self._front():
-                self._steps_in_turn = 0
             del self._lanes[sequence.mix]
         return True
 
@@ -158,39 +122,50 @@ class Scheduler:
         return demand
 
     def schedule(self, *, mixed: bool) -> Batch | None:
-        """The next step, or None when nothing waits.
+        """The next step, or None when there is none: nothing waits, or all of it is in `failed`.
 
-        The lane in front keeps its turn for `turn_steps` steps while others wait, then goes to the back, and the first
-        of those with the tenant served least comes next; in mixed mode all that can share its steps do. Decodes come
-        first, so that running streams advance at every step of their turn; the rest of `step_tokens`, or what the
-        prefill budget leaves of it, goes to prompts, in chunks: of the tenant served least, in order of arrival.
+        A turn lasts `turn_steps` steps while others wait; the next goes to the lane with the tenant served least; in
+        mixed mode all lanes that can share steps have theirs together. Decodes come first, so that running streams
+        advance at every step of their turn; the rest of `step_tokens`, or what the prefill budget leaves of it, goes to
+        prompts, in chunks: of the tenant served least, in order of arrival.
+
+        Whatever waits for room that older ones hold in lanes that pause gets it only if these come further. So the lane
+        of the oldest has the turn after somebody got stuck, and who cannot even begin leaves its turn to them.
         """
-        lane = self._front()
-        if lane is None:
+        if not self._lanes:
             return None
-        if self._steps_in_turn >= self._turn_steps:
-            self._steps_in_turn = 0
-            self._lanes.move_to_end(lane.mix)
-        if self._steps_in_turn == 0:
-            lane = min(self._lanes.values(), key=self._served)
-            self._lanes.move_to_end(lane.mix, last=False)
-        self._steps_in_turn += 1
-        shared = mixed and self._shareable(lane.mix)
-        lanes = [other for other in self._lanes.values() if self._shareable(other.mix)] if shared else [lane]
+        self.failed.clear()
+        stuck, self._stuck = self._stuck, None
+        holders = [] if stuck is None else self._holders()
+        if holders:
+            self._window = 0
+            oldest = min(holders, key=lambda lane: min(sequence.id for sequence in lane.running))
+            lanes = self._turns.give(oldest, stuck, mixed=mixed)
+        else:
+            lanes = self._turns.step(mixed=mixed)
         work = self._fill(lanes)
-        assert work, "a lane that is not empty always has work: a lone sequence fits the cache"
+        if not work:
+            self._window = 0
+            owed = self._next(lanes)
+            for lane in sorted(self._holders(), key=self._turns.served):
+                work = self._fill(self._turns.give(lane, owed, mixed=mixed))
+                if work:
+                    break
+        assert work or self.failed, "the oldest can always run, and with nobody running all memory is free"
+        if not work:
+            return None
         work.sort(key=lambda item: (not item.sequence.mix.is_base, item.sequence.mix.digest))
-        return Batch(work, shared)
+        return Batch(work, mixed and self._shareable(work[0].sequence.mix))
 
-    def _front(self) -> Lane | None:
-        return next(iter(self._lanes.values()), None)
+    def _holders(self) -> list[Lane]:
+        """Lanes that hold memory."""
+        return [lane for lane in self._lanes.values() if lane.running]
 
     def _fill(self, lanes: Items[Lane]) -> list[Work]:
         budget = self._step_tokens
         bounded = False
         work: list[Work] = []
-        running = sorted((s for lane in lanes for s in lane.running), key=lambda s: (s.pending > 1, s.id))
-        for sequence in running[: self._max_batch]:
+        for sequence in sorted(self._streams(lanes), key=lambda s: (s.pending > 1, s.id)):
             if sequence.pending > 1 and not bounded:
                 budget, bounded = min(budget, self._prompt_tokens(lanes)), True
             if sequence.state is not SequenceState.RUNNING:
@@ -206,24 +181,35 @@ class Scheduler:
         if not bounded:
             budget = min(budget, self._prompt_tokens(lanes))
         while budget > 0 and sum(len(lane.running) for lane in lanes) < self._max_batch:
-            newcomer = self._next(lanes)
-            if newcomer is None:
+            newcomer, owed = self._next(lanes), self._turns.owed
+            if newcomer is None or (owed is not None and self._rank(owed) < self._rank(newcomer)):
                 break
             # Newcomers never preempt: they wait for memory that others give back by themselves.
             if not self._begin(newcomer, budget):
-                if work or not self._preempt_paused(lanes):
-                    break
-                continue
+                if newcomer in self.failed or (not work and self._preempt_paused(lanes, newcomer)):
+                    continue
+                break
             lane = self._lanes[newcomer.mix]
             lane.waiting.remove(newcomer)
             lane.running.append(newcomer)
             self.service.stop_waiting(newcomer.request.tenant)
             newcomer.state = SequenceState.RUNNING
+            self._begun += 1
             self._cache.note_reuse(newcomer)
             work.append(Work(newcomer, min(newcomer.pending, budget)))
             self._settle(work[-1])
             budget -= work[-1].count
         return work
+
+    def _streams(self, lanes: Items[Lane]) -> list[Sequence]:
+        """Who runs in the next step. Lanes that took turns before they shared steps may hold more streams than a step
+        has room for; these take turns, too."""
+        streams = sorted((s for lane in lanes for s in lane.running), key=lambda s: s.id)
+        if len(streams) <= self._max_batch:
+            return streams
+        start = self._window % len(streams)
+        self._window = start + self._max_batch
+        return (streams[start:] + streams[:start])[: self._max_batch]
 
     def _prompt_tokens(self, lanes: Items[Lane]) -> int:
         """Most tokens of prompts in a step of these lanes."""
@@ -244,40 +230,56 @@ class Scheduler:
 
     def _next(self, lanes: Iterable[Lane]) -> Sequence | None:
         """Whose turn to begin it is among those that wait."""
-        waiting = (sequence for lane in lanes for sequence in lane.waiting)
-        return min(waiting, key=lambda one: (self.service.served(one.request.tenant), one.id), default=None)
+        waiting = (one for lane in lanes for one in lane.waiting if one not in self.failed)
+        return min(waiting, key=self._rank, default=None)
 
-    def _served(self, lane: Lane) -> int:
-        """The service of the tenant in a lane that got least."""
-        return min(self.service.served(one.request.tenant) for one in (*lane.running, *lane.waiting))
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        by_age = self._begun % LONGEST_WAIT == LONGEST_WAIT - 1
+        return 0 if by_age else self.service.served(sequence.request.tenant), sequence.id
 
     def _begin(self, sequence: Sequence, budget: int) -> bool:
         """Give a waiting sequence the blocks for its next tokens; False if they are short."""
         self._cache.adopt(sequence)
-        if self._cache.grow(sequence, sequence.computed + min(sequence.pending, budget)):
+        if self._grow(sequence, sequence.computed + min(sequence.pending, budget)):
             return True
         self._cache.release(sequence)
         # With nothing adopted it takes less room at once. Two lanes that each need more than the other leaves would
         # else preempt each other at every turn, and never come further.
-        return self._cache.grow(sequence, min(sequence.pending, budget))
+        return sequence not in self.failed and self._grow(sequence, min(sequence.pending, budget))
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Grow a running sequence, preempting others (youngest first) until it fits; False if it was itself the
         youngest and has been preempted."""
-        while not self._cache.grow(sequence, tokens):
+        while not self._grow(sequence, tokens):
+            if sequence in self.failed:
+                self._suspend(sequence)
+                return False
             victim = self._youngest(self._lanes.values())
             assert victim is not None
             self._suspend(victim)
             if victim is sequence:
+                self._stuck = sequence
                 return False
         return True
 
-    def _preempt_paused(self, lanes: Items[Lane]) -> bool:
-        """Free memory for lanes that have nothing to run while paused lanes hold it all; False if none can be."""
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """As the cache does it. Where the machine has no memory for that, this one sequence fails and not the step:
+        what others will compute in it can be found already."""
+        try:
+            return self._cache.grow(sequence, tokens)
+        except (MemoryError, torch.OutOfMemoryError):
+            log.exception("no memory for a request's next step")
+            self.failed.append(sequence)
+            return False
+
+    def _preempt_paused(self, lanes: Items[Lane], newcomer: Sequence) -> bool:
+        """Free memory for lanes that have nothing to run while paused lanes hold it all; False if none can be. Only who
+        is younger gives way: two that preempt each other would never end."""
         victim = self._youngest(lane for lane in self._lanes.values() if lane not in lanes)
-        if victim is not None:
-            self._suspend(victim)
-        return victim is not None
+        if victim is None or victim.id < newcomer.id:
+            return False
+        self._suspend(victim)
+        return True
 
     def _youngest(self, lanes: Iterable[Lane]) -> Sequence | None:
         return max((s for lane in lanes for s in lane.running), key=lambda s: s.id, default=None)

@@ -25,7 +25,7 @@ from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
 from server.engine.paged_kernels import best_kernel, best_writer
 from server.engine.prefill_budget import PrefillBudget
-from server.engine.residency import Residency
+from server.engine.residency import Residency, Ticket
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Batch, Scheduler
 from server.engine.sequence import Sequence
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _NEEDS_MERGING = (
     "this mix must be merged into the weights; a quantised base does not permit that, base_weights=full does"
 )
+_STEP_FAILED = "the engine failed on this batch; see the server's log"
 
 Command = Callable[[], None]
 
@@ -77,8 +78,8 @@ class Worker:
         if settings.mode is Mode.AUTO:
             self._chooser = ModeChooser(calibrate(model, kernels, native), settings.turn_steps)
         self.features = FeatureQueue(model, outbox, self.prefill, settings.step_tokens)
-        self._held: set[Sequence] = set()
-        """Sequences whose experts are pinned, or being waited for."""
+        self._held: dict[Sequence, Ticket | None] = {}
+        """Sequences whose experts are pinned or being waited for, and what cancels that."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -174,22 +175,21 @@ class Worker:
 
     def admit(self, sequence: Sequence) -> None:
         """Take in a request; it is scheduled once its experts are resident."""
-        self._held.add(sequence)
+        self._held[sequence] = None
 
         def ready(error: SwitchyardError | None) -> None:
             if error is not None:
-                self._held.discard(sequence)
-                sequence.emit(error)
-            elif not self._may_run(sequence.mix):
-                self.end(sequence, ExpertUnavailableError(_NEEDS_MERGING, param="model"))
-                self.residency.release(sequence.mix)
-            elif sequence in self._held:
+                self.end(sequence, error)
+            elif sequence in self._held and self._may_run(sequence.mix):
                 sequence.granted = time.monotonic()
                 self.scheduler.add(sequence)
-            else:  # cancelled while its experts were loading
+            else:  # cancelled while its experts were loading, or to be refused now that they are known
+                self.end(sequence, ExpertUnavailableError(_NEEDS_MERGING, param="model"))
                 self.residency.release(sequence.mix)
 
-        self.residency.request(sequence.mix, ready)
+        ticket = self.residency.request(sequence.mix, ready)
+        if sequence in self._held:
+            self._held[sequence] = ticket
 
     def _may_run(self, mix: Mix) -> bool:
         """Whether it needs no merging, or may be merged."""
@@ -199,12 +199,14 @@ class Worker:
         """Finish or cancel a sequence and free what it holds; a second call does nothing."""
         if sequence not in self._held:
             return
-        self._held.discard(sequence)
+        ticket = self._held.pop(sequence)
         if error is not None:
             self.cache.withdraw(sequence)
         if self.scheduler.remove(sequence):
             self.executor.mixed.forget()
             self.residency.release(sequence.mix)
+        elif ticket is not None:
+            self.residency.cancel(ticket)
         if error is not None:
             sequence.emit(error)
 
@@ -212,6 +214,8 @@ class Worker:
         if self.scheduler.idle:
             return
         batch = self.scheduler.schedule(mixed=self._choose() is Mode.MIXED)
+        for sequence in self.scheduler.failed:
+            self.end(sequence, SwitchyardError(_STEP_FAILED))
         if batch is not None:
             self._execute(batch)
 
@@ -235,7 +239,7 @@ class Worker:
             # One mix's failure (out of memory, a broken expert) ends its share of the step, not the server.
             log.exception("a step failed; its %d requests end with an error", len(batch.work))
             for item in batch.work:
-                self.end(item.sequence, SwitchyardError("the engine failed on this batch; see the server's log"))
+                self.end(item.sequence, SwitchyardError(_STEP_FAILED))
             return
         self._steps += 1
         self._step_seconds = time.monotonic() - began

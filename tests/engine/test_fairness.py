@@ -107,6 +107,64 @@ def test_who_comes_late_goes_first_and_saves_nothing_up() -> None:
     assert abs(got["late"] - got["early"]) <= 2 * 2 * (8 + 16), "no more than the others, for all its absence"
 
 
+@pytest.mark.parametrize("answer", [20, 1000])
+def test_who_comes_back_does_not_stop_the_stream_that_ran_alone_meanwhile(answer: int) -> None:
+    """In merged mode, where they take turns, with one long answer or with many short ones."""
+    scheduler, _ = make(blocks=512, turn_steps=4)
+    served: Counter[str | None] = Counter()
+    back = sequence("back", 4, 4, Mix.of({"a": 1.0}))
+    scheduler.add(back)
+    step(scheduler, served, mixed=False)
+    stream = sequence("stream", 4, 4000)
+    scheduler.add(stream)
+    for _ in range(500):
+        step(scheduler, served, mixed=False)
+    gap = 0
+    for _ in range(200):
+        if back.state is SequenceState.FINISHED:
+            back = sequence("back", 4, answer, Mix.of({"a": 1.0}))
+            scheduler.add(back)
+        before = stream.output_length
+        step(scheduler, served, mixed=False)
+        gap = 0 if stream.output_length > before else gap + 1
+        assert gap <= 12
+    assert served["back"] > 200
+
+
+def test_a_stream_that_runs_beside_the_others_saves_nothing_up_either() -> None:
+    counters = ServiceCounters()
+    for tenant in ("trickle", "others"):
+        counters.wait(tenant)
+        counters.stop_waiting(tenant)
+    counters.charge("others", 100)
+    counters.wait("trickle")
+    assert counters.served("trickle") == 100
+    counters.stop_waiting("trickle")
+    counters.leave("others")
+    counters.charge("trickle", 1)
+    for _ in range(2):
+        counters.leave("trickle")
+    counters.wait("new")
+    assert counters.served("new") == 101, "as much as the one that left last"
+
+
+def test_memory_that_older_requests_hold_goes_to_the_tenant_that_waits_for_it_first() -> None:
+    """In merged mode: a tenant's streams hold all of it, and its queue must not take what they give back."""
+    scheduler, _ = make(blocks=16, step_tokens=64, turn_steps=8)
+    served: Counter[str | None] = Counter()
+    for _ in range(40):
+        scheduler.add(sequence("flood", 40, 60, Mix.of({"a": 1.0})))
+    for _ in range(40):
+        step(scheduler, served, mixed=False)
+    late = sequence("late", 60, 10, Mix.of({"c": 1.0}))
+    scheduler.add(late)
+    steps = 0
+    while late.state is not SequenceState.FINISHED:
+        step(scheduler, served, mixed=False)
+        steps += 1
+    assert steps <= 100, "about one answer of the flood, where its whole queue takes a thousand"
+
+
 @given(st.integers(0, 1 << 20))
 @settings(deadline=None, max_examples=30)
 def test_no_room_is_left_while_somebody_waits(seed: int) -> None:

@@ -91,7 +91,8 @@ def test_a_lone_newcomer_lengthens_steps_by_its_share_at_most(
     plain = machine.step(streams, 0)
     least = max(1.5 * machine.fixed, machine.fixed + machine.token * max(2, prompt / 64 + 1))  # so much it always takes
     for seconds in until_first_token(one, scheduler, budget, machine, noise):
-        assert seconds <= 1.05 * (plain + max(1.3 * SHARE * plain, least))
+        # The noise, and what it does to the estimate.
+        assert seconds <= 1.05 * 1.02 * (plain + max(1.3 * SHARE * plain, least))
 
 
 @given(machines, st.integers(1, 16), st.lists(st.integers(1, 400), min_size=1, max_size=8), st.booleans())

@@ -12,7 +12,7 @@ import torch
 
 from server.engine.expert import DecodedExpert
 from server.engine.kernels.types import DenseValues
-from server.engine.residency import STARVING, Residency
+from server.engine.residency import STARVING, Residency, Ticket
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import BASE_MIX, Mix
 
@@ -72,6 +72,9 @@ class Bench:
         self.refused: dict[Mix, SwitchyardError] = {}
 
     def request(self, *digests: str) -> Mix:
+        return self.ask(*digests).mix
+
+    def ask(self, *digests: str) -> Ticket:
         mix = Mix.of(dict.fromkeys(digests, 1.0))
 
         def ready(error: SwitchyardError | None) -> None:
@@ -83,8 +86,7 @@ class Bench:
             else:
                 self.refused[mix] = error
 
-        self.residency.request(mix, ready)
-        return mix
+        return self.residency.request(mix, ready)
 
     def settle(self, until: Callable[[], bool]) -> None:
         while not until():
@@ -177,8 +179,90 @@ def test_popular_experts_cannot_starve_a_rare_one(bench: Bench) -> None:
     bench.settle(lambda: bench.granted[-1] == late)
 
 
-def test_those_who_have_gone_while_they_waited_are_granted_once(bench: Bench) -> None:
-    """A client that breaks off leaves its place in the queue; what is resident when its turn comes needs no load."""
+def test_a_rare_one_whose_size_is_known_late_does_not_starve(bench: Bench) -> None:
+    few = bench.request("a2")
+    bench.request("b2")
+    bench.settle(lambda: len(bench.granted) == 2)
+    gate, measure = threading.Event(), bench.source.decoded_bytes
+
+    def slowly(digest: str) -> int:
+        assert gate.wait(60)
+        return measure(digest)
+
+    bench.source.decoded_bytes = slowly  # type: ignore[method-assign]
+    rare = bench.request("c3")
+    bench.now = STARVING + 1
+    for _ in range(2):
+        bench.request("a2")
+        bench.residency.release(few)
+    assert len(bench.granted) == 4, "nobody knows yet how much it needs"
+    gate.set()
+    bench.settle(lambda: not bench.residency._measuring)
+    late = [bench.request(digest) for digest in ("a2", "b2")]
+    assert len(bench.granted) == 4, "both are drained, since it needs more than either"
+    for mix in late:
+        bench.residency.release(mix)
+    bench.settle(lambda: rare in bench.granted)
+    bench.residency.release(rare)
+    bench.settle(lambda: bench.granted[-2:] == late)
+
+
+def test_whoever_needs_no_room_passes_by_also_out_of_the_queue(bench: Bench) -> None:
+    """Requests that came while their expert was being loaded, behind one that waits for room."""
+    bench.residency._sizes |= {"a1": UNIT, "c3": 3 * UNIT}
+    bench.source.gates["a1"] = threading.Event()
+    busy = bench.request("b3")
+    bench.settle(lambda: bench.granted == [busy])
+    first = bench.request("a1")
+    large = bench.request("c3")
+    bench.request("a1")
+    bench.request("a1")
+    bench.source.gates["a1"].set()
+    bench.settle(lambda: first in bench.granted)
+    assert bench.granted == [busy, first, first, first]
+    assert bench.residency.waiting().keys() == {large}
+
+
+def test_those_who_have_gone_while_they_waited_give_up_their_place(bench: Bench) -> None:
+    """Nothing is measured or loaded for them any more, and nobody waits behind them."""
+    busy = bench.request("a4")
+    bench.settle(lambda: bench.granted == [busy])
+    gate, measured = threading.Event(), []
+
+    def measure(digest: str) -> int:
+        assert gate.wait(60)
+        measured.append(digest)
+        return int(digest[-1]) * UNIT
+
+    bench.source.decoded_bytes = measure  # type: ignore[method-assign]
+    gone = [bench.ask(digest) for digest in ("b1", "c1", "d1")]
+    for ticket in gone:
+        bench.residency.cancel(ticket)
+    assert not bench.residency.waiting()
+    again, other = bench.request("c1"), bench.request("e1")
+    gate.set()
+    bench.settle(lambda: not bench.residency._measuring)
+    bench.residency.release(busy)
+    bench.settle(lambda: {again, other} <= {*bench.granted})
+    assert set(measured) <= {"b1", "c1", "e1"}, "what was begun goes on; d1 had not been"
+    assert bench.source.loaded == ["a4", "c1", "e1"]
+    bench.residency.cancel(gone[0])
+    assert bench.granted == [busy, again, other], "a second time does nothing"
+
+
+def test_a_load_goes_on_when_its_client_goes(bench: Bench) -> None:
+    bench.source.gates["a1"] = threading.Event()
+    ticket = bench.ask("a1")
+    bench.settle(lambda: not bench.residency._measuring)
+    bench.residency.cancel(ticket)
+    bench.gone = {ticket.mix}
+    bench.source.gates["a1"].set()
+    bench.settle(lambda: ticket.mix in bench.granted)
+    assert bench.residency.pins()["a1"][1] == 0
+
+
+def test_those_who_release_as_they_are_granted_are_granted_once(bench: Bench) -> None:
+    """While the queue is gone through; what is resident when their turn comes needs no load."""
     first, second = bench.request("a2"), bench.request("b2")
     bench.settle(lambda: len(bench.granted) == 2)
     rare = bench.request("c1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -23,8 +24,12 @@ def make(blocks: int = 64, **options: Any) -> tuple[Scheduler, KVCache]:
     return Scheduler(cache, **(defaults | options)), cache
 
 
-def sequence(prompt: int = 4, max_tokens: int = 10, mix: Mix = BASE_MIX) -> Sequence:
-    request = EngineRequest(tuple(range(prompt)), SamplingParams(max_tokens=max_tokens, temperature=0.0), mix)
+def sequence(
+    prompt: int = 4, max_tokens: int = 10, mix: Mix = BASE_MIX, tenant: str | None = None, first: int = 0
+) -> Sequence:
+    """A request whose prompt counts from `first`: those that begin alike share blocks."""
+    tokens = tuple(range(first, first + prompt))
+    request = EngineRequest(tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0), mix, tenant)
     return Sequence(request, max_tokens, emit=lambda event: None)
 
 
@@ -101,10 +106,66 @@ def test_mixed_steps_hold_all_mixes_and_those_that_cannot_share_take_turns() -> 
     together = {one.id for one in shared}
     steps = [{one.id for one in step(scheduler, mixed=True)[1]} for _ in range(16)]
     assert all(step in (together, {alone.id}) for step in steps)
-    assert steps.count({alone.id}) == 4
+    assert steps.count({alone.id}) == 8, "turns like those of all the others together"
     batch = scheduler.schedule(mixed=True)
     assert batch is not None
     assert batch.work[0].sequence.mix == BASE_MIX
+
+
+@pytest.mark.parametrize("answer", [3, 1000])
+def test_what_cannot_share_gets_every_other_turn_whoever_shares(answer: int) -> None:
+    """Also where the tenant served least has a stream in every shared step, and where no lane lives for a turn."""
+    solo = Mix.of({"solo": 1.0})
+    scheduler, _ = make(blocks=4096, turn_steps=4, max_batch=32, step_tokens=256, shareable=lambda mix: mix != solo)
+    numbers = itertools.count()
+
+    def ask(tenant: str) -> Sequence:
+        one = sequence(max_tokens=answer, mix=Mix.of({f"mix{next(numbers)}": 1.0}), tenant=tenant)
+        scheduler.add(one)
+        return one
+
+    sharing = [ask(tenant) for tenant in ("one", *["many"] * 19)]
+    for _ in range(12):
+        step(scheduler, mixed=True)
+        sharing = [ask(str(s.request.tenant)) if s.state is SequenceState.FINISHED else s for s in sharing]
+    alone = sequence(max_tokens=1000, mix=solo, tenant="many")
+    scheduler.add(alone)
+    steps = []
+    for _ in range(80):
+        steps.append(alone in step(scheduler, mixed=True)[1])
+        sharing = [ask(str(s.request.tenant)) if s.state is SequenceState.FINISHED else s for s in sharing]
+    assert steps.count(True) == 40
+
+
+def test_what_cannot_share_does_not_get_more_than_its_tenant_s_part() -> None:
+    solo = Mix.of({"solo": 1.0})
+    scheduler, _ = make(blocks=4096, turn_steps=4, max_batch=8, step_tokens=256, shareable=lambda mix: mix != solo)
+    crowd = [sequence(max_tokens=1000, mix=solo, tenant="many") for _ in range(8)]
+    one = sequence(max_tokens=1000, tenant="one")
+    for each in (*crowd, one):
+        scheduler.add(each)
+    for _ in range(400):
+        step(scheduler, mixed=True)
+    assert one.output_length == pytest.approx(sum(each.output_length for each in crowd), rel=0.1)
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_lanes_that_hold_more_than_a_batch_when_they_begin_to_share_all_go_on(max_batch: int) -> None:
+    scheduler, _ = make(blocks=512, max_batch=max_batch, step_tokens=64)
+    streams = [sequence(max_tokens=200, mix=Mix.of({name: 1.0})) for name in "ab" for _ in range(max_batch)]
+    for one in streams:
+        scheduler.add(one)
+    for _ in range(16):
+        step(scheduler)
+    assert scheduler.running == 2 * max_batch
+    late = sequence(max_tokens=1, mix=Mix.of({"a": 1.0}))
+    scheduler.add(late)
+    began = {one.id: one.output_length for one in streams}
+    for _ in range(40):
+        _, batch = step(scheduler, mixed=True)
+        assert len(batch) == max_batch
+    assert [one.output_length - began[one.id] for one in streams] == [20] * len(streams)
+    assert late.state is SequenceState.WAITING, "until there are few enough of them"
 
 
 def test_in_mixed_mode_the_oldest_prompt_comes_first_whatever_its_mix() -> None:
@@ -170,6 +231,80 @@ def test_a_paused_mix_gives_up_memory_that_the_turn_needs() -> None:
         _, batch = step(scheduler)
         done |= {s.id for s in batch if s.output_length == 16}
     assert done == {paused.id, other.id}
+    assert cache.used_bytes == 0
+
+
+@pytest.mark.parametrize("turn_steps", [4, 32])
+def test_prompts_that_almost_fit_beside_the_oldest_let_it_finish(turn_steps: int) -> None:
+    """The lane in front has the tenant that is served least for ever; one of its prompts after the other begins, grows,
+    and is itself the youngest that must give way."""
+    scheduler, cache = make(blocks=8, turn_steps=turn_steps)
+    oldest = sequence(20, 100, Mix.of({"a": 1.0}), "many")
+    scheduler.add(oldest)
+    for _ in range(12):
+        step(scheduler)
+    for tenant, prompt in (("one", 100), ("many", 110)):
+        scheduler.add(sequence(prompt, 10, Mix.of({"b": 1.0}), tenant, first=1000 * prompt))
+    steps = 0
+    while not scheduler.idle:
+        step(scheduler)
+        steps += 1
+        assert steps < 300
+    assert cache.used_bytes == 0
+
+
+def test_streams_that_all_need_memory_when_they_begin_to_share_find_somebody_who_can_run() -> None:
+    scheduler, cache = make(blocks=4, max_batch=1, step_tokens=16, turn_steps=1)
+    scheduler.add(sequence(40, 5, Mix.of({"a": 1.0})))
+    scheduler.add(sequence(14, 45, Mix.of({"b": 1.0})))
+    mixed = False
+    for _ in range(200):
+        if scheduler.idle:
+            break
+        mixed = mixed or scheduler.running == 2
+        step(scheduler, mixed=mixed)
+    assert mixed
+    assert scheduler.idle
+    assert cache.used_bytes == 0
+
+
+def test_a_machine_without_memory_fails_one_sequence_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that runs nor one that is to begin; what has no memory is told, and keeps nothing."""
+    scheduler, cache = make()
+    growing, steady, newcomer = (sequence(prompt, mix=Mix.of({"a": 1.0}), first=100 * prompt) for prompt in (15, 4, 33))
+    for one in (growing, steady):
+        scheduler.add(one)
+    step(scheduler)
+    grow = cache.grow
+
+    def fail(one: Sequence, tokens: int) -> bool:
+        if one in (growing, newcomer) and cache.blocks_missing(one, tokens):
+            raise torch.OutOfMemoryError
+        return grow(one, tokens)
+
+    monkeypatch.setattr(cache, "grow", fail)
+    step(scheduler)
+    scheduler.add(newcomer)
+    assert step(scheduler)[1] == [steady]
+    assert scheduler.failed == [growing, newcomer]
+    for one in scheduler.failed:
+        assert scheduler.remove(one)
+    scheduler.remove(steady)
+    assert cache.used_bytes == 0
+    scheduler.add(newcomer := sequence(33))
+    assert scheduler.schedule(mixed=False) is None
+    assert scheduler.failed == [newcomer]
+
+
+def test_blocks_that_could_not_be_cleared_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __setitem__(self, place: object, value: object) -> None:
+            raise torch.OutOfMemoryError
+
+    _, cache = make()
+    monkeypatch.setattr(cache, "_storage", Full())
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.grow(sequence(), 20)
     assert cache.used_bytes == 0
 
 
