@@ -130,7 +130,7 @@ class Candidates:
 
 def _split(profile: Profile, scale: Features, count: int) -> list[Features]:
     """The profile's deviations in units of `scale`, in at most `count` clusters."""
-    deviations: Features = profile.deviations.astype(np.float32) * scale
+    deviations: Features = profile.spread * scale
     if count == 1 or len(deviations) <= count:
         return [deviations]
     members = clusters(deviations, count, seed=0)

@@ -7,8 +7,10 @@ import io
 import logging
 import os
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +26,37 @@ Features = npt.NDArray[np.float32]
 Featurizer = Callable[[Sequence[str]], Awaitable[Features]]
 """`[n]` texts, none of them blank → `[n, e]` features of the pristine base, whatever is patched in."""
 
+UNUSED_DAYS = 30
+_DAY = 86_400
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 
-async def featurize_all(featurize: Featurizer, texts: Sequence[str], batch: int) -> Features:
+class OvertakenError(Exception):
+    """Nobody wants the features any more."""
+
+
+async def featurize_all(
+    featurize: Featurizer, texts: Sequence[str], batch: int, wanted: Callable[[], bool] = lambda: True
+) -> Features:
     """Features of many texts, `batch` at a time, so that prompts in a hurry find a place between two batches.
+
+    Args:
+        wanted: asked before each batch whether to go on.
 
     Returns:
         `[len(texts), e]` float32.
 
     Raises:
         SwitchyardError: the featurizer failed, or gave something that is not finite features.
+        OvertakenError: they are not wanted.
     """
-    chunks = [texts[start : start + batch] for start in range(0, len(texts), batch)]
-    return np.concatenate([checked(await featurize(chunk), len(chunk)) for chunk in chunks])
+    found = []
+    for start in range(0, len(texts), batch):
+        if not wanted():
+            raise OvertakenError
+        chunk = texts[start : start + batch]
+        found.append(checked(await featurize(chunk), len(chunk)))
+    return np.concatenate(found)
 
 
 def checked(features: Features, rows: int) -> Features:
@@ -94,7 +113,8 @@ class FeatureCache:
     """Exemplar features on disk, so that a restart does not pass every exemplar through the base again.
 
     One file per set of exemplars: a `.npy` array followed by the sha256 of what precedes. It is written to a temporary
-    file and renamed. Whatever is wrong with a file, its features are computed again; the cache never raises.
+    file and renamed. Whatever is wrong with a file, its features are computed again; the cache never raises. A file
+    that nobody has asked for in UNUSED_DAYS is removed when another one is saved.
 
     Args:
         folder: made when something is saved.
@@ -106,12 +126,14 @@ class FeatureCache:
     def __init__(self, folder: Path, fingerprint: str, layer: int, *, variant: str = "") -> None:
         self._folder = folder
         self._space = f"{fingerprint}\0{layer}\0{variant}"
+        self._looked = 0.0
 
     def load(self, key: str, rows: int) -> Features | None:
         """The features saved under `key` (any string that identifies the exemplars), `[rows, e]`, or None."""
         path = self._path(key)
         try:
             data = path.read_bytes()
+            os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -143,8 +165,26 @@ class FeatureCache:
                 except BaseException:
                     scratch.unlink(missing_ok=True)
                     raise
+            self._remove_unused()
         except OSError as error:
             log.warning("cannot cache routing features: %s", error.strerror)
+
+    def drop(self, key: str) -> None:
+        """Remove what was saved under `key`, if anything is left of it."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot remove cached routing features: %s", error.strerror)
+
+    def _remove_unused(self) -> None:
+        """Of other bases, too: whoever misses one computes it again."""
+        if time.time() - self._looked < _DAY:
+            return
+        self._looked = time.time()
+        for file in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # another server has been faster
+                if file.stat().st_mtime < time.time() - UNUSED_DAYS * _DAY:
+                    file.unlink()
 
     def _path(self, key: str) -> Path:
         # Hashed, because a key comes from outside this package and must not name a path.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from router.features import FeatureCache, Features, features_key
+from router.features import FeatureCache, Features
 from router.index import Entry, Snapshot
 from router.metric import Metric
 from router.profile import fit_profile
@@ -52,7 +52,8 @@ def hold_out(
     features: dict[Key, Features] = {}
     for entry in shown:
         origins = entry.origins
-        rows = None if origins is None else cache.load(features_key(entry.key, len(origins)), len(origins))
+        key = entry.features_key
+        rows = None if key is None or origins is None else cache.load(key, len(origins))
         if rows is None or origins is None:
             continue
         held = origins % PART == PART - 1

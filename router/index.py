@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.discriminant import Candidates, Discriminant
-from router.features import Features
+from router.features import Features, features_key
 from router.metric import Metric
 from router.nearest import nearest_of
 from router.profile import Profile
@@ -43,6 +43,11 @@ class Entry:
     profile: Profile
     examples: tuple[str, ...]
     origins: npt.NDArray[np.int16] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def features_key(self) -> str | None:
+        """Under which its features are cached."""
+        return None if self.origins is None else features_key(self.key, len(self.origins))
 
 
 @dataclass(frozen=True)

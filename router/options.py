@@ -18,6 +18,7 @@ class RouteOptions:
         min_confidence: the base answers if the first expert has a smaller share of the votes.
         mode: instead of the server's.
         sticky: whether a conversation stays with its experts unless its topic moves.
+        existing: only these experts exist for whom asks, whatever it allows; None: all do.
     """
 
     allow: frozenset[str] | None = None
@@ -26,18 +27,25 @@ class RouteOptions:
     min_confidence: float = 0.0
     mode: MixMode | None = None
     sticky: bool = True
+    existing: frozenset[str] | None = None
 
     def sees(self, name: str) -> bool:
         """Whether an expert of that name may be found."""
-        return name not in self.deny and (self.allow is None or name in self.allow)
+        asked_for = self.allow is None or name in self.allow
+        return asked_for and name not in self.deny and (self.existing is None or name in self.existing)
 
     def within(self, names: frozenset[str]) -> RouteOptions:
         """The same among these experts only: for whom no others exist."""
-        return replace(self, allow=names if self.allow is None else self.allow & names)
+        return replace(self, existing=names if self.existing is None else self.existing & names)
 
     @property
     def sees_all(self) -> bool:
-        return self.allow is None and not self.deny
+        return not self.is_constrained and self.existing is None
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the request itself says which experts may answer."""
+        return self.allow is not None or bool(self.deny)
 
 
 ANY = RouteOptions()

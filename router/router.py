@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
-from router.background import background_key, background_texts
 from router.conversation import in_conversation, last_turns
 from router.decision import EMPTY_PROMPT, NO_EXPERTS, NONE_ALLOWED, Decision, Rules, decide
 from router.discriminant import Discriminant
-from router.features import FeatureCache, Features, Featurizer, RecentFeatures, features_key, featurize_all
-from router.flex import flex_metric
+from router.entries import Entries
+from router.features import FeatureCache, Features, Featurizer, OvertakenError, RecentFeatures
+from router.fitting import Fitting, library_key
 from router.held_out import HeldOut, hold_out
-from router.index import BACKGROUND, Entry, Snapshot, distinct
-from router.metric import LowRank, Metric, MetricKind, Standardised
+from router.index import Entry, Snapshot
+from router.metric import LowRank, Metric, MetricKind
 from router.options import ANY, RouteOptions
-from router.profile import Profile, fit_profile
 from router.report import Report, Seen, make_report
 from router.settings import RouterSettings
 from router.state import Learned, StateFile
-from router.variants import variants
+from router.versions import Versions
 from store.errors import SwitchyardError
 
 log = logging.getLogger(__name__)
@@ -38,8 +34,9 @@ class Router:
     the previous state decides. A decision comes from one immutable snapshot, which the first call of `route` after a
     change builds: so that a thousand experts added at start cost one build, not a thousand.
 
-    That build takes distances under the metric at hand. A learned metric is then fitted anew to the changed library in
-    the background, and the snapshot under it takes the place of the other: `settled` waits for that.
+    That build takes distances under the metric at hand, but for small libraries whose metric is fitted anew in an
+    instant. Else it is fitted in the background, and the snapshot under it takes the place of the other: `settled`
+    waits for that.
 
     Args:
         featurize: the engine's features of the pristine base.
@@ -52,7 +49,7 @@ class Router:
         self, featurize: Featurizer, cache: FeatureCache, settings: RouterSettings, state: StateFile | None = None,
         device: str = "cpu",
     ) -> None:  # fmt: skip
-        self._featurize = featurize
+        self._entries = Entries(featurize, cache, settings)
         self._recent = RecentFeatures(featurize)
         self._cache = cache
         self._settings = settings
@@ -60,6 +57,8 @@ class Router:
         self._snapshot_of = partial(Snapshot, quantile=settings.quantile, margin=settings.margin, device=device)
         self._rules = Rules(settings.mode, settings.votes, settings.min_share, settings.steps)
         self._experts: dict[str, Entry] = {}
+        self._versions = Versions()
+        self._fitting = Fitting(settings)
         self._changes: dict[str, object] = {}
         """Names whose addition is under way, each with the token of the latest call."""
         self._edition = 0
@@ -70,7 +69,6 @@ class Router:
         """Key of the experts that `_metric` was fitted to."""
         self._snapshot, self._snapshot_edition = Snapshot((), None, None, quantile=1.0, margin=1.0), 0
         self._building = asyncio.Lock()
-        self._featurizing = asyncio.Lock()
         self._refitting: asyncio.Task[None] | None = None
 
     @property
@@ -98,19 +96,23 @@ class Router:
         """
         change = self._changes[name] = object()
         try:
-            texts = _evenly([text for text in dict.fromkeys(exemplars) if text.strip()], self._settings.max_exemplars)
-            entry = await self._entry(name, digest, texts, exemplars_key) if texts else None
-            if self._changes.get(name) is not change:
+            wanted = partial(self._is_latest, name, change)
+            entry = await self._entries.of_expert(name, digest, exemplars, exemplars_key, wanted)
+            if not wanted():
                 return
             if entry is None:
                 self._forget(name)
                 return
             self._check_width(entry)
-            self._experts[name] = entry
-            self._edition += 1
+            self._replace(name, entry)
+        except OvertakenError:
+            return
         finally:
             if self._changes.get(name) is change:
                 del self._changes[name]
+
+    def _is_latest(self, name: str, change: object) -> bool:
+        return self._changes.get(name) is change
 
     def remove_expert(self, name: str) -> None:
         """Route nothing to that name any more; an addition of it under way is called off."""
@@ -131,7 +133,7 @@ class Router:
         if not self._experts:  # base-only traffic pays nothing
             return NO_EXPERTS
         if not any(options.sees(name) for name in self._experts):
-            return NONE_ALLOWED
+            return NONE_ALLOWED if options.is_constrained else NO_EXPERTS
         asked = [*last_turns(earlier), prompt] if options.sticky else [prompt]
         features = await self._recent.features(asked)
         snapshot = await self.current()
@@ -150,8 +152,8 @@ class Router:
             shown,
             entries,
             cache=self._cache,
-            # As for a library that has changed: fitting few is fast, of many the metric at hand tells enough.
-            fit=self._fit if len(entries) <= self._settings.rank else lambda _: snapshot.metric,
+            # As for a library that has changed: of many experts the metric at hand tells enough.
+            fit=self._fit if self._fitting.is_quick(entries) else lambda _: snapshot.metric,
             build=lambda rest, metric: self._build(rest, metric, snapshot),
             centres=self._settings.centres,
             seed=self._settings.seed,
@@ -181,8 +183,17 @@ class Router:
         return [replace(decision, features=row) for decision, row in zip(decisions, features, strict=True)]
 
     def _forget(self, name: str) -> None:
-        if self._experts.pop(name, None) is not None:
-            self._edition += 1
+        if name in self._experts:
+            self._replace(name, None)
+
+    def _replace(self, name: str, entry: Entry | None) -> None:
+        former = self._experts.pop(name, None)
+        if entry is not None:
+            self._experts[name] = entry
+        self._edition += 1
+        unused = self._versions.replaced(name, former, entry) - {e.features_key for e in self._experts.values()}
+        for key in unused:
+            self._cache.drop(key)
 
     def _check_width(self, entry: Entry) -> None:
         width = entry.profile.centres.shape[1]
@@ -192,30 +203,6 @@ class Router:
                     f"the routing features of {entry.name!r} have {width} dimensions, those of {other.name!r} "
                     f"{other.profile.centres.shape[1]}"
                 )
-
-    async def _entry(self, name: str, digest: str, texts: list[str], key: str) -> Entry:
-        given = self._settings
-        forms = {text: text for text in texts}
-        if given.frames:
-            forms = await asyncio.to_thread(variants, texts, frames=given.frames)
-        entry = await self._fitted(name, digest, list(forms), f"{key}/{given.frames}", given.centres)
-        place = {text: i for i, text in enumerate(texts)}
-        origins = np.array([place[text] for text in forms.values()], dtype=np.int16)
-        return replace(entry, examples=tuple(forms[text] for text in entry.examples), origins=origins)
-
-    async def _fitted(self, name: str, digest: str, texts: Sequence[str], key: str, centres: int) -> Entry:
-        features = await self._exemplar_features(texts, key)
-        profile = await asyncio.to_thread(fit_profile, features, centres=centres, seed=self._settings.seed)
-        return Entry(name, digest, key, profile, tuple(texts[row] for row in profile.medoids))
-
-    async def _exemplar_features(self, texts: Sequence[str], key: str) -> Features:
-        key = features_key(key, len(texts))
-        features = await asyncio.to_thread(self._cache.load, key, len(texts))
-        if features is None:
-            async with self._featurizing:  # one expert at a time, or a start with many would flood the engine
-                features = await featurize_all(self._featurize, texts, self._settings.feature_batch)
-            await asyncio.to_thread(self._cache.save, key, features)
-        return features
 
     async def current(self) -> Snapshot:
         """The snapshot of the experts as they are when this returns."""
@@ -241,21 +228,24 @@ class Router:
             learned = await asyncio.to_thread(self._state.load)
             if learned is not None and learned.metric.origin.shape[0] == width:
                 self._metric, self._library = learned.metric, learned.library
-        # A metric that was fitted without an expert does not tell it apart where there are few; fitting few is fast.
-        new = len(entries) <= self._settings.rank and self._library != _library(entries)
-        if self._metric is None or new:
-            self._metric, self._library = await asyncio.to_thread(self._fit, entries), _library(entries)
-            await self._keep()
+        if self._metric is None or (self._fitting.is_quick(entries) and self._library != library_key(entries)):
+            try:
+                self._metric, self._library = await asyncio.to_thread(self._fit, entries), library_key(entries)
+            except Exception:
+                if self._metric is None:
+                    raise
+                log.exception("the router's metric could not be fitted; the previous one stays")
+            else:
+                await self._keep()
 
     async def _ready_background(self) -> None:
         if self._settings.metric is not MetricKind.PLAIN and self._background is None:
-            texts, most = background_texts(), self._settings.background_centres
-            self._background = await self._fitted(BACKGROUND, BACKGROUND, texts, background_key(), most)
+            self._background = await self._entries.background()
 
     async def _refit(self) -> None:
         """Fit the metric to the library, again if that has changed meanwhile, then let it take over."""
         try:
-            while self._experts and self._library != (library := _library(entries := tuple(self._experts.values()))):
+            while self._experts and self._library != (library := library_key(entries := tuple(self._experts.values()))):
                 metric = await asyncio.to_thread(self._fit, entries)
                 async with self._building:
                     edition, entries = self._edition, tuple(self._experts.values())
@@ -273,28 +263,7 @@ class Router:
             await asyncio.to_thread(self._state.save, Learned(self._library, self._metric))
 
     def _fit(self, entries: Sequence[Entry]) -> Metric:
-        given = self._settings
-        profiles: list[Profile] = [entry.profile for entry in distinct(entries)]
-        if self._background is None:
-            known = [profile.variance for profile in profiles if profile.is_calibrated]
-            return Standardised.fit(known or [profiles[0].variance])
-        profiles.append(self._background.profile)
-        if given.metric is MetricKind.FLEX:
-            return flex_metric(profiles, rank=given.rank, neighbours=given.neighbours, epochs=given.epochs)
-        return Discriminant.fit(profiles, given.rank, parts=given.background_parts)
+        return self._fitting.metric(entries, self._background)
 
     def _build(self, entries: Sequence[Entry], metric: Metric | None, previous: Snapshot) -> Snapshot:
         return self._snapshot_of(entries, metric, self._background, previous=previous)
-
-
-def _library(entries: Iterable[Entry]) -> str:
-    """Identifies a set of experts by their exemplars; names do not matter."""
-    keys = sorted({f"{entry.digest}\0{entry.key}" for entry in entries})
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
-
-
-def _evenly(texts: list[str], most: int) -> list[str]:
-    """At most `most` of the texts, evenly spread: exemplars are often sorted by kind."""
-    if len(texts) <= most:
-        return texts
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, most).round().astype(int)]

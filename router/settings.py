@@ -52,6 +52,12 @@ class RouterSettings:
     seed: int = 0
     """Of K-Means."""
 
+    @property
+    def of_metric(self) -> str:
+        """Those that decide which metric is fitted to given experts."""
+        names = "metric rank epochs frames centres background_centres background_parts neighbours max_exemplars seed"
+        return " ".join(f"{name}={getattr(self, name)}" for name in names.split())
+
     def __post_init__(self) -> None:
         positive = ("rank", "epochs", "centres", "background_centres", "background_parts", "neighbours", "steps")
         for name in (*positive, "max_exemplars", "feature_batch"):

@@ -83,12 +83,14 @@ def without_instruction(exemplars: Sequence[str]) -> list[str]:
 def _shared(rows: Sequence[Sequence[str]]) -> list[str]:
     """The longest sequence of words with which SHARED_BY of the rows begin."""
     shared: list[str] = []
+    alike = list(rows)
     while True:
-        alike = (row for row in rows if len(row) > len(shared) and list(row[: len(shared)]) == shared)
+        alike = [row for row in alike if len(row) > len(shared)]
         following = Counter(row[len(shared)] for row in alike)
         word, count = following.most_common(1)[0] if following else ("", 0)
         if count < SHARED_BY * len(rows):
             return shared
+        alike = [row for row in alike if row[len(shared)] == word]
         shared.append(word)
 
 

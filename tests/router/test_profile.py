@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from router.features import Features
 from router.metric import Standardised
 from router.profile import SAMPLE, Profile, fit_profile
+from store.errors import SwitchyardError
 from tests.router.world import SPREAD, feature, texts
 
 
@@ -112,3 +113,15 @@ def test_large_offsets_survive_half_precision() -> None:
     offset[3] = 5000.0
     shifted = fit(sample(100) + offset)
     np.testing.assert_allclose(shifted.variance, fit(sample(100)).variance, rtol=0.02)
+
+
+def test_large_features_are_kept_in_larger_units() -> None:
+    usual, large = fit(sample(50)), fit(sample(50) * np.float32(2.0**20))
+    assert usual.unit == 1
+    np.testing.assert_allclose(large.points, usual.points * np.float32(2.0**20), rtol=2e-3, atol=2.0**11)
+    assert np.isfinite(large.reach(Standardised.fit([large.variance]), 0.98))
+
+
+def test_features_beyond_comparison_are_refused() -> None:
+    with pytest.raises(SwitchyardError, match="too large"):
+        fit(sample(5) * np.float32(1e30))

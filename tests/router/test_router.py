@@ -274,7 +274,7 @@ def test_routing_goes_on_while_an_expert_is_added(cache: FeatureCache) -> None:
                 await held.wait()
             return await plain(given)
 
-        router._featurize = featurize  # type: ignore[assignment]
+        router._entries._featurize = featurize  # type: ignore[assignment]
         adding = asyncio.create_task(add(router, "spam"))
         for _ in range(5):
             assert chosen(await router.route("cron 1")) == ["cron"]
@@ -372,7 +372,7 @@ def test_other_widths_are_refused(cache: FeatureCache) -> None:
         async def narrow(given: object) -> object:
             return np.ones((len(given), 3), dtype=np.float32)  # type: ignore[arg-type]
 
-        router._featurize = narrow  # type: ignore[assignment]
+        router._entries._featurize = narrow  # type: ignore[assignment]
         with pytest.raises(SwitchyardError, match="3 dimensions"):
             await add(router, "spam")
         assert router.experts == ("cron",)
@@ -443,6 +443,96 @@ def test_additions_count_before_the_metric_is_fitted_to_them(cache: FeatureCache
         assert "poems" not in chosen(await router.route("poems 1"))
 
     play(cache, story, **(LEARNED | {"rank": 2, "background_parts": 1}))
+
+
+def test_a_metric_that_takes_its_time_is_fitted_in_the_background(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few experts, too: a wide base takes seconds."""
+
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await add(router, "spam")
+        await router.settled()
+        old, fit, may_fit = router._metric, router._fit, threading.Event()
+        monkeypatch.setattr("router.fitting._QUICK_SECONDS", 0.0)
+
+        def fit_when_told(entries: Sequence[Entry]) -> Metric:
+            assert may_fit.wait(60)
+            return fit(entries)
+
+        router._fit = fit_when_told  # type: ignore[method-assign]
+        await add(router, "poems")
+        assert chosen(await router.route("poems 1")) == ["poems"]
+        assert router._snapshot.metric is old
+        may_fit.set()
+        await router.settled()
+        assert router._snapshot.metric is not old
+
+    play(cache, story, **LEARNED)
+
+
+def test_an_addition_that_is_overtaken_asks_for_no_more_features(cache: FeatureCache) -> None:
+    async def story(world: World, router: Router) -> None:
+        world.open.clear()
+        calls = [
+            asyncio.create_task(router.add_expert("mine", f"digest-{i}", texts(f"topic{i}", 40), f"key-{i}"))
+            for i in range(10)
+        ]
+        await asyncio.sleep(0.05)
+        world.open.set()
+        await asyncio.gather(*calls)
+        topics = {text.split()[0] for asked in world.asked for text in asked}
+        assert "topic9" in topics <= {"topic0", "topic9"}
+        assert chosen(await router.route("topic9 1")) == ["mine"]
+
+    play(cache, story)
+
+
+def test_features_that_nobody_needs_leave_the_disk(cache: FeatureCache, tmp_path: Path) -> None:
+    """Those of an earlier version stay, which may be rolled back to."""
+
+    async def story(_: World, router: Router) -> None:
+        async def kept(digest: str | None, topic: str) -> int:
+            if digest is None:
+                router.remove_expert("mine")
+            else:
+                await router.add_expert("mine", digest, texts(topic, 20), f"key-{topic}")
+            return len(list((tmp_path / "features").iterdir()))
+
+        await router.add_expert("other", "digest-o", texts("first", 20), "key-first")
+        assert await kept("digest-1", "first") == 1
+        assert await kept("digest-1", "second") == 2
+        assert await kept("digest-1", "third") == 2
+        assert await kept("digest-2", "fourth") == 3
+        assert await kept("digest-1", "third") == 3
+        assert await kept(None, "") == 1
+
+    play(cache, story)
+
+
+def test_a_metric_that_cannot_be_fitted_leaves_the_one_before(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        await router.settled()
+        router._fit = lambda _: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        await add(router, "spam")
+        assert chosen(await router.route("spam 1")) == ["spam"]
+
+    play(cache, story, **LEARNED)
+
+
+def test_nobody_is_told_that_others_have_experts(cache: FeatureCache) -> None:
+    async def story(_: World, router: Router) -> None:
+        await add(router, "cron")
+        nothing: frozenset[str] = frozenset()
+        alone = await router.route("x 1", RouteOptions(existing=nothing))
+        asked = await router.route("x 1", RouteOptions(allow=nothing))
+        assert alone == await World().router(cache).route("x 1")
+        assert asked.mix.is_base
+        assert asked.reason != alone.reason
+
+    play(cache, story)
 
 
 def test_a_restart_has_the_metric_at_once(cache: FeatureCache, tmp_path: Path) -> None:

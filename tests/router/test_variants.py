@@ -67,3 +67,9 @@ def test_the_background_is_there() -> None:
     assert len(texts) > 400
     assert all(text.strip() for text in texts)
     assert len(set(texts)) == len(texts)
+
+
+def test_a_long_beginning_is_read_once() -> None:
+    """Not again for each of its words: whoever uploads exemplars chooses how long it is."""
+    texts = [f"{'word ' * 100_000}{letter} is the question" for letter in "abcdef"]
+    assert without_instruction(texts) == [f"{letter} is the question" for letter in "abcdef"]
