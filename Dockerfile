@@ -1,4 +1,4 @@
-# The server as an image: `docker build -t switchyard .` (BuildKit, the default builder). See docs/operations.md.
+# The server as an image: `docker build -t switchyard .` (BuildKit, the default builder). See docs/deployment.md.
 #
 #   VARIANT                        cpu, or cuda for NVIDIA GPUs
 #   TORCH_INDEX_URL                where to take torch from; empty: from where everything else comes

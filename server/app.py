@@ -49,6 +49,7 @@ from server.api.services import Services
 from server.audit import AuditLog
 from server.chores import Chore
 from server.closing import Closing
+from server.encoding import Encoder
 from server.engine.types import Engine
 from server.generation import Generation
 from server.harvest import Harvest
@@ -131,9 +132,17 @@ def create_app(
     kept = _uploads_of(settings, book)
     metrics.registry.register(WorkCollector(kept.list, book.list))
     audit = AuditLog(settings.data_dir / "audit.jsonl")
-    recency = Recency()
+    recency, encoder = Recency(), Encoder(engine)
     generation = Generation(
-        engine, registry, router, metrics, **limits, charge=meter.charge, tracing=tracing, used=recency.note
+        engine,
+        registry,
+        router,
+        metrics,
+        **limits,
+        encoder=encoder,
+        charge=meter.charge,
+        tracing=tracing,
+        used=recency.note,
     )
     services = Services(
         engine=engine,
@@ -141,6 +150,7 @@ def create_app(
         library=library,
         inbox=Inbox(kept, quarantine),
         jobs=Jobs(book, library, base_folder, settings.cache_dir, partial(_job_limits, settings, engine)),
+        encoder=encoder,
         generation=generation,
         reports=_reporting(registry, router, generation),
         recency=recency,

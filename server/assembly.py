@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
+from router.background import background_key
 from router.features import FeatureCache
 from router.router import Router
 from router.state import StateFile
@@ -109,7 +110,9 @@ def _router(settings: Settings, engine: TransformersEngine) -> Router:
     fingerprint, layer = base.manifest.fingerprint, base.feature_layer
     features = FeatureCache(settings.cache_dir / "features", fingerprint, layer, variant=variant)
     given = settings.router()
-    state = StateFile(settings.data_dir / "router" / "metric", f"{fingerprint} {layer} {variant} {given.metric}")
+    # Whatever a metric is fitted to, but for the experts, which it names itself.
+    space = f"{fingerprint} {layer} {variant} {given.of_metric} {background_key()}"
+    state = StateFile(settings.data_dir / "router" / "metric", space)
     return Router(engine.features, features, given, state, engine.base.device)
 
 

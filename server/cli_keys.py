@@ -21,7 +21,7 @@ from server.client import Client, Json
 from store.access import Role
 from store.backends.opening import open_ledger
 from store.errors import InvalidRequestError
-from store.keys import ApiKey, Keys
+from store.keys import LATEST_EXPIRY, ApiKey, Keys
 
 out = Console()
 
@@ -37,6 +37,8 @@ Store = Annotated[
 ]
 LOCAL = "http://127.0.0.1:8000"
 
+_PARTS = ("ledger", "records", "blobs")
+"""What a folder is a store by."""
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -76,7 +78,7 @@ def keys_list(store: Store = None, server: Server = LOCAL, api_key: Bearer = Non
     if store is None:
         rows = Client(server, api_key).keys()
     else:
-        with _opened(store) as keys:
+        with _opened(_existing(store)) as keys:
             rows = [_row(key) for key in keys.list()]
     table = Table("id", "tenant", "roles", "label", "created", "by", "state")
     table.columns[0].no_wrap = True
@@ -99,7 +101,7 @@ def keys_revoke(
     if store is None:
         Client(server, api_key).revoke_key(id)
     else:
-        with _opened(store) as keys:
+        with _opened(_existing(store)) as keys:
             _write_down(store, "key.revoke", keys.revoke(id))
     out.print(f"the key [bold]{escape(id)}[/] is revoked")
 
@@ -111,6 +113,13 @@ def _opened(address: str) -> Iterator[Keys]:
         yield Keys(ledger)
     finally:
         ledger.close()
+
+
+def _existing(address: str) -> str:
+    """The address of a store that is there: opening one makes what is not, and a mistyped one has no keys to show."""
+    if "://" not in address and not any((Path(address) / part).is_dir() for part in _PARTS):
+        raise InvalidRequestError(f"there is no store in {address}: give the data_dir of a server", param="store")
+    return address
 
 
 def _write_down(address: str, action: str, key: ApiKey) -> None:
@@ -148,4 +157,6 @@ def _state(row: dict[str, Any]) -> str:
 
 
 def _date(seconds: int) -> str:
+    if seconds > LATEST_EXPIRY:  # of a key that was made before there was a latest one
+        return "after 9999"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M") if seconds else ""

@@ -84,16 +84,31 @@ class Client:
 
     def watch_job(self, job_id: str) -> Iterator[Json]:
         """A job whenever it has changed, until it has ended."""
-        try:
-            with self._http.stream("GET", f"/v1/jobs/{job_id}/events") as response:
-                if response.is_error:
-                    response.read()
-                    raise _refusal(response)
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        yield json.loads(line.removeprefix("data: "))
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        is_there = True
+        while is_there:
+            is_there = False
+            try:
+                for job in self._job_events(job_id):
+                    is_there = True
+                    yield job
+                return
+            except httpx.ReadTimeout as error:  # nothing new for long, or nobody there: another look tells
+                if not is_there:
+                    raise self._unreachable(error) from error
+            except httpx.TransportError as error:
+                raise self._unreachable(error) from error
+
+    def _job_events(self, job_id: str) -> Iterator[Json]:
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/events") as response:
+            if response.is_error:
+                response.read()
+                raise _refusal(response)
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    if "status" not in event:  # not a job: why the server says no more
+                        raise ServerError(event["error"]["message"], code=event["error"].get("code"))
+                    yield event
 
     def cancel_job(self, job_id: str) -> None:
         """End a job that waits or runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from router.options import ANY, RouteOptions
 from router.router import Router
 from server.choices import Answer, ChoiceText, Part, Route
 from server.composing import compose
+from server.encoding import Encoder
 from server.engine.types import Engine, EngineRequest, SamplingParams, TokenStream
 from server.metrics import Metrics
 from server.prompts import Prompt
@@ -35,9 +36,6 @@ EXPERT_REQUESTED = "expert_requested"
 
 _LOOKS = 3
 """How often the experts of one request may be removed while it looks for them."""
-
-_INLINE_CHARACTERS = 4096
-"""Longer prompts are tokenised in a thread, so that they do not hold up other streams."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class Generation:
         router: Router,
         metrics: Metrics,
         *,
+        encoder: Encoder,
         max_n: int,
         max_sequences: int,
         charge: Charge,
@@ -96,6 +95,7 @@ class Generation:
         self._registry = registry
         self._router = router
         self._metrics = metrics
+        self._encoder = encoder
         self._max_n = max_n
         self._max_sequences = max_sequences
         self._charge = charge
@@ -172,21 +172,27 @@ class Generation:
         if model not in (AUTO, self._engine.base.name):
             await self._expert(model, "model", by)
 
-    async def decide(self, prompt: Prompt, options: RouteOptions, by: Caller) -> Decision:
+    async def decide(self, prompt: Prompt, options: RouteOptions, by: Caller, *, as_listed: bool = False) -> Decision:
         """Which experts that exist for the caller should answer a prompt, and why.
 
+        Args:
+            as_listed: only those that the registry has now; the router may learn a little later what is gone. Others
+                than administrators get no others anyway.
+
         Raises:
-            NotFoundError: an expert that the options allow does not exist.
+            NotFoundError: an expert that the options allow or deny does not exist.
             InvalidRequestError: the prompt asks nothing.
         """
-        if options.allow is not None:
-            allowed = [await self._expert(name, "routing.allow", by) for name in sorted(options.allow)]
-            options = dataclasses.replace(options, allow=frozenset(expert.name for expert in allowed))
+        deny = await self._named(options.deny, "routing.deny", by)
+        allow = None if options.allow is None else await self._named(options.allow, "routing.allow", by)
+        options = dataclasses.replace(options, allow=allow, deny=deny)
         *earlier, question = prompt.questions(self._engine.tokenizer)
         visible = await asyncio.to_thread(self._registry.names, by)
         if not visible:  # not "none allowed": the others do not exist
             return NO_EXPERTS
-        return await self._router.route(question, options if by.is_admin else options.within(visible), earlier=earlier)
+        if as_listed or not by.is_admin:
+            options = options.within(visible)
+        return await self._router.route(question, options, earlier=earlier)
 
     def _check_limits(self, request: GenerationRequest) -> None:
         if request.n > self._max_n:
@@ -199,19 +205,19 @@ class Generation:
 
     async def _routes(self, request: GenerationRequest, by: Caller) -> tuple[Route, ...]:
         """The route of each prompt; looked for again if an expert of it is removed meanwhile."""
-        for _ in range(_LOOKS - 1):
+        for look in range(_LOOKS - 1):
             with suppress(ExpertRemovedError):
-                return await self._routes_now(request, by)
-        return await self._routes_now(request, by)
+                return await self._routes_now(request, by, as_listed=look > 0)
+        return await self._routes_now(request, by, as_listed=True)
 
-    async def _routes_now(self, request: GenerationRequest, by: Caller) -> tuple[Route, ...]:
+    async def _routes_now(self, request: GenerationRequest, by: Caller, *, as_listed: bool) -> tuple[Route, ...]:
         if request.model == AUTO and not request.experts:
-            routed = (self._routed(prompt, request.routing, by) for prompt in request.prompts)
+            routed = (self._routed(prompt, request.routing, by, as_listed=as_listed) for prompt in request.prompts)
             return tuple(await asyncio.gather(*routed))
         return (await self._called(request, by),) * len(request.prompts)
 
-    async def _routed(self, prompt: Prompt, options: RouteOptions, by: Caller) -> Route:
-        decision = await self.decide(prompt, options, by)
+    async def _routed(self, prompt: Prompt, options: RouteOptions, by: Caller, *, as_listed: bool) -> Route:
+        decision = await self.decide(prompt, options, by, as_listed=as_listed)
         self._metrics.routing.decided(decision)
         for watch in self._routed_watchers:
             watch(decision, by)
@@ -244,12 +250,12 @@ class Generation:
         except NotFoundError as error:
             raise NotFoundError(error.message, param=param) from error
 
+    async def _named(self, names: Iterable[str], param: str, by: Caller) -> frozenset[str]:
+        """What these are called without aliases."""
+        return frozenset([(await self._expert(name, param, by)).name for name in sorted(names)])
+
     async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        tokenizer = self._engine.tokenizer
-        if prompt.characters > _INLINE_CHARACTERS:
-            tokens = await asyncio.to_thread(prompt.encode, tokenizer)
-        else:
-            tokens = prompt.encode(tokenizer)
+        tokens = await self._encoder.encode(prompt)
         if not tokens:
             raise InvalidRequestError("the prompt has no tokens", param=prompt.param)
         return tuple(tokens)

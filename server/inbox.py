@@ -137,7 +137,10 @@ class Inbox:
         """
         files: dict[str, Put] = {}
         for upload_id in upload_ids:
-            upload = await self.get(upload_id, by)
+            try:
+                upload = await self.get(upload_id, by)
+            except NotFoundError as error:
+                raise NotFoundError(error.message, param="uploads", code=error.code) from error
             if upload.offset != upload.bytes:
                 raise ConflictError(
                     f"{upload.filename} has {upload.offset} of {upload.bytes} bytes: send the rest first",

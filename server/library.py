@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from server.engine.types import Engine
 from server.teaching import Routing, Teaching
 from store.access import OPERATOR, AccessChange, Caller
 from store.alias import Alias
-from store.errors import EngineDeadError, SwitchyardError
 from store.exemplar_changes import Choice
 from store.expert_file import ExpertHeader, read_header
 from store.intake import Received, receiving
@@ -24,10 +22,6 @@ from store.record import ExpertRecord
 from store.registry import Registry
 from store.trust import Signer
 
-log = logging.getLogger(__name__)
-
-_FOLLOW_SECONDS = 0.2
-"""How often the registry is asked whether anything has changed; asking costs microseconds."""
 _RETRY_SECONDS = 5.0
 _CHECKED_AT_ONCE = 2
 """A check takes a core and some memory; the rest of the uploads wait."""
@@ -89,17 +83,10 @@ class Library:
                 self._teaching.known[name] = record
             self._aligned, self._retry_at = edition, time.monotonic() + _RETRY_SECONDS
 
-    async def follow(self) -> None:
-        """Keep router and engine in step with the registry until cancelled, and heal what the store has lost."""
-        while True:
-            await asyncio.sleep(_FOLLOW_SECONDS)
-            try:
-                await asyncio.to_thread(self._registry.restore_lost)
-                await self.align()
-            except EngineDeadError:
-                raise
-            except SwitchyardError as error:
-                log.warning("the registry cannot be followed just now: %s", error.message)
+    async def look(self) -> None:
+        """Bring router and engine in step with the registry, and heal what the store has lost."""
+        await asyncio.to_thread(self._registry.restore_lost)
+        await self.align()
 
     async def publish(
         self,

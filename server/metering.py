@@ -7,13 +7,14 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from store.access import Caller
 from store.backends.ledger import Balance, Ledger, Rate
-from store.errors import RateLimitError, StoreError
+from store.errors import RateLimitError, StoreError, SwitchyardError
 from store.keys import Keys
 from store.tenants import Tenants
 
@@ -30,6 +31,11 @@ class _Bucket:
     unit: str
     """"requests" or "tokens"."""
     rate: Rate
+
+    @property
+    def cost(self) -> int:
+        """Of a request that is let in: its tokens are known, and charged, later."""
+        return 1 if self.unit == "requests" else 0
 
 
 @dataclass(frozen=True)
@@ -122,32 +128,45 @@ class Meter:
         key, limits = self._keys.get(caller.key), self._tenants.limits(caller.tenant)
         found = []
         for unit in ("tokens", "requests"):
-            given = [(f"tenant-{caller.tenant}", getattr(limits, f"{unit}_per_minute"))]
-            if key is not None:
-                given.append((f"key-{key.id}", getattr(key, f"{unit}_per_minute")))
+            # The key's comes first: what it refuses is never taken from its tenant's other keys, not for an instant.
+            given = [] if key is None else [(f"key-{key.id}", getattr(key, f"{unit}_per_minute"))]
+            given.append((f"tenant-{caller.tenant}", getattr(limits, f"{unit}_per_minute")))
             found += [
                 _Bucket(f"{name}-{unit}", unit, Rate(limit, limit / 60)) for name, limit in given if limit is not None
             ]
         return found
 
-    def _take_all(self, buckets: list[_Bucket]) -> list[Level]:
+    def _take_all(self, buckets: Sequence[_Bucket]) -> list[Level]:
         levels: dict[str, Level] = {}
-        for bucket in buckets:  # tokens come first: a request that they refuse costs no request
-            cost = 1 if bucket.unit == "requests" else 0
-            rate = bucket.rate
-            # A limit of nothing is never filled: there is no use in coming again soon.
-            balance = self._ledger.take(bucket.name, rate, cost, least=1) if rate.capacity else Balance(False, 0.0)
-            if not balance.granted:
-                wait = (1 - balance.level) / rate.per_second if rate.per_second else _NEVER_SECONDS
-                raise RateLimitError(
-                    f"the limit of {rate.capacity:g} {bucket.unit} per minute is used up",
-                    retry_after=max(1, math.ceil(wait)),
-                    headers=headers([*levels.values(), _level(bucket, balance.level)]),
-                )
-            level = _level(bucket, balance.level)
+        for i, bucket in enumerate(buckets):
+            try:
+                level = self._take(bucket, list(levels.values()))
+            except SwitchyardError:
+                self._give_back(buckets[:i])
+                raise
             if bucket.unit not in levels or level.remaining < levels[bucket.unit].remaining:
                 levels[bucket.unit] = level
         return list(levels.values())
+
+    def _take(self, bucket: _Bucket, others: list[Level]) -> Level:
+        rate = bucket.rate
+        # A limit of nothing is never filled: there is no use in coming again soon.
+        balance = self._ledger.take(bucket.name, rate, bucket.cost, least=1) if rate.capacity else Balance(False, 0.0)
+        if not balance.granted:
+            wait = (1 - balance.level) / rate.per_second if rate.per_second else _NEVER_SECONDS
+            raise RateLimitError(
+                f"the limit of {rate.capacity:g} {bucket.unit} per minute is used up",
+                retry_after=max(1, math.ceil(wait)),
+                headers=headers([*others, _level(bucket, balance.level)]),
+            )
+        return _level(bucket, balance.level)
+
+    def _give_back(self, buckets: Sequence[_Bucket]) -> None:
+        """What a request was granted that another bucket refuses: a refused one costs nothing."""
+        for bucket in buckets:
+            if bucket.cost:
+                with suppress(StoreError):  # the refusal is what the client must hear of
+                    self._ledger.take(bucket.name, bucket.rate, -bucket.cost, least=ANYWAY)
 
     def _spend(self, buckets: list[_Bucket], tokens: int) -> None:
         for bucket in buckets:

@@ -15,6 +15,7 @@ from server.mirror_state import MirrorState, Taken
 from store.access import OPERATOR
 from store.errors import (
     ConflictError,
+    ExpertUnavailableError,
     InvalidRequestError,
     NotFoundError,
     NotPermittedError,
@@ -75,7 +76,8 @@ class Mirror:
     """Keeps a source's files published. The source is right: what is in it is served, what has left it is not.
 
     A file that is refused is reported once and left alone until it changes. A name that another expert has is never
-    taken from it, and what somebody has put in an expert's place since is never removed.
+    taken from it, also where a tenant has published one under a name that was the mirror's, and what somebody has put
+    in an expert's place since is never removed.
     """
 
     def __init__(self, source: Source, library: Library, state: MirrorState) -> None:
@@ -128,9 +130,12 @@ class Mirror:
             header = await asyncio.to_thread(read_header, brought.file.path)
             name = header.name or PurePosixPath(key).name.removesuffix(".safetensors")
             before = self._state.taken.get(key)
-            is_ours = any(
-                one.name == name and (other == key or other in gone) for other, one in self._state.taken.items()
-            )
+            published = {
+                one.digest
+                for other, one in self._state.taken.items()
+                if one.name == name and (other == key or other in gone)
+            }
+            is_ours = bool(published) and await self._may_replace(name, published)
             exemplars = brought.exemplars
             if exemplars is None and is_ours:  # those that lay beside it may have gone
                 exemplars = header.exemplars
@@ -149,6 +154,14 @@ class Mirror:
         await self._note(key, Taken(stamp, record.name, record.digest, None))
         if before is not None and before.name not in (None, record.name):
             await self._unpublish(before)
+
+    async def _may_replace(self, name: str, published: Set[str | None]) -> bool:
+        """Whether a name that was the mirror's is still: it may have gone, and a tenant have taken it."""
+        try:
+            record = await self._library.get(name, OPERATOR)
+        except (NotFoundError, ExpertUnavailableError, UntrustedError):  # nothing that is served
+            return True
+        return record.access.owner is None or record.digest in published
 
     async def _let_go(self, key: str) -> None:
         gone = self._state.taken[key]

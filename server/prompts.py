@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from server.engine.types import Message, Tokenizer
 from store.errors import InvalidRequestError
 
+_ROUTED_TOKENS = 1024
+"""Of a prompt of token ids, those that become text for routing, which looks at its beginning."""
+
 
 class Prompt(Protocol):
     """One prompt: how it becomes tokens, and which text of it says what it is about."""
@@ -98,7 +101,7 @@ class TokenPrompt:
         return list(self.tokens)
 
     def questions(self, tokenizer: Tokenizer) -> Sequence[str]:
-        return (tokenizer.decode(self.tokens),)
+        return (tokenizer.decode(self.tokens[:_ROUTED_TOKENS]),)
 
     def echo(self, tokenizer: Tokenizer) -> str:
         return tokenizer.decode(self.tokens)

@@ -9,6 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -22,6 +23,8 @@ from server.generation import AUTO
 from server.logs import set_up
 from server.protocol import BoundedProtocol
 from server.settings import Settings
+from store.access import Visibility
+from store.errors import SwitchyardError
 from store.record import ExpertRecord
 from store.registry import Registry
 
@@ -117,13 +120,19 @@ class _Server(uvicorn.Server):
 
 
 def curl_lines(url: str, experts: Sequence[ExpertRecord], registry: Registry, with_key: bool) -> list[tuple[str, str]]:
-    """Commands that show what the server does: `[(what, command)]`, with prompts from the experts' own exemplars."""
-    taught = [record for record in experts if record.exemplar_count]
+    """Commands that show what the server does: `[(what, command)]`.
+
+    Prompts are from the files of experts that everybody may use: those that were given later may be what somebody has
+    asked, and a screen is a log.
+    """
+    public = [record for record in experts if record.access.visibility is Visibility.PUBLIC]
+    taught = [record for record in public if record.exemplar_count and record.exemplars_digest is None]
     lines: list[tuple[str, str, str]] = []
-    if taught:
-        named, routed = taught[0], taught[-1]
-        lines.append((f"the expert {named.name}, by name", named.name, registry.exemplars(named)[0]))
-        lines.append((f"routed by what it says (to {routed.name})", AUTO, registry.exemplars(routed)[-1]))
+    with suppress(SwitchyardError):  # a damaged file is told of elsewhere
+        if taught:
+            named, routed = taught[0], taught[-1]
+            lines.append((f"the expert {named.name}, by name", named.name, registry.exemplars(named)[0]))
+            lines.append((f"routed by what it says (to {routed.name})", AUTO, registry.exemplars(routed)[-1]))
     lines.append(("nothing an expert knows: the base answers", AUTO, _UNRELATED_PROMPT))
     return [(title, _curl(url, model, prompt, with_key)) for title, model, prompt in lines]
 

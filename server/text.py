@@ -38,6 +38,8 @@ class IncrementalDecoder:
             end, text = self._whole(text)
         if text == given and held >= _HELD_TOKENS:  # a run of special tokens: the window must not grow with it
             del self._window[self._settled : end]
+        if not text.startswith(given):  # a prompt of token ids ended within a character, which is whole now
+            given = given.rstrip(_REPLACEMENT)
         if len(text) <= len(given):
             return ""
         self._window, self._settled = self._window[self._settled :], end - self._settled
@@ -90,10 +92,12 @@ class StopMatcher:
 
     def _pending(self, text: str) -> int:
         """Length of the longest suffix of the text with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        return next(
-            (size for size in range(min(longest, len(text)), 0, -1) if text[-size:].startswith(self._heads(size))), 0
-        )
+        return max((_overlap(text, stop) for stop in self._stops), default=0)
 
-    def _heads(self, size: int) -> tuple[str, ...]:
-        return tuple(stop[:size] for stop in self._stops if len(stop) > size)
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of the text with which the stop string begins; it is not all of it."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):  # only where its first character stands: mostly nowhere
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -92,9 +92,11 @@ class AuthMiddleware:
         resolve to 127.0.0.1 (DNS rebinding); the browser then tells on it in `Origin` and in `Host`.
         """
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._loopback_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        address = _split(f"//{host}")
+        if self._loopback_only and (address is None or not is_loopback(address.hostname or "")):
             raise ForbiddenError(f"an open server answers on this machine's own names only, not {host!r}; set API keys")
-        if origin is not None and urlsplit(origin).netloc != host:
+        page = None if origin is None else _split(origin)
+        if origin is not None and (page is None or page.netloc != host):
             raise ForbiddenError(f"an open server does not answer pages of {origin!r}; set API keys")
 
 
@@ -114,6 +116,14 @@ class BootstrapKeys:
             if hmac.compare_digest(digest, known):
                 found = known
         return None if found is None else Caller(f"settings-{found[:6].hex()}", None, frozenset({Role.ADMIN}))
+
+
+def _split(address: str) -> SplitResult | None:
+    """The parts of an address; None of one that cannot be read."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return None
 
 
 def _digest(key: str) -> bytes:

@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from server.api.errors import why_no_json
 from server.api.wire import Wire
 from store.errors import TooLargeError
 
@@ -30,16 +31,19 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
         data += piece
         if len(data) > MAX_BYTES:
             raise TooLargeError(f"a JSON body here has at most {MAX_BYTES} bytes")
-    value: Any = None
+    value = _parsed(bytes(data))
     try:
-        value = loads(bytes(data))
         return kind.model_validate(value)
-    except JSONDecodeError as error:
-        fault = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "ctx": {"error": error.msg}}
-        raise RequestValidationError([fault]) from None
-    except (UnicodeDecodeError, RecursionError):
-        fault = {"type": "json_invalid", "loc": ("body", 0), "msg": "", "ctx": {"error": "no JSON in UTF-8"}}
-        raise RequestValidationError([fault]) from None
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
         raise RequestValidationError(faults, body=value) from None
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return loads(data)
+    except JSONDecodeError as error:
+        fault = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "ctx": {"error": error.msg}}
+    except (ValueError, RecursionError) as error:
+        fault = {"type": "json_invalid", "loc": ("body",), "msg": "", "ctx": {"error": why_no_json(error)}}
+    raise RequestValidationError([fault])

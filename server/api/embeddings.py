@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
 from server.api.schema import prompts_of, shape_of_prompt
 from server.api.services import Asker, ReadyServices, Services
+from server.api.streaming import until_disconnect
 from server.api.wire import OnlyNeutral, Text, Token, Wire
 from store.access import Caller
 from store.errors import InvalidRequestError
@@ -24,12 +24,12 @@ router = APIRouter()
 
 
 _Line = Annotated[Text, Field(min_length=1)]
-_Tokens = Annotated[list[Token], Field(min_length=1)]
+_Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Inputs = Annotated[
     Annotated[_Line, Tag("text")]
-    | Annotated[list[_Line], Field(min_length=1, max_length=MAX_INPUTS), Tag("texts")]
+    | Annotated[list[_Line], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("texts")]
     | Annotated[_Tokens, Tag("tokens")]
-    | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_INPUTS), Tag("token_lists")],
+    | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("token_lists")],
     Discriminator(shape_of_prompt),
 ]
 """One or several, as text or as token ids."""
@@ -70,22 +70,22 @@ class EmbeddingList(TypedDict):
 
 
 @router.post("/v1/embeddings")
-async def create_embeddings(body: EmbeddingBody, services: ReadyServices, asker: Asker) -> EmbeddingList:
+async def create_embeddings(
+    body: EmbeddingBody, request: Request, services: ReadyServices, asker: Asker
+) -> EmbeddingList:
     """Vectors of texts: the mean of the base's hidden states after the layers that routing looks at."""
     await _check_model(body.model, services, asker)
-    prompts, tokenizer = prompts_of(body.input, "input"), services.engine.tokenizer
-    tokens = await asyncio.to_thread(lambda: [prompt.encode(tokenizer) for prompt in prompts])
+    tokens = [await services.encoder.encode(prompt) for prompt in prompts_of(body.input, "input")]
     if not all(tokens):
         raise InvalidRequestError("an empty text has no embedding", param="input")
-    vectors = await services.engine.embed(tokens)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    vectors = await until_disconnect(request.receive, services.engine.embed(tokens, asker.tenant))
     count = sum(map(len, tokens))
     services.meter.charge(asker, prompt_tokens=count)
     return {
         "object": "list",
         "data": [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
-            for i, vector in enumerate(vectors)
+            for i, vector in enumerate(_of_length_one(vectors))
         ],
         "model": body.model,
         "usage": {"prompt_tokens": count, "total_tokens": count},
@@ -104,6 +104,11 @@ async def _check_model(model: str, services: Services, by: Caller) -> None:
         return
     await services.generation.check_model(model, by)
     raise InvalidRequestError(f"embeddings come from the base alone: set model to {base!r}", param="model")
+
+
+def _of_length_one(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def _encoded(vector: npt.NDArray[np.float32], form: str | None) -> list[float] | str:

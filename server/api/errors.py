@@ -106,6 +106,15 @@ _VALIDATION_FAULTS = {
 }
 """pydantic's word for a fault → our code and message; its own message serves for all others."""
 
+_BRANCHES = {
+    "content": ("text", "parts"),
+    "stop": ("text", "parts"),
+    "prompt": ("text", "texts", "tokens", "token_lists"),
+    "input": ("text", "texts", "tokens", "token_lists"),
+    "tool_choice": ("word", "named"),
+}
+"""Fields that are unions → the tags of their branches, which pydantic puts behind the field's name."""
+
 
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> ErrorAnswer:
     """The one error object."""
@@ -122,6 +131,9 @@ def describe(error: Exception, scope: Scope) -> tuple[int, ErrorAnswer]:
         body = error_body(error.message, status, param=error.param, code=error.code)
     elif isinstance(error, RequestValidationError):
         status, body = 400, _validation_body(error)
+    elif isinstance(error, HTTPException) and error.status_code == 400 and (why := why_no_json(error.__cause__)):
+        # FastAPI, which reads the body, calls only a misplaced character invalid JSON.
+        status, body = 400, error_body(f"the body is not valid JSON: {why}", 400, code="invalid_json")
     elif isinstance(error, HTTPException):
         status = error.status_code
         body = error_body(_phrase(error, scope), status, code=_HTTP_CODES.get(status, "invalid_request"))
@@ -148,6 +160,15 @@ def error_response(error: Exception, scope: Scope) -> JSONResponse:
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_SECONDS))
     return JSONResponse(body, status, headers)
+
+
+def why_no_json(error: BaseException | None) -> str | None:
+    """What is wrong with JSON as a whole that could not be read; None if that is not what the error tells."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has too many digits" if isinstance(error, ValueError) else None
 
 
 def install(app: FastAPI) -> None:
@@ -177,15 +198,17 @@ def _validation_body(error: RequestValidationError) -> ErrorAnswer:
     fault: Mapping[str, Any] = error.errors()[0]
     kind, context = fault["type"], fault.get("ctx", {})
     if kind == "json_invalid":
-        message = f"the body is not valid JSON: {context['error']} at character {fault['loc'][-1]}"
-        return error_body(message, 400, code="invalid_json")
+        where = "".join(f" at character {step}" for step in fault["loc"][1:])
+        return error_body(f"the body is not valid JSON: {context['error']}{where}", 400, code="invalid_json")
     param = context.get("param") or _param(fault["loc"], error.body)
     if param is not None and param.startswith("."):  # of an object somewhere inside
-        param = f"{_param(fault['loc'], error.body)}{param}"
+        param = f"{_param(fault['loc'], error.body) or ''}{param}".removeprefix(".")
     if param is None:
         message = "the body must be a JSON object, sent as application/json"
         return error_body(message, 400, code="invalid_value")
-    code, what = _VALIDATION_FAULTS.get(kind, ("invalid_value", fault["msg"]))
+    # What a validator raised, without the words that pydantic puts in front of it.
+    said = str(context["error"]) if kind in ("value_error", "assertion_error") else fault["msg"]
+    code, what = _VALIDATION_FAULTS.get(kind, ("invalid_value", said))
     return error_body(f"{param}: {context.get('what', what)}", 400, param=param, code=code)
 
 
@@ -193,10 +216,12 @@ def _param(location: Sequence[str | int], body: Any) -> str | None:
     """`("body", "messages", 0, "content")` as `messages[0].content`; steps that name a union's branch left out."""
     if location[0] in ("query", "header"):
         return str(location[-1])
-    path = ""
+    path, union = "", None
     for step in location[1:]:
-        if isinstance(step, str) and not isinstance(body, dict):
+        if isinstance(step, str) and (not isinstance(body, dict) or step in _BRANCHES.get(union or "", ())):
+            union = None
             continue
+        union = step if isinstance(step, str) else None
         path += f"[{step}]" if isinstance(step, int) else f".{step}"
         try:
             body = body[step]

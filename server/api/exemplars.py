@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/experts")
 class Exemplars(Wire):
     """Prompts that tell what an expert is for."""
 
-    exemplars: Annotated[list[Exemplar], Field(min_length=1, max_length=MAX_LINES)]
+    exemplars: Annotated[list[Exemplar], Field(min_length=1, max_length=MAX_LINES, fail_fast=True)]
 
 
 class ExemplarList(TypedDict):

@@ -32,7 +32,7 @@ class FromUpload(Wire):
     upload: Text = Field(description="Id of a complete upload; it is used up.")
     name: Name | None = Field(None, description="What to call it; default: the name in the file.")
     exemplars: list[Exemplar] | None = Field(
-        None, min_length=1, max_length=MAX_LINES, description="Prompts, instead of those in the file."
+        None, fail_fast=True, min_length=1, max_length=MAX_LINES, description="Prompts, instead of those in the file."
     )
     signature: Text | None = Field(None, description="Of the file, as `switchyard sign` writes it.")
 
@@ -84,7 +84,7 @@ async def read_upload(request: Request, services: Services, *, named: bool = Fal
         ClientDisconnect: the client went away.
     """
     async with AsyncExitStack() as stack:
-        if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
             upload = await _from_upload(request, services, stack)
         else:
             upload = await _from_form(request, services, stack)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from server.api.expert_answers import (
     Deleted,
@@ -21,7 +21,7 @@ from server.api.expert_answers import (
 from server.api.expert_upload import PUBLICATION, REPLACEMENT, read_upload
 from server.api.services import AnyServices, Asker, ReadyServices, Trail
 from server.api.wire import Text, Wire
-from server.api.words import METADATA, MetadataValue, Name, Tags
+from server.api.words import METADATA, MetadataValue, Name, Tags, not_too_many
 from store.expert_info import MAX_DESCRIPTION_BYTES
 
 router = APIRouter(prefix="/v1/experts")
@@ -39,7 +39,10 @@ class Description(Wire):
 
     description: Text | None = Field(None, json_schema_extra={"maxLength": MAX_DESCRIPTION_BYTES})
     tags: Tags | None = None
-    metadata: Annotated[dict[Text, MetadataValue | None], Field(json_schema_extra=METADATA)] | None = None
+    metadata: (
+        Annotated[dict[Text, MetadataValue | None], BeforeValidator(not_too_many), Field(json_schema_extra=METADATA)]
+        | None
+    ) = None
     """Entries to set; null takes one away."""
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Response
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import TypedDict
 
 from server.api.conditions import GIVEN, TRUE, Rules, has, when
@@ -14,9 +14,11 @@ from server.api.errors import ErrorDetail
 from server.api.services import Asker, ReadyServices, Services
 from server.api.streaming import Events, EventStream
 from server.api.wire import Text, Wire, fault
-from server.api.words import METADATA, Author, Exemplar, License, MetadataValue, Name, Parents, Tags
+from server.api.words import METADATA, Author, Exemplar, License, MetadataValue, Name, Parents, Tags, not_too_many
+from server.generation import AUTO
 from server.jobs.inputs import inputs_of
 from server.jobs.job import Job, JobRequest
+from server.jobs.naming import check_name
 from store.access import Caller
 from store.card import Card, card_to_json, check_card
 from store.codecs.base import CodecName
@@ -40,6 +42,7 @@ class JobBody(Wire):
     """The body of `POST /v1/jobs`: which uploads make up the fine-tune, and how it is compressed."""
 
     uploads: list[Text] = Field(
+        fail_fast=True,
         min_length=1,
         max_length=_MAX_FILES,
         description="Ids of complete uploads: a checkpoint's safetensors files, with their index if there are several; "
@@ -52,17 +55,24 @@ class JobBody(Wire):
     license: License = Field("", description="Its licence, as an SPDX expression.")
     tags: Tags = Field([], description="What it can be found by.")
     parents: Parents = Field([], description="Digests of the experts it was made from.")
-    metadata: dict[Text, MetadataValue] = Field({}, description="Anything else.", json_schema_extra=METADATA)
+    metadata: Annotated[dict[Text, MetadataValue], BeforeValidator(not_too_many)] = Field(
+        {}, description="Anything else.", json_schema_extra=METADATA
+    )
     relative_to: Text | None = Field(
         None,
         max_length=64,
         description="The expert here that the fine-tune started from, by name or digest: the new one stands on it.",
     )
     exemplars: list[Exemplar] | None = Field(
-        None, min_length=1, max_length=1024, description="Prompts the expert is for; they calibrate it, and route."
+        None,
+        fail_fast=True,
+        min_length=1,
+        max_length=1024,
+        description="Prompts the expert is for; they calibrate it, and route.",
     )
     labelled: list[LabelledPrompt] | None = Field(
         None,
+        fail_fast=True,
         min_length=1,
         max_length=MAX_LABELLED,
         description="Prompts with their answers, not stored: they tell how much of the fine-tune's gain is kept.",
@@ -156,8 +166,7 @@ class JobList(TypedDict):
 @router.post("", status_code=202)
 async def create_job(body: JobBody, response: Response, services: ReadyServices, asker: Asker) -> JobAnswer:
     """Compress uploaded files into an expert and publish it, in the background."""
-    if body.replace and body.name is None:
-        raise InvalidRequestError("say which expert is to be replaced", param="name")
+    await _check_name(body, services, asker)
     below = () if body.relative_to is None else await services.library.stack(body.relative_to, asker)
     request = JobRequest(name=body.name, replace=body.replace, options=body.options(), stands_on=below)
     async with services.inbox.gathered(body.uploads, asker) as files:
@@ -193,6 +202,15 @@ async def watch_job(job_id: str, services: ReadyServices, asker: Asker) -> Respo
 async def cancel_job(job_id: str, services: ReadyServices, asker: Asker) -> JobAnswer:
     """End a job that waits or runs; it is `cancelled` a moment later."""
     return _answer(await services.jobs.cancel(job_id, asker))
+
+
+async def _check_name(body: JobBody, services: Services, by: Caller) -> None:
+    """Before the uploads are used up, and compressed for hours."""
+    if body.name is not None:
+        reserved = frozenset({AUTO, services.engine.base.name})
+        await check_name(services.library, body.name, by, replace=body.replace, reserved=reserved)
+    elif body.replace:
+        raise InvalidRequestError("say which expert is to be replaced", param="name")
 
 
 async def _events(job_id: str, services: Services, asker: Caller) -> Events:

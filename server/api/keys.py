@@ -15,11 +15,10 @@ from server.api.services import AnyServices, Asker, Trail
 from server.api.wire import Text, Wire
 from server.api.words import Name
 from store.access import Role
-from store.keys import ApiKey
+from store.keys import LATEST_EXPIRY, ApiKey
 
 router = APIRouter(prefix="/v1/admin/keys")
 
-_LATEST = 2**53
 _MOST = 10**9
 
 Limit = Annotated[int | None, Field(ge=1, le=_MOST)]
@@ -31,11 +30,12 @@ class KeyBody(Wire):
     tenant: Name | None = Field(None, description="Whom it belongs to; for `admin` and `monitor` none is needed.")
     roles: list[Annotated[Role, Field(strict=False)]] = Field(
         [Role.INFER],
+        fail_fast=True,
         min_length=1,
         description="infer (ask), upload (change the tenant's experts), monitor (read figures), admin.",
     )
     label: Text = Field("", max_length=200, description="For people: where it is used.")
-    expires: int | None = Field(None, ge=0, le=_LATEST, description="Seconds since 1970; null: never.")
+    expires: int | None = Field(None, ge=0, le=LATEST_EXPIRY, description="Seconds since 1970; null: never.")
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
 

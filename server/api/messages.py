@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -14,6 +13,9 @@ from server.api.wire import OnlyNeutral, Text, Wire, fault
 from server.engine.types import Message
 
 MAX_NAME = 200
+MAX_MESSAGES = 8192
+MAX_PARTS = 8192
+MAX_CALLS = 1024
 _OTHER_PARTS = frozenset({"image_url", "input_audio", "audio_url", "video_url", "file", "refusal"})
 
 
@@ -43,9 +45,13 @@ class ChatMessage(Wire):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Annotated[Text | None, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(shape_of_text)
+        Annotated[Text | None, Tag("text")]
+        | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
+        Discriminator(shape_of_text),
     ] = None
-    tool_calls: list[ToolCall] | None = Field(None, description="What the assistant has called.")
+    tool_calls: list[ToolCall] | None = Field(
+        None, max_length=MAX_CALLS, fail_fast=True, description="What the assistant has called."
+    )
     tool_call_id: Text | None = Field(None, description="Which call a message of the role `tool` answers.")
     name: Text | None = Field(
         None,
@@ -78,13 +84,6 @@ class ChatMessage(Wire):
             if "content" in self.model_fields_set:
                 raise fault(".content", "must be text, or a list of text parts")
             raise PydanticCustomError("missing", "missing", {"param": ".content"})
-        for i, call in enumerate(self.tool_calls or ()):
-            try:
-                is_object = isinstance(json.loads(call.function.arguments or "{}"), dict)
-            except ValueError:
-                is_object = False
-            if not is_object:
-                raise fault(f".tool_calls[{i}].function.arguments", "must be a JSON object, as text")
         return self
 
     def to_engine(self) -> Message:
@@ -100,3 +99,7 @@ class ChatMessage(Wire):
         if self.name is not None:
             message["name"] = self.name
         return message
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+"""A conversation."""

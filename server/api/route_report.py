@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from typing_extensions import TypedDict
 
 from router.map import Points
-from router.report import EXEMPLARS
+from router.report import EXEMPLARS, Report
 from server.api.services import Asker, ReadyServices
+from server.api.streaming import until_disconnect
 
 router = APIRouter()
 
@@ -60,10 +61,13 @@ class RouteReport(TypedDict):
 
 @router.get("/v1/route/report")
 async def route_report(
-    services: ReadyServices, asker: Asker, experts: Annotated[int, Query(ge=1, le=MOST)] = 24
+    request: Request, services: ReadyServices, asker: Asker, experts: Annotated[int, Query(ge=1, le=MOST)] = 24
 ) -> RouteReport:
     """A confusion matrix and a map, of experts that the caller may use: those asked for lately, then an even choice."""
-    report = await services.reports.make(experts, asker)
+    return _answer(await until_disconnect(request.receive, services.reports.make(experts, asker)))
+
+
+def _answer(report: Report) -> RouteReport:
     return {
         "object": "route.report",
         "method": METHOD,

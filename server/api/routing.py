@@ -19,8 +19,10 @@ Names = Annotated[list[Text], Field(max_length=MAX_NAMES)]
 class Routing(Wire):
     """Constraints on the route of a request; the server's settings decide what is left out."""
 
-    allow: Names | None = Field(None, min_length=1, description="Only these experts, or the base, may answer.")
-    deny: Names = Field([], description="These experts may not answer.")
+    allow: Names | None = Field(
+        None, min_length=1, description="Only these experts (names or aliases), or the base, may answer."
+    )
+    deny: Names = Field([], description="These experts (names or aliases) may not answer.")
     max_experts: int | None = Field(None, ge=1, le=16, description="Most experts of a soft mix.")
     min_confidence: float = Field(
         0.0, ge=0, le=1, description="The base answers if the first expert has a smaller share of the votes."

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from router.options import ANY, RouteOptions
 from server.api.conditions import GIVEN, NOT_GIVEN, SOME, TRUE, Rules, all_of, exactly_one, has, lacks, when
-from server.api.messages import ChatMessage, shape_of_text
+from server.api.messages import Messages, shape_of_text
 from server.api.routing import Routing
-from server.api.sampling import SamplingFields
+from server.api.sampling import MAX_BIASES, SamplingFields
 from server.api.structured import UNSTRUCTURED
 from server.api.tools import ToolFields
-from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, fault
+from server.api.wire import MAX_TOKEN, OnlyNeutral, Text, Token, Wire, check_unicode, fault
 from server.engine.types import SamplingParams
 from server.generation import AUTO, GenerationRequest
 from server.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -24,6 +24,7 @@ from server.tools.use import ToolUse
 MAX_EXPERTS = 16
 MAX_WEIGHT = 10.0
 MAX_STOPS = 4
+MAX_STOP = 1024
 MAX_LOGPROBS = 20
 
 
@@ -41,7 +42,7 @@ class ExpertWeight(Wire):
     weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, description="Multiplier of its task vector.")
 
 
-Stop = Annotated[Text, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP), AfterValidator(check_unicode)]
 
 
 ROUTED = all_of(has(model={"const": AUTO}), lacks(experts=NOT_GIVEN))
@@ -70,11 +71,15 @@ class GenerateBody(SamplingFields, ABC):
 
     between: ClassVar[Rules] = (
         when(has(stream_options=GIVEN), has(stream=TRUE)),
-        when(
-            has(routing=GIVEN),
-            ROUTED,
-        ),
+        when(has(routing=GIVEN), ROUTED),
     )
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _check_biases(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > MAX_BIASES:  # pydantic would look at all of them first
+            raise fault("logit_bias", f"has more than {MAX_BIASES} entries")
+        return bias
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -128,7 +133,7 @@ class GenerateBody(SamplingFields, ABC):
 class ChatBody(GenerateBody, ToolFields):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN)
     logprobs: bool | None = Field(False, description="Tell how likely each token of the answer was.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="And the likeliest in its place.")
@@ -206,11 +211,12 @@ def shape_of_prompt(value: object) -> str:
     return "token_lists" if isinstance(first, list) else "tokens" if isinstance(first, int) else "texts"
 
 
+_Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Prompts = Annotated[
     Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Field(min_length=1), Tag("texts")]
-    | Annotated[list[Token], Field(min_length=1), Tag("tokens")]
-    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1), Tag("token_lists")],
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[list[_Tokens], Field(min_length=1, fail_fast=True), Tag("token_lists")],
     Discriminator(shape_of_prompt),
 ]
 """One or several, as text or as token ids."""
@@ -261,7 +267,7 @@ class PromptBody(Wire):
     """A prompt or a conversation."""
 
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Messages | None = None
 
     between: ClassVar[Rules] = (exactly_one("prompt", "messages"),)
 

@@ -13,6 +13,7 @@ from server.api.errors import NotReadyError
 from server.audit import AuditLog
 from server.chores import Chore
 from server.closing import Closing
+from server.encoding import Encoder
 from server.engine.types import Engine
 from server.generation import Generation
 from server.inbox import Inbox
@@ -39,6 +40,7 @@ class Services:
     library: Library
     inbox: Inbox
     jobs: Jobs
+    encoder: Encoder
     generation: Generation
     reports: RouteReports
     recency: Recency

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from server.api.conditions import GIVEN, NOT_GIVEN, Rules, exactly_one, has, lacks, when
-from server.api.wire import Text, Wire, fault
+from server.api.wire import FreeForm, Text, Wire, fault
 from server.engine.types import Grammar, GrammarKind
 
 MAX_CHOICES = 1024
@@ -21,7 +21,7 @@ class JsonSchema(Wire):
 
     name: Text = Field(min_length=1, max_length=64)
     description: Text | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: FreeForm = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -52,9 +52,11 @@ class ResponseFormat(Wire):
 class StructuredOutputs(Wire):
     """vLLM's way to say it: one of these."""
 
-    json_: dict[str, Any] | None = Field(None, alias="json", description="A JSON Schema.")
+    json_: FreeForm | None = Field(None, alias="json", description="A JSON Schema.")
     regex: Text | None = Field(None, min_length=1, description="A regular expression for the whole answer.")
-    choice: list[Text] | None = Field(None, min_length=1, max_length=MAX_CHOICES, description="One of these texts.")
+    choice: list[Text] | None = Field(
+        None, min_length=1, max_length=MAX_CHOICES, fail_fast=True, description="One of these texts."
+    )
     grammar: Text | None = Field(None, min_length=1, description="A Lark grammar.")
 
     between: ClassVar[Rules] = (exactly_one("json", "regex", "choice", "grammar"),)
@@ -73,8 +75,7 @@ class StructuredOutputs(Wire):
         if self.regex is not None:
             return Grammar(GrammarKind.REGEX, self.regex, param)
         if self.choice is not None:
-            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
-            return Grammar(GrammarKind.LARK, f"start: {choices}", param)
+            return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(_quoted, self.choice))}", param)
         return Grammar(GrammarKind.LARK, self.grammar or "", param)
 
 
@@ -96,3 +97,8 @@ class StructuredFields(Wire):
         """What the engine is told."""
         form = self.structured_outputs or self.response_format
         return None if form is None else form.to_grammar()
+
+
+def _quoted(text: str) -> str:
+    """A text in a Lark grammar, which takes JSON's strings; but DEL, unlike in JSON, only escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -11,6 +9,7 @@ from typing_extensions import TypedDict
 from server.api.schema import PromptBody
 from server.api.services import ReadyServices
 from server.api.wire import Text, Token, Wire
+from server.engine.types import Tokenizer
 from store.errors import InvalidRequestError
 
 router = APIRouter()
@@ -25,12 +24,22 @@ class TokenizeBody(PromptBody):
     )
     return_token_strs: bool | None = Field(False, description="Also tell what each token stands for.")
 
+    def split(self, tokenizer: Tokenizer) -> tuple[list[int], list[str] | None]:
+        """The tokens, and what each of them stands for if that is asked for. Takes a while."""
+        if self.prompt is not None and self.add_special_tokens is False:
+            tokens = tokenizer.encode(self.prompt, special=False)
+        else:
+            tokens = self.to_prompt().encode(tokenizer)
+        if not self.return_token_strs:
+            return tokens, None
+        return tokens, [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+
 
 class DetokenizeBody(Wire):
     """The body of `POST /detokenize`."""
 
     model: Text | None = Field(None, description="Any; all experts share the base's tokenizer.")
-    tokens: list[Token]
+    tokens: list[Token] = Field(fail_fast=True)
 
 
 class Tokens(TypedDict):
@@ -62,27 +71,21 @@ class TokenizerInfo(TypedDict):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, services: ReadyServices) -> Tokens:
     """The token ids of a text, or of a conversation in the chat template."""
-    tokenizer = services.engine.tokenizer
-    if body.prompt is not None and body.add_special_tokens is False:
-        tokens = await asyncio.to_thread(tokenizer.encode, body.prompt, special=False)
-    else:
-        tokens = await asyncio.to_thread(body.to_prompt().encode, tokenizer)
-    shown = [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+    tokens, shown = await services.encoder.apart(body.split)
     return {
         "count": len(tokens),
         "max_model_len": services.engine.base.context_length,
         "tokens": tokens,
-        "token_strs": shown if body.return_token_strs else None,
+        "token_strs": shown,
     }
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, services: ReadyServices) -> Detokenized:
     """The text of token ids."""
-    if any(token >= services.engine.base.vocabulary for token in body.tokens):
+    if max(body.tokens, default=0) >= services.engine.base.vocabulary:
         raise InvalidRequestError(f"token ids must be below {services.engine.base.vocabulary}", param="tokens")
-    tokenizer = services.engine.tokenizer
-    spelled = await asyncio.to_thread(lambda: b"".join(map(tokenizer.token_bytes, body.tokens)))
+    spelled = await services.encoder.apart(lambda tokenizer: b"".join(map(tokenizer.token_bytes, body.tokens)))
     return {"prompt": spelled.decode(errors="replace")}
 
 

@@ -7,11 +7,12 @@ import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.api.conditions import SOME, Rules, has, when
-from server.api.wire import OnlyNeutral, Text, Wire, fault
+from server.api.wire import FreeForm, OnlyNeutral, Text, Wire, check_json, fault
 from server.api.words import schema_of
-from server.tools.use import ToolFormat, ToolUse
+from server.tools.use import DEFINITIONS, ToolFormat, ToolUse
 from store.errors import InvalidRequestError
 
 MAX_TOOLS = 128
@@ -20,8 +21,26 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ValueError("a tool's name has 1 to 64 letters, digits, '_', '-' and '.'")
+        raise PydanticCustomError("invalid_value", "a tool's name has 1 to 64 letters, digits, '_', '-' and '.'")
     return name
+
+
+def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    for keyword in DEFINITIONS:
+        if not isinstance(parameters.get(keyword, {}), dict):
+            raise PydanticCustomError("invalid_value", f"{keyword} must be an object")
+    return parameters
+
+
+def _check_arguments(text: str) -> str:
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise PydanticCustomError("invalid_value", "must be a JSON object, as text")
+    check_json(arguments)
+    return text
 
 
 ToolName = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra=schema_of(_NAME))]
@@ -32,7 +51,9 @@ class Function(Wire):
 
     name: ToolName
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(None, description="A JSON Schema of the arguments.")
+    parameters: Annotated[FreeForm, AfterValidator(_check_parameters)] | None = Field(
+        None, description="A JSON Schema of the arguments."
+    )
     strict: bool | None = Field(
         None, description="Accepted; arguments are held to the schema where a call is required."
     )
@@ -66,7 +87,7 @@ class CalledFunction(Wire):
     """What was called, and with what."""
 
     name: ToolName
-    arguments: Text = Field(description="JSON.")
+    arguments: Annotated[Text, AfterValidator(_check_arguments)] = Field(description="JSON.")
 
 
 class ToolCall(Wire):
@@ -89,7 +110,7 @@ _MUST_CALL = {"anyOf": [{"const": "required"}, {"type": "object"}]}
 class ToolFields(Wire):
     """What a request says about tools."""
 
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: Annotated[
         Annotated[Literal["none", "auto", "required"] | None, Tag("word")] | Annotated[ToolChoice, Tag("named")],
         Discriminator(_shape_of_choice),

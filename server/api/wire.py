@@ -7,10 +7,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -18,6 +20,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from server.api.conditions import Rules
 
 MAX_TOKEN = 2**31 - 1
+MAX_DEPTH = 100
+"""Of free-form JSON. What is made of it (templates, grammars) goes into each level by a call of its own."""
+_SHOWN_CHARACTERS = 64
 
 
 class Wire(BaseModel):
@@ -27,6 +32,17 @@ class Wire(BaseModel):
 
     between: ClassVar[Rules] = ()
     """What a class's own validators ask of fields seen together, as far as JSON Schema can say it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_count(cls, given: Any) -> Any:
+        # pydantic would make an error of each key that is unknown: gigabytes of a body of a megabyte.
+        if isinstance(given, dict) and len(given) > len(cls.model_fields):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = next(str(key) for key in given if key not in known)
+            shown = unknown[:_SHOWN_CHARACTERS].encode(errors="replace").decode()
+            raise PydanticCustomError("extra_forbidden", "unknown", {"param": f".{shown}"})
+        return given
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> JsonSchemaValue:
@@ -67,7 +83,8 @@ def _exactly(value: object) -> JsonSchemaValue:
     return {"enum": [value]}
 
 
-def _check_unicode(text: str) -> str:
+def check_unicode(text: str) -> str:
+    """The text, if it has characters only."""
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer and no answer can
@@ -75,7 +92,27 @@ def _check_unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
+def check_json(value: Any) -> Any:
+    """Free-form JSON, if it is one that can be written into a prompt or a grammar."""
+    level = [value]
+    for _ in range(MAX_DEPTH):  # level by level: a recursion would fail where this is to refuse
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                check_unicode(item)
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, dict):
+                inner += (*item, *item.values())
+        if not inner:
+            return value
+        level = inner
+    raise PydanticCustomError("invalid_value", f"nested too deeply: at most {MAX_DEPTH} levels are read")
+
+
+Text = Annotated[str, AfterValidator(check_unicode)]
+FreeForm = Annotated[dict[str, Any], BeforeValidator(check_json)]
+"""A JSON object with anything in it."""
 
 
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]

@@ -5,11 +5,11 @@ with better words.
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
-from server.api.wire import Text
+from server.api.wire import Text, fault
 from store.card import (
     KEY_PATTERN,
     LINE_PATTERN,
@@ -37,10 +37,21 @@ Digest = Annotated[Text, Field(json_schema_extra=schema_of(DIGEST_PATTERN))]
 FileName = Annotated[Text, Field(json_schema_extra=schema_of(FILENAME_PATTERN))]
 Tags = Annotated[
     list[Annotated[Text, Field(json_schema_extra=schema_of(TAG_PATTERN))]],
-    Field(json_schema_extra={"maxItems": MAX_TAGS, "uniqueItems": True}),
+    Field(fail_fast=True, json_schema_extra={"maxItems": MAX_TAGS, "uniqueItems": True}),
 ]
-Parents = Annotated[list[Digest], Field(json_schema_extra={"maxItems": MAX_PARENTS, "uniqueItems": True})]
+Parents = Annotated[
+    list[Digest], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_PARENTS, "uniqueItems": True})
+]
 MetadataValue = Annotated[Text, Field(json_schema_extra={"maxLength": MAX_METADATA_BYTES})]
+
+
+def not_too_many(entries: Any) -> Any:
+    """What is said about an expert, before pydantic looks at each entry: as many may come as others go."""
+    if isinstance(entries, dict) and len(entries) > 2 * MAX_METADATA:
+        raise fault("metadata", f"has {len(entries)} entries; the limit is {MAX_METADATA}")
+    return entries
+
+
 Author = Annotated[Text, Field(json_schema_extra=schema_of(LINE_PATTERN) | {"maxLength": MAX_AUTHOR_BYTES})]
 License = Annotated[Text, Field(json_schema_extra=schema_of(LINE_PATTERN) | {"maxLength": MAX_LICENSE_BYTES})]
 METADATA: dict[str, JsonValue] = {"propertyNames": schema_of(KEY_PATTERN), "maxProperties": MAX_METADATA}

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from server.engine.feature_queue import Job
 from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
 from server.engine.inspection import beside
@@ -39,6 +40,8 @@ from store.tiers import Tier
 _PATIENCE = 1.0
 """Seconds for which somebody who looks into the engine waits for the end of its step."""
 
+_TOKEN_CHARACTERS = 64
+"""Of a text's beginning per token of it that features look at: more than tokens of any text have."""
 _NOT_RUNNING = "the engine is not running; restart the server"
 
 
@@ -113,6 +116,8 @@ class TransformersEngine:
         )
         self._open: Counter[str | None] = Counter()
         """Unfinished requests by tenant."""
+        self._embedding: Counter[str | None] = Counter()
+        """Unfinished calls of `embed` by tenant."""
 
     @property
     def base(self) -> BaseInfo:
@@ -185,12 +190,26 @@ class TransformersEngine:
 
     async def features(self, texts: Items[str]) -> npt.NDArray[np.float32]:
         limit = self._settings.feature_tokens
-        prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(text)[:limit] for text in texts])
+        # No more of a text is tokenised than what may make so many tokens: all of it may take seconds.
+        starts = [text[: limit * _TOKEN_CHARACTERS] for text in texts]
+        prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(text)[:limit] for text in starts])
         if not all(prompts):
             raise InvalidRequestError("an empty text has no routing features", param="prompt")
-        return await self.embed(prompts)
+        return await self._featurized(prompts, self._worker.features.add)
 
-    async def embed(self, prompts: Items[Items[int]]) -> npt.NDArray[np.float32]:
+    async def embed(self, prompts: Items[Items[int]], tenant: str | None = None) -> npt.NDArray[np.float32]:
+        # As for answers: a tenant that fills the queue must not shut out one that has nothing in it.
+        if self._embedding.total() >= self._settings.max_queue and self._embedding[tenant]:
+            raise QueueFullError(f"{self._embedding.total()} requests are waiting already; try again soon")
+        self._embedding[tenant] += 1
+        try:
+            return await self._featurized(prompts, lambda jobs: self._worker.features.add_embeddings(jobs, tenant))
+        finally:
+            self._embedding[tenant] -= 1
+
+    async def _featurized(
+        self, prompts: Items[Items[int]], add: Callable[[Items[Job]], None]
+    ) -> npt.NDArray[np.float32]:
         if not self.alive:
             raise EngineDeadError(_NOT_RUNNING)
         for prompt in prompts:
@@ -199,7 +218,7 @@ class TransformersEngine:
                 raise ContextLengthError(f"{_longest(self._base)}; the text has {len(prompt)}", param="input")
         loop = asyncio.get_running_loop()
         jobs = [(list(prompt), loop.create_future()) for prompt in prompts]
-        if not self._worker.post(lambda: self._worker.features.add(jobs)):
+        if not self._worker.post(lambda: add(jobs)):
             raise EngineDeadError(_NOT_RUNNING)
         rows = await asyncio.gather(*(future for _, future in jobs))
         return np.stack(rows) if rows else np.empty((0, self._base.feature_dim), dtype=np.float32)

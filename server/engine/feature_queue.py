@@ -1,4 +1,4 @@
-"""Routing features on the engine's thread, in batches between two steps."""
+"""Routing features and embeddings on the engine's thread, in batches between two steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,57 @@ log = logging.getLogger(__name__)
 
 _BESIDE = 4
 """While somebody waits for an answer, a batch has at most this part of the tokens that it has else."""
+_AHEAD = 4
+"""Batches of routing features in a row while embeddings wait: every answer begins with routing, but embeddings must
+come at all."""
 
 Row = npt.NDArray[np.float32]
 Job = tuple[list[int], "asyncio.Future[Row]"]
 """A prompt's token ids, and who waits for its features."""
 
 
+class _Waiting:
+    """Jobs of several callers, who have one of theirs computed in turn. What nobody waits for any more is left out."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str | None, deque[Job]] = {}
+        """Whose → jobs; the first one is next."""
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def add(self, jobs: Iterable[Job], whose: str | None) -> None:
+        self._jobs.setdefault(whose, deque()).extend(jobs)
+
+    def take(self, room: int) -> list[Job]:
+        """Jobs of so many tokens together, but one at least, if anybody waits for one."""
+        taken: list[Job] = []
+        while self._jobs:
+            whose, jobs = next(iter(self._jobs.items()))
+            while jobs and jobs[0][1].done():
+                jobs.popleft()
+            if jobs and taken and len(jobs[0][0]) > room:
+                break
+            del self._jobs[whose]
+            if jobs:
+                taken.append(jobs.popleft())
+                room -= len(taken[-1][0])
+            if jobs:
+                self._jobs[whose] = jobs  # behind the others
+        return taken
+
+    def clear(self) -> list[Job]:
+        """All of them, which wait no more."""
+        cleared = [job for jobs in self._jobs.values() for job in jobs]
+        self._jobs.clear()
+        return cleared
+
+
 class FeatureQueue:
-    """Prompts whose features are wanted. For the engine's thread."""
+    """Prompts whose features are wanted. For the engine's thread.
+
+    Routing goes first: it waits for one batch of embeddings at most, however many are wanted.
+    """
 
     def __init__(self, model: BaseModel, outbox: Outbox, prefill: PrefillBudget, step_tokens: int) -> None:
         """Args:
@@ -38,23 +81,30 @@ class FeatureQueue:
         self._outbox = outbox
         self._prefill = prefill
         self._step_tokens = step_tokens
-        self._jobs: deque[Job] = deque()
+        self._routing, self._embeddings = _Waiting(), _Waiting()
+        self._ahead = 0
+        """Batches of routing features since embeddings began to wait, or had one."""
 
     @property
     def empty(self) -> bool:
-        return not self._jobs
+        return not (self._routing or self._embeddings)
 
-    def add(self, jobs: Sequence[Job]) -> None:
-        self._jobs.extend(jobs)
+    def add(self, jobs: Iterable[Job]) -> None:
+        """Prompts that are to be routed, or that experts are found by."""
+        self._routing.add(jobs, None)
+
+    def add_embeddings(self, jobs: Iterable[Job], tenant: str | None) -> None:
+        """Texts that a tenant wants vectors of; tenants take turns."""
+        self._embeddings.add(jobs, tenant)
 
     def serve(self, decoding: int, held: int) -> None:
-        """Compute one batch, oldest first, such that a library of exemplars cannot hold up running streams.
+        """Compute one batch, such that a library of exemplars cannot hold up running streams.
 
         Args:
             decoding: streams that run.
             held: requests that wait for an answer's next token, or its first.
         """
-        jobs = self._next_batch(self._budget(decoding, held)) if self._jobs else []
+        jobs = [] if self.empty else self._next_batch(self._budget(decoding, held))
         if not jobs:
             return
         began = time.monotonic()
@@ -81,16 +131,14 @@ class FeatureQueue:
 
     def fail(self, error: Exception) -> None:
         """Tell everyone who waits that nothing will come."""
-        self._reject(self._jobs, error)
-        self._jobs.clear()
+        self._reject(self._routing.clear() + self._embeddings.clear(), error)
 
     def _next_batch(self, budget: int) -> list[Job]:
-        jobs: list[Job] = []
-        room = budget
-        while self._jobs and (not jobs or room >= len(self._jobs[0][0])):
-            jobs.append(self._jobs.popleft())
-            room -= len(jobs[-1][0])
-        return jobs
+        if self._embeddings and (not self._routing or self._ahead >= _AHEAD):
+            self._ahead = 0
+            return self._embeddings.take(budget)
+        self._ahead = self._ahead + 1 if self._embeddings else 0
+        return self._routing.take(budget)
 
     def _reject(self, jobs: Sequence[Job], error: Exception) -> None:
         for _, future in jobs:

@@ -17,6 +17,8 @@ from store.errors import ChatTemplateError, CheckpointError
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+_PROBE = "  Déjà vu: <|im_start|>user 12345\n\tif (x):  return \u4f60\u597d 🙂</s>"
+
 
 class ModelTokenizer:
     """transformers' tokenizer behind the `Tokenizer` protocol, made safe for threads."""
@@ -29,8 +31,10 @@ class ModelTokenizer:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load the base's tokenizer: {error}", param="base") from error
-        # Encoding may set options of the Rust tokenizer, which fails while another thread encodes. Decoding only reads.
+        # transformers sets options of the Rust tokenizer whenever it encodes, which fails while another thread does.
+        # Decoding only reads, and so does the Rust tokenizer itself: nobody waits for another's long text.
         self._lock = threading.Lock()
+        self._backend = _shared_backend(self._tokenizer)
         self._spelling = Spelling(self._tokenizer)
 
     @property
@@ -52,6 +56,9 @@ class ModelTokenizer:
             return from_tokenizer(self._tokenizer, n_vocab=vocabulary, eos_token=sorted(ends))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
+        if self._backend is not None:
+            found: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+            return found
         with self._lock:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return ids
@@ -75,7 +82,7 @@ class ModelTokenizer:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=[dict(tool) for tool in tools] or None, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}", param="messages") from error
         # The template has written every special token itself.
         return self.encode(str(text), special=False)
@@ -86,3 +93,19 @@ class ModelTokenizer:
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return str(text)
+
+
+def _shared_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The Rust tokenizer that several threads may encode with at once; None where there is none, or it alone does not
+    give what transformers makes of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    backend.no_truncation()
+    backend.no_padding()
+    for special in (True, False):
+        if backend.encode_batch_fast([_PROBE], add_special_tokens=special)[0].ids != tokenizer.encode(
+            _PROBE, add_special_tokens=special
+        ):
+            return None
+    return backend

@@ -245,10 +245,14 @@ class Engine(Protocol):
         """Routing features, `[len(texts), feature_dim]` float32, from the pristine base whatever is patched in."""
         ...
 
-    async def embed(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """As `features`, of whole prompts of token ids, at least one each.
+    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str | None = None) -> npt.NDArray[np.float32]:
+        """As `features`, of whole prompts of token ids, at least one each. Routing goes before them.
+
+        Args:
+            tenant: whose they are: tenants have their prompts computed in turn.
 
         Raises:
+            QueueFullError: too many calls wait already (carries `retry_after` seconds).
             InvalidRequestError: a token is not in the vocabulary.
             ContextLengthError: a prompt is longer than the context.
         """

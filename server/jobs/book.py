@@ -5,6 +5,7 @@ jobs/ID/input/      the files it works on, until it has ended
 jobs/ID/made/       what it makes; emptied before each attempt
 jobs/ID/cancel      there once somebody wants it to end
 jobs/lock           held by the server that runs jobs
+jobs/adding         held by whichever server adds one
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,7 +39,8 @@ class JobBook:
     """Jobs in a folder, which is made when it is needed. Thread-safe.
 
     Args:
-        max_queued: how many may wait or run.
+        max_queued: how many may wait or run. A tenant that fills this must not shut out others: the first job of one
+            that has none is let in beyond.
     """
 
     def __init__(self, folder: Path, max_queued: int) -> None:
@@ -89,20 +92,35 @@ class JobBook:
             QueueFullError: too many wait.
             SwitchyardError: a file cannot be had; nothing is left.
         """
-        waiting = sum(not job.state.is_final for job in self.list())
-        if waiting >= self._max_queued:
-            raise QueueFullError(f"{waiting} jobs wait or run, and no more may", retry_after=_RETRY_SECONDS)
-        folder = self._folder / f"job_{secrets.token_hex(16)}"
-        try:
-            with receiving():
-                (folder / "input").mkdir(parents=True)
-            size = sum(put(folder / "input" / name) for name, put in files.items())
-            job = Job(folder.name, request, by, int(time.time()), size)
-            self.save(job)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with self._adding():
+            self._check_room(by)
+            folder = self._folder / f"job_{secrets.token_hex(16)}"
+            try:
+                with receiving():
+                    (folder / "input").mkdir(parents=True)
+                size = sum(put(folder / "input" / name) for name, put in files.items())
+                job = Job(folder.name, request, by, int(time.time()), size)
+                self.save(job)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         return job
+
+    @contextmanager
+    def _adding(self) -> Iterator[None]:
+        """One job is added at a time, by all servers of the folder: whoever counts them must see the one before."""
+        with receiving():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = (self._folder / "adding").open("ab")
+        with lock:
+            with receiving():
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _check_room(self, by: Caller) -> None:
+        waiting = [job.by.tenant for job in self.list() if not job.state.is_final]
+        if len(waiting) >= self._max_queued and by.tenant in waiting:
+            raise QueueFullError(f"{len(waiting)} jobs wait or run, and no more may", retry_after=_RETRY_SECONDS)
 
     def get(self, job_id: str) -> Job:
         """The job of that id.
@@ -125,9 +143,13 @@ class JobBook:
                 found.append(self.get(path.name))
         return sorted(found, key=lambda job: (job.created, job.id))
 
-    def input_bytes(self) -> int:
-        """What the files of waiting and running jobs take."""
-        return sum(job.bytes for job in self.list() if not job.state.is_final)
+    def input_bytes(self) -> Mapping[str | None, int]:
+        """What the files of waiting and running jobs take, by tenant."""
+        taken: Counter[str | None] = Counter()
+        for job in self.list():
+            if not job.state.is_final:
+                taken[job.by.tenant] += job.bytes
+        return taken
 
     def save(self, job: Job) -> None:
         """Write a job down, durably. One that has ended loses its files.

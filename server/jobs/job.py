@@ -95,6 +95,15 @@ class Job:
         return json.dumps(fields)
 
 
+def next_of(jobs: Sequence[Job]) -> Job | None:
+    """Of the tenant whose last job was begun longest ago, the job that has waited longest."""
+    begun: dict[str | None, int] = {}
+    for job in jobs:
+        begun[job.by.tenant] = max(begun.get(job.by.tenant, 0), job.started or 0)
+    queued = (job for job in jobs if job.state is JobState.QUEUED)
+    return min(queued, key=lambda job: (begun[job.by.tenant], job.created, job.id), default=None)
+
+
 def parse_job(data: bytes) -> Job | None:
     """What `to_json` wrote; None where that is damaged."""
     try:

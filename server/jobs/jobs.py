@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import store
 from server.jobs.book import JobBook
-from server.jobs.job import Job, JobRequest, JobState, Progress
+from server.jobs.job import Job, JobRequest, JobState, Progress, next_of
+from server.jobs.process import environment
 from server.library import Library
 from store.access import Caller
 from store.errors import ConflictError, NotFoundError, SwitchyardError
@@ -33,6 +33,10 @@ _LOOK_SECONDS = 0.2
 _EXIT_SECONDS = 30.0
 """From a process's last word to its end."""
 _IDLE_SECONDS = 1.0
+_SILENT_SECONDS = 15.0
+"""Less than proxies and clients wait for the next piece of an answer."""
+_LINE_BYTES = 1 << 24
+"""Most of what a job's process may say at once."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,15 @@ class Jobs:
         return job
 
     async def watch(self, job_id: str, by: Caller) -> AsyncIterator[Job]:
-        """The job now, and whenever it has changed, until it has ended."""
+        """The job now, whenever it has changed, and now and then all the same, until it has ended: whoever watches one
+        that waits for hours must hear that the server is still there."""
         shown: Job | None = None
+        silent_since = 0.0
         while shown is None or not shown.state.is_final:
             job = await self.get(job_id, by)
-            if job != shown:
+            if job != shown or time.monotonic() - silent_since > _SILENT_SECONDS:
                 yield job
+                silent_since = time.monotonic()
             shown = job
             if not job.state.is_final:
                 await asyncio.sleep(_LOOK_SECONDS)
@@ -149,9 +156,8 @@ class Jobs:
         return dataclasses.replace(job, progress=running.progress) if is_this and running is not None else job
 
     async def _next(self) -> bool:
-        """Run the job that has waited longest; False where there is none."""
-        jobs = await asyncio.to_thread(self._book.list)
-        job = next((one for one in jobs if one.state is JobState.QUEUED), None)
+        """Run the job that is next; False where there is none."""
+        job = next_of(await asyncio.to_thread(self._book.list))
         if job is None:
             return False
         if self._book.is_cancelled(job):
@@ -236,7 +242,7 @@ class Jobs:
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", _MODULE,
-            stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=_environment(workplace),
+            stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment(workplace), limit=_LINE_BYTES,
         )  # fmt: skip
         assert process.stdin is not None
         reading = asyncio.create_task(self._read(job, process))
@@ -283,18 +289,3 @@ def _died(status: int) -> dict[str, Any]:
 
 def _error(message: str, code: str) -> dict[str, Any]:
     return {"error": {"message": message, "param": None, "code": code}}
-
-
-def _environment(workplace: Path) -> dict[str, str]:
-    """What the process needs, and no more: a server's environment holds keys, and the device is the server's."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
-    threads = str(max(1, (os.cpu_count() or 1) // 2))
-    return kept | {
-        "PYTHONPATH": str(Path(store.__file__).parents[1]),
-        "HOME": str(workplace),
-        "TMPDIR": str(workplace),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }

@@ -1,7 +1,7 @@
 """The process of one job: `python -m server.jobs.process`. Limited, nice, and gone with the server.
 
 The first line of its input is the task; the end of its input is the server's. It writes one JSON object a line: how far
-it is, and at last a report or an error.
+it is, and at last a report or an error; nothing else gets there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import store
+
 _TOLD_SECONDS = 0.1
 _NICENESS = 10
 _SERVED = (".json", ".model", ".jinja", ".txt")
 """Files of the base that a model is run with, besides its weights."""
 
 
+_out = sys.stdout
+"""Where the server listens."""
+
+
 def main() -> None:
+    set_apart()
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with_the_server, daemon=True).start()
     os.nice(_NICENESS)
@@ -32,6 +39,28 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (task["cpu_seconds"], task["cpu_seconds"] + 5))
     _say(work(task))
+
+
+def set_apart() -> None:
+    """Let what libraries print go elsewhere than to the server, which reads every line."""
+    global _out
+    _out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
+def environment(workplace: Path) -> dict[str, str]:
+    """What the process needs, and no more: a server's environment holds keys, and the device is the server's."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    return kept | {
+        "PYTHONPATH": str(Path(store.__file__).parents[1]),
+        "HOME": str(workplace),
+        "TMPDIR": str(workplace),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +129,8 @@ def _leave_with_the_server() -> None:
 
 
 def _say(what: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
+    _out.write(json.dumps(what) + "\n")
+    _out.flush()
 
 
 if __name__ == "__main__":

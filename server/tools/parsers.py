@@ -32,7 +32,7 @@ class ToolParser(ABC):
 
     @property
     def calls(self) -> int:
-        """How many calls there have been."""
+        """How many calls have been told, those included that are not whole."""
         return self._calls if self._most is None else min(self._calls, self._most)
 
     def push(self, text: str) -> Iterator[Piece]:
@@ -76,17 +76,16 @@ class ToolParser(ABC):
         is_known = marked or scanner.name in self._names
         if not self._told and is_call and is_known and not scanner.is_broken and scanner.name is not None:
             self._told = True
-            yield Piece(call=self._calls, name=scanner.name)
+            self._calls += 1
+            yield Piece(call=self._calls - 1, name=scanner.name)
         if self._told and (said := scanner.take()):
-            yield Piece(call=self._calls, arguments=said)
+            yield Piece(call=self._calls - 1, arguments=said)
         if scanner.is_done:
             self._scanner = None
-            if self._told:
-                if not scanner.has_arguments:
-                    yield Piece(call=self._calls, arguments="{}")
-                self._calls += 1
-            else:
+            if not self._told:
                 yield from self._not_a_call(scanner.raw)
+            elif not scanner.has_arguments:
+                yield Piece(call=self._calls - 1, arguments="{}")
 
     def _wanted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:
@@ -196,6 +195,7 @@ class MistralParser(ToolParser):
         super().__init__(names, most)
         self._inside = begun
         self._named = False
+        self._in_list = False
 
     def _push(self, character: str) -> Iterator[Piece]:
         if self._scanner is not None:
@@ -217,13 +217,16 @@ class MistralParser(ToolParser):
                     yield Piece(text)
         elif character == "{":
             yield from self._open(self._held[:-1])
+        elif character == "]" and self._in_list and not self._held.strip(_PUNCTUATION):
+            self._inside, self._in_list, self._held = False, False, ""  # what follows is text again
         elif self._held.endswith(self.BEGIN):  # the next one
-            self._held = ""
+            self._held, self._in_list = "", False
 
     def _open(self, before: str) -> Iterator[Piece]:
         """A call begins; in front of it is its name, or punctuation of a list."""
         name = before.removesuffix(self.ARGS).partition("[CALL_ID]")[0].strip(_PUNCTUATION)
         self._held = ""
+        self._in_list |= not name and "[" in before
         self._begin()
         self._named = bool(name)
         start = f'{{"name": {json.dumps(name)}, "arguments": {{' if name else "{"

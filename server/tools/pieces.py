@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 ARGUMENTS = ("arguments", "parameters")
 """What models call what a tool is called with."""
@@ -37,7 +38,8 @@ class CallScanner:
     """Finds name and arguments in `{"name": ..., "arguments": {...}}`, in any order, before it is whole.
 
     Arguments are given out as they come, once the name is known; where they are a string that holds JSON, as some
-    models write them, when they are whole. What is no such object gives nothing: the caller has its text.
+    models write them, when they are whole; null stands for none. What is no such object gives nothing: the caller has
+    its text.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class CallScanner:
         """All of it so far."""
         self.name: str | None = None
         self.has_arguments = False
-        """Whether their beginning has been seen."""
+        """Whether it is certain that they are an object."""
         self.is_done = False
         self.is_broken = False
         """It cannot become a call any more."""
@@ -55,6 +57,9 @@ class CallScanner:
         self._in_string = self._escaped = False
         self._key = ""
         self._start = 0
+        self._met_arguments = False
+        """A second value for them counts for nothing."""
+        self._in_arguments = False
         self._streams = False
         self._unsaid = ""
 
@@ -112,15 +117,17 @@ class CallScanner:
             self.is_broken |= self._at is not _At.COMMA
             self._at = _At.KEY
         elif self._at is _At.VALUE:
-            self._start = self._start or here  # a number, true, false or null
+            if not self._start:
+                self._begin(here)  # a number, true, false or null
         else:
             self.is_broken = True
 
     def _begin(self, here: int) -> None:
+        self.is_broken |= self._start > 0  # behind a value that has not ended
         self._start = here
-        if self._at is _At.VALUE and self._key in ARGUMENTS:
-            self.has_arguments = True
-            self._streams = self.raw[here] == "{"
+        if self._at is _At.VALUE and self._key in ARGUMENTS and not self._met_arguments:
+            self._met_arguments = self._in_arguments = True
+            self.has_arguments = self._streams = self.raw[here] == "{"
 
     def _close(self, here: int) -> None:
         self.depth -= 1
@@ -130,10 +137,7 @@ class CallScanner:
             if self._at is _At.VALUE:
                 self._end(here)
             self.is_done = True
-            try:
-                self.is_broken |= not isinstance(json.loads(self.raw), dict)
-            except ValueError:
-                self.is_broken = True
+            self.is_broken |= not _is_object(self.raw)
 
     def _end(self, end: int) -> None:
         """A key or a value of the object is whole."""
@@ -145,15 +149,36 @@ class CallScanner:
         if self._key == "name" and self.name is None:
             self.name = _text(written)
             self.is_broken |= self.name is None
-        elif self._key in ARGUMENTS and not written.startswith("{"):
-            inner = _text(written)
-            self._unsaid = written if inner is None else inner
+        elif self._in_arguments and not self.has_arguments:
+            self._end_arguments(written)
+        self._in_arguments = False
+
+    def _end_arguments(self, written: str) -> None:
+        """Arguments that are no object: none at all, text that holds one, or nothing that can be called with."""
+        inner = _text(written)
+        said = written if inner is None else inner
+        if said.strip() in ("", "null"):
+            said = "{}"
+        self.has_arguments = _is_object(said)
+        if self.has_arguments:
+            self._unsaid = said
+        else:
+            self.is_broken = True
 
 
 def _text(written: str) -> str | None:
     """A JSON string as text, or None if it is none."""
-    try:
-        value = json.loads(written)
-    except ValueError:
-        return None
+    value = _value(written)
     return value if isinstance(value, str) else None
+
+
+def _is_object(written: str) -> bool:
+    return isinstance(_value(written), dict)
+
+
+def _value(written: str) -> Any:
+    """What JSON says; None if it is none, or nested deeper than can be read."""
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError):
+        return None

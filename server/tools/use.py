@@ -25,6 +25,9 @@ class ToolFormat(StrEnum):
     """`[TOOL_CALLS]...`: Mistral."""
 
 
+DEFINITIONS = ("$defs", "definitions")
+"""Where a schema keeps parts that it refers to; an object each."""
+
 _MARKS = {
     ToolFormat.HERMES: "<tool_call>",
     ToolFormat.MISTRAL: "[TOOL_CALLS]",
@@ -120,7 +123,7 @@ def _any_of(tools: Sequence[Mapping[str, Any]], arguments: str) -> dict[str, Any
     for i, tool in enumerate(tools):
         function = tool["function"]
         parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
-        for keyword in ("$defs", "definitions"):
+        for keyword in DEFINITIONS:
             definitions |= {f"{i}-{name}": _moved(part, i) for name, part in parameters.pop(keyword, {}).items()}
         calls.append(
             {

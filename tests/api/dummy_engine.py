@@ -142,6 +142,8 @@ class DummyEngine:
         self.featurize = asyncio.Event()
         self.featurize.set()
         self.generated = 0
+        self.embedding = 0
+        """Calls of `embed` that still cost something."""
         self.streams: list[DummyStream] = []
         self.dropped: list[str] = []
         self.resident: frozenset[str] = frozenset()
@@ -190,12 +192,18 @@ class DummyEngine:
                 row[zlib.crc32(word.encode()) % DIMENSIONS] += 1
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
-    async def embed(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+    async def embed(self, prompts: Sequence[Sequence[int]], tenant: str | None = None) -> npt.NDArray[np.float32]:
+        if self.embedding >= self.max_queue:
+            raise QueueFullError("too many wait", retry_after=7)
         if any(token >= VOCABULARY for prompt in prompts for token in prompt):
             raise InvalidRequestError("no such token", param="input")
         if any(len(prompt) > CONTEXT for prompt in prompts):
             raise ContextLengthError(f"the context holds {CONTEXT} tokens", param="input")
-        return await self.features([self.tokenizer.decode(prompt) for prompt in prompts]) * 3
+        self.embedding += 1
+        try:
+            return await self.features([self.tokenizer.decode(prompt) for prompt in prompts]) * 3
+        finally:
+            self.embedding -= 1
 
     def holdings(self) -> dict[Tier, frozenset[str]]:
         return {Tier.DEVICE: self.resident, Tier.HOST: frozenset()}

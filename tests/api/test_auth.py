@@ -92,8 +92,10 @@ async def test_an_open_server_answers_on_local_names(house: House, host: str) ->
         {"host": "evil.example"},
         {"host": "localhost.evil.example"},
         {"host": ""},
+        {"host": "["},
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"origin": "http://localhost:9999"},
     ],
 )

@@ -82,6 +82,12 @@ async def test_while_waiting(house: House, stream: bool) -> None:
     assert house.engine.generated == 0
 
 
+async def test_while_texts_are_embedded(house: House) -> None:
+    house.engine.featurize.clear()
+    await leave(house, "/v1/embeddings", json.dumps({"model": BASE, "input": ["a", "b"]}).encode())
+    assert house.engine.embedding == 0
+
+
 async def test_it_is_counted(house: House) -> None:
     house.engine.delay = 10
     before = await scrape(house)

@@ -63,6 +63,13 @@ async def test_refused(house: House, body: dict[str, Any], status: int, param: s
     assert (detail["param"], detail["code"]) == (param, code)
 
 
+async def test_too_many_at_a_time(house: House) -> None:
+    house.engine.max_queue = 0
+    answer = await house.http.post("/v1/embeddings", json={"model": BASE, "input": "x"})
+    assert error(answer, 429)["code"] == "queue_full"
+    assert answer.headers["retry-after"] == "7"
+
+
 async def test_tokenize_and_back(house: House) -> None:
     tokens = (await house.http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True})).json()
     assert tokens == {

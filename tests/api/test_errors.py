@@ -36,8 +36,10 @@ async def test_wrong_method(house: House) -> None:
         (b"", "invalid_value"),
         (b"[]", "invalid_value"),
         (b'"text"', "invalid_value"),
-        (b"\xff\xfe\x00", "invalid_request"),
-        (b"[" * 100_000, "invalid_request"),
+        (b"\xff\xfe\x00", "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "invalid_json"),
         (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', "invalid_value"),
         (b'{"\\ud800": 1}', "invalid_value"),
         (b'{"model": "x", "messages": [], "\\ud800": 1}', "invalid_value"),
@@ -47,6 +49,11 @@ async def test_wrong_method(house: House) -> None:
 )
 async def test_bad_json(house: House, body: bytes, code: str) -> None:
     assert error(await house.http.post(CHAT, content=body, headers=JSON), 400)["code"] == code
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b'{"bytes": ' + b"1" * 5000 + b"}"])
+async def test_bad_json_where_other_bodies_are_read_too(house: House, body: bytes) -> None:
+    assert error(await house.http.post("/v1/uploads", content=body, headers=JSON), 400)["code"] == "invalid_json"
 
 
 async def test_json_must_say_so(house: House) -> None:

@@ -14,18 +14,22 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from server.jobs import book, jobs
+from server.jobs.job import Job, JobRequest, JobState, next_of
+from store.access import OPERATOR, Caller
 from store.card import Card
 from store.convert import compress
+from store.errors import QueueFullError
 from store.expert_file import digest_of
 from store.fingerprint import manifest_of
 from store.measured import figures
 from tests.api.dummy_engine import DummyEngine
-from tests.api.house import House, error, make_expert, open_house
+from tests.api.house import BASE, ROOT, House, error, key_of, make_expert, open_house
 from tests.api.test_uploads import PIECE
 from tests.tiny import save_base, save_tuned
 
 pytestmark = pytest.mark.anyio
 
+WANTED = JobRequest(name=None, replace=False, options={})
 STATES = {"queued", "running", "succeeded", "failed", "cancelled"}
 
 
@@ -224,6 +228,94 @@ async def test_one_at_a_time_and_not_too_many(strange: House) -> None:
     await cleared(strange, first)
 
 
+async def test_what_a_library_prints_is_no_word_of_the_job(strange: House) -> None:
+    job = await ended(strange, await begin(strange, "chatty"))
+    assert job["status"] == "succeeded", job["error"]
+    assert len(job["report"]["much"]) == 1 << 17
+
+
+async def test_who_watches_hears_of_nothing_new_too(strange: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_SILENT_SECONDS", 0.0)
+    at = await begin(strange, "sleep")
+    await until(strange, at, "running")
+    seen: list[Job] = []
+    async with asyncio.timeout(60):
+        async for job in strange.app.state.services.jobs.watch(at.rpartition("/")[2], OPERATOR):
+            seen.append(job)
+            if len(seen) == 4:
+                await strange.http.delete(at)
+    assert seen[-1].state is JobState.CANCELLED
+
+
+async def test_as_many_at_once_as_one_after_the_other(strange: House) -> None:
+    there = [await upload(strange, "model.safetensors", bytes([i])) for i in range(6)]
+    asked = (strange.http.post("/v1/jobs", json={"uploads": [one], "description": "sleep"}) for one in there)
+    answers = await asyncio.gather(*asked)
+    assert sorted(answer.status_code for answer in answers) == [202, 202, 429, 429, 429, 429]
+    for answer in answers:
+        if answer.status_code == 202:
+            await strange.http.delete(answer.headers["location"])
+    for one in (await strange.http.get("/v1/uploads")).json()["data"]:
+        await strange.http.delete(f"/v1/uploads/{one['id']}")
+
+
+def test_a_tenant_that_fills_the_queue_shuts_nobody_out(tmp_path: Path) -> None:
+    kept = book.JobBook(tmp_path, max_queued=2)
+    acme, globex = Caller("a", "acme"), Caller("g", "globex")
+    for _ in range(2):
+        kept.create(WANTED, acme, {})
+    with pytest.raises(QueueFullError):
+        kept.create(WANTED, acme, {})
+    kept.create(WANTED, globex, {"model.safetensors": lambda path: path.write_bytes(b"123")})
+    with pytest.raises(QueueFullError):
+        kept.create(WANTED, globex, {})
+    assert kept.input_bytes() == {"acme": 0, "globex": 3}
+
+
+def test_tenants_take_turns() -> None:
+    acme, globex = Caller("a", "acme"), Caller("g", "globex")
+    ended = Job("1", WANTED, acme, created=1, bytes=0, state=JobState.SUCCEEDED, started=2)
+    waiting = [Job("2", WANTED, acme, created=3, bytes=0), Job("3", WANTED, globex, created=4, bytes=0)]
+    assert next_of([]) is None
+    assert next_of([ended]) is None
+    assert next_of([ended, *waiting]) == waiting[1]
+    assert next_of(waiting) == waiting[0]
+    begun = dataclasses.replace(waiting[1], state=JobState.CANCELLED, started=5)
+    assert next_of([ended, waiting[0], begun]) == waiting[0]
+
+
+async def test_names_that_can_never_be(tmp_path: Path) -> None:
+    """They are refused before the uploads are used up."""
+    async with open_house(tmp_path, api_keys="root") as house:
+        acme, globex = await key_of(house, "acme"), await key_of(house, "globex")
+        shared = {"visibility": "shared", "shared_with": ["acme"], "owner": "globex"}
+        for value, name in enumerate(("theirs", "lent"), start=1):
+            file = {"file": ("e", make_expert(house.folder / name, value=value, name=name).read_bytes())}
+            assert (await house.http.post("/v1/experts", files=file, headers=globex)).status_code == 201
+        await house.http.put("/v1/experts/lent/access", json=shared, headers=ROOT)
+        for alias, target in (("hidden", "theirs"), ("seen", "lent")):
+            await house.http.put(f"/v1/aliases/{alias}", json={"target": target}, headers=globex)
+        made = await house.http.post("/v1/uploads", json={"filename": "a.safetensors", "bytes": 1}, headers=acme)
+        at, there = made.headers["location"], made.json()["id"]
+        await house.http.patch(at, content=b"x", headers=PIECE | acme | {"upload-offset": "0"})
+        for name, replace, status, code in (
+            ("Foo Bar", False, 400, "invalid_request"),
+            ("auto", False, 400, "invalid_request"),
+            (BASE, False, 400, "invalid_request"),
+            ("theirs", False, 409, "name_taken"),
+            ("theirs", True, 409, "name_taken"),
+            ("hidden", False, 409, "name_taken"),
+            ("seen", False, 409, "is_alias"),
+            ("lent", True, 403, "not_permitted"),
+        ):
+            body = {"uploads": [there], "name": name, "replace": replace}
+            detail = error(await house.http.post("/v1/jobs", json=body, headers=acme), status)
+            assert (name, detail["code"]) == (name, code)
+            assert code == "not_permitted" or detail["param"] == "name"
+        assert (await house.http.get(at, headers=acme)).status_code == 200
+        assert (await house.http.get("/v1/jobs", headers=acme)).json()["data"] == []
+
+
 async def test_a_waiting_job_can_be_cancelled(strange: House) -> None:
     first, second = await begin(strange, "sleep"), await begin(strange)
     await strange.http.delete(second)
@@ -284,7 +376,7 @@ async def test_old_ones_are_forgotten(strange: House, monkeypatch: pytest.Monkey
         ("config.json", {}, "uploads"),
         ("tokenizer.json", {}, "uploads"),
         ("model.safetensors", {"uploads": []}, "uploads"),
-        ("model.safetensors", {"uploads": ["x"]}, "upload"),
+        ("model.safetensors", {"uploads": ["x"]}, "uploads"),
         ("model.safetensors", {"density": 0}, "density"),
         ("model.safetensors", {"replace": True}, "name"),
         ("model.safetensors", {"min_retention": 0.9}, "min_retention"),

@@ -10,7 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app as cli
-from store.keys import Keys
+from store.access import Role
+from store.backends.disk_ledger import DiskLedger
+from store.errors import InvalidRequestError
+from store.keys import KIND, LATEST_EXPIRY, Keys
 from tests.api.house import House, error, open_house
 
 pytestmark = pytest.mark.anyio
@@ -52,6 +55,7 @@ async def test_a_key_is_made_used_listed_and_revoked(guarded: House) -> None:
         ({"tenant": "acme", "roles": ["root"]}, "roles[0]"),
         ({"tenant": "acme", "roles": []}, "roles"),
         ({"tenant": "acme", "expires": 5}, "expires"),
+        ({"tenant": "acme", "expires": LATEST_EXPIRY + 1}, "expires"),
         ({"tenant": "acme", "requests_per_minute": 0}, "requests_per_minute"),
         ({"tenant": "acme", "secret": "x"}, "secret"),
     ],
@@ -73,6 +77,32 @@ async def test_the_command_line_works_on_the_store_of_a_running_server(guarded: 
     assert token not in listed.stdout
     assert CliRunner().invoke(cli, ["keys", "revoke", key_id, *store]).exit_code == 0
     error(await guarded.http.get("/v1/models", headers=bearer(token)), 401)
+
+
+def test_what_expires_beyond_all_dates_is_listed(tmp_path: Path) -> None:
+    """Keys from before there was a latest expiry."""
+    ledger = DiskLedger(tmp_path / "ledger")
+    key, _ = Keys(ledger).create(tenant="acme", roles=frozenset({Role.INFER}), expires=LATEST_EXPIRY, by="test")
+    kept = ledger.documents(KIND)[key.id]
+    ledger.put(KIND, key.id, kept.replace(str(LATEST_EXPIRY).encode(), str(2**53).encode()))
+    ledger.close()
+    listed = CliRunner().invoke(cli, ["keys", "list", "--store", str(tmp_path)])
+    assert listed.exit_code == 0, listed.output
+    assert "9999" in listed.stdout
+    made = CliRunner().invoke(
+        cli, ["keys", "create", "--tenant", "acme", "--expires", "999999w", "--store", str(tmp_path)]
+    )
+    assert isinstance(made.exception, InvalidRequestError)
+
+
+@pytest.mark.parametrize("words", [["list"], ["revoke", "0" * 12]])
+def test_a_folder_that_is_no_store_is_left_alone(tmp_path: Path, words: list[str]) -> None:
+    for folder in (tmp_path, tmp_path / "mistyped"):
+        refused = CliRunner().invoke(cli, ["keys", *words, "--store", str(folder)])
+        assert isinstance(refused.exception, InvalidRequestError)
+    assert list(tmp_path.iterdir()) == []
+    DiskLedger(tmp_path / "ledger").close()
+    assert "no keys yet" in CliRunner().invoke(cli, ["keys", "list", "--store", str(tmp_path)]).stdout
 
 
 @pytest.mark.parametrize("words", [["--expires", "soon"], ["--tenant", "A B"], [], ["--role", "root"]])

@@ -55,6 +55,28 @@ async def test_one_damaged_expert_does_not_keep_the_server_down(tmp_path: Path) 
         assert (await scrape(house))["switchyard_expert_tier_faults_total|store"] >= 1
 
 
+async def test_what_nobody_has_foreseen_does_not_end_the_following(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.lifetime._PAUSE_SECONDS", 0.0)
+    async with open_house(tmp_path) as house:
+        whole, failed, loop = house.registry.restore_lost, asyncio.Event(), asyncio.get_running_loop()
+
+        def fails_once() -> None:
+            house.registry.restore_lost = whole  # type: ignore[method-assign]
+            loop.call_soon_threadsafe(failed.set)
+            raise RuntimeError("a disk that fails")
+
+        house.registry.restore_lost = fails_once  # type: ignore[method-assign]
+        await asyncio.wait_for(failed.wait(), 30)
+        house.publish("cron", exemplars=CRON)
+        for _ in range(200):
+            if (await house.chat(CRON[0], model="auto")).headers["x-switchyard-mix"] == "cron=1":
+                return
+            await asyncio.sleep(0.05)
+        pytest.fail("the expert was never routed to")
+
+
 async def test_health_follows_the_engine(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await house.http.get("/health")).json() == {"status": "ok"}
     assert (await house.http.get("/ready")).json() == {"status": "ok"}

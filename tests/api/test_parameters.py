@@ -7,8 +7,15 @@ from typing import Any
 import openai as sdk
 import pytest
 from openai import AsyncOpenAI
+from pydantic import ValidationError
 
+from server.api.embeddings import EmbeddingBody
+from server.api.experts import Description
+from server.api.jobs import JobBody
 from server.api.sampling import SamplingFields
+from server.api.schema import ChatBody, CompletionBody, PromptBody
+from server.api.tokens import DetokenizeBody
+from server.api.wire import Wire
 from server.engine.types import SamplingParams
 from tests.api.house import BASE, House, error
 
@@ -60,6 +67,24 @@ async def test_unsupported_in_completions(house: House, name: str, asking: Any, 
         ({"model": 5}, "model", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": "hello"}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x"}] * 8193}, "messages", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 8193}]},
+            "messages[0].content",
+            "invalid_value",
+        ),
+        ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages[0].content", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+            "missing_required_parameter",
+        ),
+        ({f"bogus{i}": 1 for i in range(100)}, "bogus0", "unknown_parameter"),
+        (
+            {"messages": [{"role": "user", "content": "x"} | {f"bogus{i}": 1 for i in range(100)}]},
+            "messages[0].bogus0",
+            "unknown_parameter",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
@@ -122,6 +147,9 @@ async def test_unsupported_in_completions(house: House, name: str, asking: Any, 
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
         ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
         ({"stop": 1}, "stop", "invalid_value"),
+        ({"stop": {"text": 1}}, "stop", "invalid_value"),
+        ({"stop": "x" * 1025}, "stop", "invalid_value"),
+        ({"stop": ["a", "x" * 1025]}, "stop[1]", "invalid_value"),
         ({"stream": "yes"}, "stream", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"stream": True, "stream_options": {"bogus": 1}}, "stream_options.bogus", "unknown_parameter"),
@@ -140,6 +168,49 @@ async def test_refused(house: House, body: dict[str, Any], param: str, code: str
     detail = error(await house.chat(**body), 400)
     assert (detail["param"], detail["code"], detail["type"]) == (param, code, "invalid_request_error")
     assert house.engine.streams == []
+
+
+@pytest.mark.parametrize("prompt", [{"text": "x"}, 5])
+async def test_a_prompt_is_named_without_its_kinds(house: House, prompt: Any) -> None:
+    assert error(await house.complete(prompt), 400)["param"] == "prompt"
+
+
+_MANY = 2000
+_CALLS = {"messages": [{"role": "assistant", "tool_calls": [{}] * 1000}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatBody, {"messages": [{}] * _MANY}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * _MANY}]}),
+        (ChatBody, _CALLS),
+        (ChatBody, {"messages": [{"role": "user", "content": "x", **{f"x{i}": 1 for i in range(_MANY)}}]}),
+        (ChatBody, {f"x{i}": 1 for i in range(_MANY)}),
+        (ChatBody, {"tools": [{}] * 128}),
+        (ChatBody, {"structured_outputs": {"json": {"a": ["\ud800"] * _MANY}}}),
+        (ChatBody, {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {
+            f"\ud800{i}": 1 for i in range(_MANY)}}}}),
+        (ChatBody, {"structured_outputs": {"choice": [0] * 1024}}),
+        (ChatBody, {"logit_bias": {str(i): "x" for i in range(_MANY)}}),
+        (CompletionBody, {"prompt": ["", *[0] * _MANY]}),
+        (CompletionBody, {"prompt": [0, *[""] * _MANY]}),
+        (CompletionBody, {"prompt": [[""] * _MANY]}),
+        (CompletionBody, {"prompt": [[]] * _MANY}),
+        (PromptBody, {"messages": [{}] * _MANY}),
+        (DetokenizeBody, {"tokens": [""] * _MANY}),
+        (Description, {"tags": [0] * _MANY}),
+        (EmbeddingBody, {"model": "m", "input": [""] * 256}),
+        (JobBody, {"uploads": [0] * _MANY}),
+        (JobBody, {"uploads": ["x"], "metadata": {f"x{i}": 0 for i in range(_MANY)}}),
+        (Description, {"metadata": {f"x{i}": 0 for i in range(_MANY)}}),
+    ],
+)  # fmt: skip
+def test_a_body_of_faults_is_not_read_to_its_end(kind: type[Wire], body: dict[str, Any]) -> None:
+    """An error of each would take gigabytes, of which the first is told."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": BASE, **body})
+    assert caught.value.error_count() <= 4
 
 
 @pytest.mark.parametrize("missing", ["model", "messages"])

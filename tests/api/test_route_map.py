@@ -88,3 +88,24 @@ async def test_faults_are_named(house: House) -> None:
         answer = await house.http.get("/v1/route/map", params={param: wrong}, headers=ROOT)
         assert error(answer, 400)["param"] == param
     assert error(await house.http.get("/v1/route/map"), 401)
+
+
+async def test_prompts_that_an_administrator_routed_are_not_told_to_its_tenant(house: House) -> None:
+    """Experts were looked for that the tenant must not know of."""
+    made = await house.http.post("/v1/admin/keys", json={"tenant": "globex", "roles": ["admin"]}, headers=ROOT)
+    admin = {"authorization": f"Bearer {made.json()['key']}"}
+    await ask(house, CRON[1], admin)
+    assert (await the_map(house, await key_of(house, "globex")))["recent"] == []
+    assert [one["mix"][0]["id"] for one in (await the_map(house, admin))["recent"]] == ["cron"]
+
+
+async def test_an_expert_that_is_private_now_is_not_told_of(house: House) -> None:
+    globex = await key_of(house, "globex")
+    for visibility, known in (("public", ["cron"]), ("private", [])):
+        changed = await house.http.put("/v1/experts/cron/access", json={"visibility": visibility}, headers=ROOT)
+        assert changed.status_code == 200
+        if visibility == "public":
+            await ask(house, CRON[1], globex)
+        recent = (await the_map(house, globex))["recent"]
+        assert [part["id"] for one in recent for part in one["mix"]] == known
+        assert all(near["id"] != "cron" for one in recent for near in one["neighbours"]) or known

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.route_reports import REMEMBERED
+from server.route_reports import REMEMBERED, RouteReports
+from store.access import Caller, Role
+from store.errors import QueueFullError
 from tests.api.house import CRON, FRENCH, ROOT, House, error, key_of, make_expert, open_house
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +90,40 @@ async def test_what_is_remembered_is_bounded(house: House) -> None:
         body = {"model": "auto", "prompt": [CRON[3]] * 128, "max_tokens": 1}
         await house.http.post("/v1/completions", json=body, headers=key)
     assert len((await report(house, ROOT))["recent"]) == REMEMBERED
+
+
+async def test_one_is_made_at_a_time_and_few_wait(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant that asks for many has a few made; one whose client has gone is not begun, or ends before the next."""
+    reports: RouteReports = house.app.state.services.reports
+    made: list[str] = []
+    real, go = reports._router.report, asyncio.Event()
+
+    async def slow(*given: Any) -> Any:
+        made.append("begin")
+        await go.wait()
+        made.append("end")
+        return await real(*given)
+
+    monkeypatch.setattr(reports._router, "report", slow)
+    acme, root = Caller("k", "acme"), Caller("r", None, frozenset({Role.ADMIN}))
+    gone, waiting = (asyncio.create_task(reports.make(4, acme)) for _ in range(2))
+    async with asyncio.timeout(60):
+        while not made:
+            await asyncio.sleep(0.001)
+    with pytest.raises(QueueFullError):
+        await reports.make(4, acme)
+    answer = await house.http.get("/v1/route/report", headers=await key_of(house, "acme"))
+    assert error(answer, 429)["code"] == "queue_full"
+    other = asyncio.create_task(reports.make(4, root))
+    for task in (gone, waiting):
+        task.cancel()
+    await asyncio.sleep(0.05)
+    assert waiting.cancelled()
+    assert made == ["begin"]
+    go.set()
+    await other
+    assert gone.cancelled()
+    assert made == ["begin", "end", "begin", "end"]
 
 
 async def test_faults_are_named(house: House) -> None:

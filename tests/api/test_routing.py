@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import pytest
 
-from tests.api.house import CRON, FRENCH, House, error
+from tests.api.house import CRON, FRENCH, House, error, make_expert, open_house
 
 pytestmark = pytest.mark.anyio
 
@@ -66,3 +69,30 @@ async def test_faults_are_named(house: House, routing: dict[str, object], param:
 async def test_an_expert_that_is_allowed_must_exist(house: House) -> None:
     found = error(await house.chat("hi", model="auto", routing={"allow": ["cron", "corn"]}), 404)
     assert found["param"] == "routing.allow"
+
+
+@pytest.fixture
+async def own_house(tmp_path: Path) -> AsyncIterator[House]:
+    """A server of its own, whose experts may change."""
+    async with open_house(tmp_path) as house:
+        for value, (name, exemplars) in enumerate((("cron", CRON), ("french", FRENCH)), start=1):
+            path = make_expert(house.folder / name, value=value, name=name, exemplars=tuple(exemplars))
+            assert (await house.upload(path)).status_code == 201
+        yield house
+
+
+async def test_an_alias_may_be_denied_and_what_does_not_exist_may_not(own_house: House) -> None:
+    assert (await own_house.http.put("/v1/aliases/sched", json={"target": "cron"})).status_code == 201
+    answer = await own_house.chat(CRON[0], model="auto", routing={"deny": ["sched"]})
+    assert answer.headers["x-switchyard-mix"] == "base"
+    found = error(await own_house.chat(CRON[0], model="auto", routing={"deny": ["corn"]}), 404)
+    assert found["param"] == "routing.deny"
+
+
+async def test_what_was_removed_elsewhere_is_not_routed_to(own_house: House) -> None:
+    """The router learns of it a moment later, and an open server's caller may see everything."""
+    assert (await own_house.chat(CRON[0], model="auto")).headers["x-switchyard-mix"] == "cron=1"
+    own_house.registry.remove("cron", force=True)
+    answer = await own_house.chat(CRON[0], model="auto")
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-switchyard-mix"] != "cron=1"

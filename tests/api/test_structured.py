@@ -7,8 +7,11 @@ from typing import Any
 
 import pydantic
 import pytest
+from llguidance import LLMatcher
 from openai import AsyncOpenAI
 
+from server.api.structured import StructuredOutputs
+from server.engine.grammar_check import source
 from server.engine.types import Grammar, GrammarKind
 from tests.api.house import BASE, House, error
 
@@ -29,6 +32,7 @@ def schema_format(schema: Any) -> dict[str, Any]:
         ({"structured_outputs": {"json": SCHEMA}}, GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)),
         ({"structured_outputs": {"regex": "[0-9]+"}}, GrammarKind.REGEX, "[0-9]+"),
         ({"structured_outputs": {"choice": ["yes", 'no "é"']}}, GrammarKind.LARK, 'start: "yes" | "no \\"é\\""'),
+        ({"structured_outputs": {"choice": ["\x7f\\"]}}, GrammarKind.LARK, 'start: "\\u007f\\\\"'),
         ({"structured_outputs": {"grammar": 'start: "x"'}}, GrammarKind.LARK, 'start: "x"'),
     ],
 )
@@ -76,8 +80,22 @@ async def test_the_client_parses(house: House, openai: AsyncOpenAI) -> None:
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs"),
         (schema_format({"nonsense": 1}), "response_format"),
+        (schema_format(json.loads('{"not":' * 101 + "{}" + "}" * 101)), "response_format.json_schema.schema"),
     ],
 )
 async def test_refused(house: House, body: Any, param: str) -> None:
     assert error(await house.chat(**body), 400)["param"] == param
     assert house.engine.streams == []
+
+
+@pytest.mark.parametrize("schema", [{"enum": ["\ud800"]}, {"properties": {"\udfff": {}}}, {"\udfff": 1}])
+async def test_half_characters_in_a_schema_are_refused(house: House, schema: Any) -> None:
+    content = json.dumps({"model": BASE, "prompt": "x", "structured_outputs": {"json": schema}})  # httpx cannot
+    response = await house.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert error(response, 400)["param"] == "structured_outputs.json"
+
+
+def test_every_character_can_be_a_choice() -> None:
+    choices = [chr(code) for code in (*range(0x100), 0x2028, 0xFEFF, 0xFFFF, 0x1F600)]
+    grammar = StructuredOutputs(choice=choices).to_grammar()
+    assert LLMatcher.validate_grammar(source(grammar.kind, grammar.text)) == ""

@@ -29,6 +29,19 @@ TWO = f'I look.\n{CALL}\n<tool_call>\n{{"name": "time", "arguments": {{}}}}\n</t
 ASK: Any = [{"role": "user", "content": "How is the weather in Rome?"}]
 
 
+def defined(parameters: Any) -> Any:
+    return {"type": "function", "function": {"name": "time", "parameters": parameters}}
+
+
+def called(arguments: str) -> list[Any]:
+    function = {"name": "time", "arguments": arguments}
+    return [*ASK, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}]
+
+
+def deep(levels: int) -> str:
+    return '{"a":' * levels + "1" + "}" * levels
+
+
 @pytest.fixture(scope="module")
 async def tool_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
     from tests.api.dummy_engine import DummyEngine
@@ -192,6 +205,17 @@ async def test_an_error_in_the_middle_of_a_call_is_an_event(house: House) -> Non
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}},
          "tool_choice.function.name"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TIME], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "a b"}}},
+         "tool_choice.function.name"),
+        ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "time", "word": 1}}},
+         "tool_choice.function.word"),
+        *(({"tools": [defined({"$defs": bad})], "tool_choice": "required"}, "tools[0].function.parameters")
+          for bad in ([], None, 3)),
+        ({"tools": [defined(json.loads(deep(900)))], "tool_choice": "required"}, "tools[0].function.parameters"),
+        ({"tools": [defined({"description": "\ud800"})]}, "tools[0].function.parameters"),
+        *(({"messages": called(arguments)}, "messages[1].tool_calls[0].function.arguments")
+          for arguments in (deep(101), deep(100_000), '{"a": "\\ud800"}', '{"\\ud800": 1}', "null", "1" * 5000)),
         ({"tools": [TIME], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
@@ -206,10 +230,45 @@ async def test_an_error_in_the_middle_of_a_call_is_an_event(house: House) -> Non
     ],
 )  # fmt: skip
 async def test_bad_tools_are_named(house: House, body: dict[str, Any], param: str) -> None:
-    assert error(await house.chat(**body), 400)["param"] == param
+    # By hand: httpx cannot send half a surrogate pair.
+    content = json.dumps({"model": BASE, "messages": ASK, **body})
+    answer = await house.http.post(
+        "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+    )
+    detail = error(answer, 400)
+    assert detail["param"] == param
+    assert detail["message"].startswith(f"{param}: ")
+    assert "Value error" not in detail["message"]
+
+
+async def test_arguments_may_be_as_deep_as_any_tool_needs(house: House) -> None:
+    says(house, "Warm.")
+    assert (await house.chat(messages=called(deep(90)), tools=[defined(json.loads(deep(90)))])).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        CALL[: CALL.index("Rome")],
+        CALL[: CALL.index("}") + 1],
+        CALL[: CALL.index("arguments")],
+        '<tool_call>{"name": "time", "arguments": null}</tool_call>',
+        '<tool_call>{"name": "time", "arguments": 3}</tool_call>',
+    ],
+)
+async def test_streamed_and_whole_answers_end_for_the_same_reason(house: House, said: str) -> None:
+    says(house, said)
+    whole = (await house.chat(tools=[WEATHER, TIME])).json()["choices"][0]
+    assert whole["finish_reason"] == ("tool_calls" if "tool_calls" in whole["message"] else "stop")
+    chunks = [chunk["choices"][0] for chunk in events(await house.chat(tools=[WEATHER, TIME], stream=True))]
+    assert chunks[-1]["finish_reason"] == whole["finish_reason"]
+    calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+    told = "".join(call["function"]["arguments"] for call in calls)
+    assert told == "".join(call["function"]["arguments"] for call in whole["message"].get("tool_calls", []))
 
 
 async def test_a_base_that_cannot_call_tools_says_so(house: House, shared_house: House) -> None:
+    shared_house.engine.reset()  # as other tests left it
     detail = error(await shared_house.chat(tools=[WEATHER]), 400)
     assert (detail["param"], detail["code"]) == ("tools", "unsupported_parameter")
     assert "chat template" in detail["message"]

@@ -118,6 +118,8 @@ async def test_created_by_headers(own: House) -> None:
     for bad in (
         {"upload-length": "x"},
         {"upload-length": "0"},
+        {"upload-length": "0" * 5000 + "1" * 5000},
+        {"upload-length": str(2**53 + 1)},
         {"upload-length": "5", "upload-metadata": "a b,c"},
         {"upload-length": "5", "upload-metadata": "a /w=="},
         {"upload-metadata": ""},

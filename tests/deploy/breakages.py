@@ -113,7 +113,7 @@ BREAKAGES: Mapping[Check, Sequence[Edit]] = {
         (COMPOSE, '- "yes"', '- "no"', "--appendonly is no"),
         (COMPOSE, "- always\n", "- everysec\n", "--appendfsync is everysec"),
         (COMPOSE, "redis://redis:6379", "redis://cache:6379", "keeps its experts elsewhere"),
-        (COMPOSE, "      - --maxmemory\n      - 512mb\n", "", "memory is not bounded"),
+        (COMPOSE, "      - --maxmemory\n      - ${REDIS_MAXMEMORY:-512mb}\n", "", "memory is not bounded"),
         (COMPOSE, "redis-cli ping", "redis-cli info", "does not ping"),
     ],
     compose_checks.compose_starts_the_server: [

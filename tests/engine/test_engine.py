@@ -17,6 +17,8 @@ from server.engine.engine import TransformersEngine
 from server.engine.host_tier import HostTier
 from server.engine.loader import ExpertLoader
 from server.engine.options import Mode
+from server.engine.sequence import Sequence
+from server.engine.stream import EngineStream
 from server.engine.types import EngineRequest, FinishReason, SamplingParams, TokenEvent
 from store.errors import (
     ContextLengthError,
@@ -24,6 +26,7 @@ from store.errors import (
     ExpertUnavailableError,
     InvalidRequestError,
     QueueFullError,
+    SwitchyardError,
 )
 from store.fingerprint import manifest_of
 from store.mix import BASE_MIX, Mix
@@ -115,6 +118,27 @@ def test_embeddings_are_features_of_whole_texts(library: Library) -> None:
                 await engine.embed([[1] * 513])
             with pytest.raises(InvalidRequestError):
                 await engine.embed([[260]])
+
+    run(body())
+
+
+def test_embeddings_that_wait_are_bounded_and_end_with_their_client(library: Library) -> None:
+    """As answers are: a tenant that has none waiting is let in beyond the bound."""
+    text = list(range(40))
+
+    async def body() -> None:
+        async with running(library, replace(SETTINGS, max_queue=2)) as engine:
+            many = [asyncio.create_task(engine.embed([text] * 2000, "acme")) for _ in range(2)]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError):
+                await engine.embed([text], "acme")
+            assert (await engine.embed([text], "globex")).shape == (1, engine.base.feature_dim)
+            assert not any(task.done() for task in many)
+            for task in many:
+                task.cancel()
+            await asyncio.gather(*many, return_exceptions=True)
+            await until(lambda: engine._worker.features.empty)
+            assert (await engine.embed([text], "acme")).shape == (1, engine.base.feature_dim)
 
     run(body())
 
@@ -285,6 +309,66 @@ def test_a_failing_step_ends_its_requests_and_spares_the_server(
             monkeypatch.setattr(executor, "run", working)
             assert (await collect(engine, [3], BASE_MIX))[0] == library.greedy(BASE_MIX, [3], 12)
             assert engine.stats().kv_bytes_used == 0
+
+    run(body())
+
+
+def test_a_request_without_memory_for_its_next_step_ends_and_spares_the_server(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with running(library) as engine:
+            cache = engine._worker.cache
+            working = cache.grow
+
+            def grow(sequence: Sequence, tokens: int) -> bool:
+                if sequence.request.tenant == "unlucky":
+                    raise torch.OutOfMemoryError("injected")
+                return working(sequence, tokens)
+
+            monkeypatch.setattr(cache, "grow", grow)
+            beside = asyncio.create_task(collect(engine, [3], BASE_MIX, 60))
+            unlucky = engine.submit(EngineRequest((1,), SamplingParams(4, 0.0), tenant="unlucky"))
+            with pytest.raises(SwitchyardError, match="the engine failed on this batch"):
+                await anext(unlucky)
+            assert (await beside)[0] == library.greedy(BASE_MIX, [3], 60)
+            await until(lambda: engine.stats().running == engine.stats().waiting == 0)
+            assert engine.stats().kv_bytes_used == 0
+            assert engine.alive
+
+    run(body())
+
+
+def test_experts_of_clients_that_have_gone_are_not_fetched(library: Library) -> None:
+    """Of those that wait behind a load that takes its time."""
+    slow, wanted, *others = (library.add(seed) for seed in range(1, 7))
+    gate, read = threading.Event(), []
+
+    def fetch(digest: str) -> bytes:
+        read.append(digest)
+        assert digest != slow or gate.wait(60)
+        return library.read(digest)
+
+    def ask(engine: TransformersEngine, digest: str) -> EngineStream:
+        return engine.submit(EngineRequest((1, 2), SamplingParams(4, 0.0), Mix.of({digest: 1.0})))
+
+    async def body() -> None:
+        engine = TransformersEngine(library.base, name="tiny", settings=SETTINGS, read_expert=fetch)
+        await engine.start()
+        try:
+            first = ask(engine, slow)
+            await until(lambda: read == [slow])
+            gone = [ask(engine, digest) for digest in others]
+            for stream in gone:
+                await stream.aclose()
+            live = ask(engine, wanted)
+            await first.aclose()
+            gate.set()
+            assert [event.token async for event in live]
+            assert set(read) == {slow, wanted}
+            await until(lambda: engine.stats().waiting == 0)
+        finally:
+            await engine.stop()
 
     run(body())
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.engine.spelling import Spelling
 from server.engine.tokenizer import ModelTokenizer
@@ -42,3 +43,14 @@ def test_the_model_s_tokenizer_spells(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     made = ModelTokenizer(tmp_path)
     assert [made.token_bytes(token) for token in made.encode("hé")] == [b"h", b"\xc3", b"\xa9"]
+
+
+def test_long_texts_hold_up_no_other_thread(tmp_path: Path) -> None:
+    """Several threads encode at once, each what transformers alone makes of its text."""
+    tokenizer().save_pretrained(tmp_path)
+    made, plain = ModelTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = [f"text {i} " * (1 + 50 * i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(made.encode, texts * 8))
+    assert found == [plain.encode(text) for text in texts] * 8
+    assert made._backend is not None

@@ -14,6 +14,7 @@ from server.jobs import process
 
 
 def main() -> None:
+    process.set_apart()
     task = json.loads(sys.stdin.readline())
     word = task["options"]["description"]
     process._say({"stage": "compress", "done": 1, "total": 2})
@@ -23,13 +24,18 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif word == "silent":
         sys.exit(3)
+    elif word == "chatty":
+        sys.stdout.write("a library's greeting, without an end of line")
+        sys.stdout.flush()
+        os.system("echo and one of a program's")
     elif word == "memory":
         process._say(process._out_of_memory())
         return
     assert not {"SWITCHYARD_API_KEYS", "SECRET"} & os.environ.keys()
     [given] = Path(task["input"]).iterdir()
     shutil.copy(given, task["out"])
-    process._say({"report": {"bytes": 1, "codec": task["options"]["codec"]}})
+    more = {"much": "x" * (1 << 17)} if word == "chatty" else {}
+    process._say({"report": {"bytes": 1, "codec": task["options"]["codec"]} | more})
 
 
 if __name__ == "__main__":

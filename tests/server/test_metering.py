@@ -10,7 +10,7 @@ import pytest
 from server.metering import Meter, duration
 from store.access import Caller, Role
 from store.backends.disk_ledger import DiskLedger
-from store.backends.ledger import LocalBuckets
+from store.backends.ledger import Balance, LocalBuckets, Rate
 from store.errors import RateLimitError, StoreError
 from store.keys import Keys
 from store.tenants import Limits, Tenants
@@ -80,9 +80,32 @@ async def test_a_keys_own_limit_counts_besides_its_tenants(world: World) -> None
     await world.meter.admit(narrow)
     with pytest.raises(RateLimitError, match="1 requests"):
         await world.meter.admit(narrow)
-    await world.meter.admit(wide)
-    with pytest.raises(RateLimitError, match="3 requests"):  # the tenant's: the refused one cost it one more
-        [await world.meter.admit(wide) for _ in range(2)]
+    left = [(await world.meter.admit(wide))[-1].remaining for _ in range(2)]
+    assert left == [1, 0], "the refused one has cost its tenant nothing"
+    with pytest.raises(RateLimitError, match="3 requests"):
+        await world.meter.admit(wide)
+
+
+@pytest.mark.parametrize("failure", [RateLimitError, StoreError])
+async def test_a_request_that_is_not_let_in_costs_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    key, _ = world.keys.create(tenant="acme", roles=frozenset({Role.INFER}), requests_per_minute=2, by="t")
+    world.tenants.put("acme", Limits(requests_per_minute=0 if failure is RateLimitError else 9))
+    take = world.ledger.take
+
+    def broken(bucket: str, rate: Rate, cost: float, *, least: float) -> Balance:
+        if bucket == "tenant-acme-requests":
+            raise StoreError("no disk")
+        return take(bucket, rate, cost, least=least)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.ledger, "take", broken if failure is StoreError else take)
+        for _ in range(5):
+            with pytest.raises(failure):
+                await world.meter.admit(key.caller)
+    world.tenants.reset("acme")
+    assert [(await world.meter.admit(key.caller))[-1].remaining for _ in range(2)] == [1, 0]
 
 
 async def test_no_limits_cost_nothing_and_are_counted_all_the_same(world: World) -> None:

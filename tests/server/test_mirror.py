@@ -20,7 +20,7 @@ from server.mirror_state import MirrorState
 from server.watching import WatchedFolder
 from store.errors import InvalidRequestError, StoreError, SwitchyardError
 from store.expert_file import digest_of
-from tests.api.house import CRON, FRENCH, House, make_expert, open_house
+from tests.api.house import CRON, FRENCH, ROOT, House, key_of, make_expert, open_house
 from tests.store.keys import ADA
 
 pytestmark = pytest.mark.anyio
@@ -209,6 +209,30 @@ async def test_the_folder_is_right(house: House, folder: Path, caplog: pytest.Lo
     await mirror.sync()
     assert house.registry.get("a").digest == digest_of(other)
     assert "a stays: it is another file now" in caplog.text
+
+
+async def test_a_name_that_a_tenant_has_taken_meanwhile_is_its_own(tmp_path: Path, folder: Path) -> None:
+    async with open_house(tmp_path, api_keys="root") as house:
+        mirror = mirror_of(house, folder)
+        place(folder, "a.safetensors", value=1)
+        await settle(mirror)
+        acme = await key_of(house, "acme")
+        own = make_expert(house.folder / "own", value=7)
+        await house.http.delete("/v1/experts/a", headers=ROOT)
+        files, data = {"file": ("e", own.read_bytes())}, {"name": "a"}
+        assert (await house.http.post("/v1/experts", files=files, data=data, headers=acme)).status_code == 201
+        place(folder, "a.safetensors", value=2)
+        await settle(mirror)
+        record = house.registry.get("a")
+        assert (record.digest, record.access.owner, record.earlier) == (digest_of(own), "acme", ())
+        # Given away as it was published, it follows its file all the same.
+        place(folder, "b.safetensors", value=3)
+        await settle(mirror)
+        access = {"visibility": "private", "owner": "acme"}
+        assert (await house.http.put("/v1/experts/b/access", json=access, headers=ROOT)).status_code == 200
+        place(folder, "b.safetensors", value=4)
+        await settle(mirror)
+        assert house.registry.get("b").digest == digest_of(folder / "b.safetensors")
 
 
 async def test_aliases_keep_an_expert_whose_file_has_gone(

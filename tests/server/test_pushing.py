@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+import httpx
 import pytest
 from rich.console import Console
 
 from server import pushing
 from server.client import Client, ServerError, UnreachableError
 from server.pushing import push_file, upload_file
+from server.raw_pushing import _follow
 from tests.api.house import CRON, make_expert
 from tests.server.live import live_server
 
@@ -99,6 +103,51 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, server: str, file: Path) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(pushing, "_pieces", pieces)
         upload_file(Client(server), quiet(), file)
+
+
+@contextmanager
+def telling(monkeypatch: pytest.MonkeyPatch, *looks: list[str | None]) -> Iterator[Client]:
+    """A client of a server whose event streams of a job have these lines; None is a silence that takes too long."""
+
+    def stream(*_: object) -> AbstractContextManager[httpx.Response]:
+        def lines() -> Iterator[bytes]:
+            for line in coming.pop(0):
+                if line is None:
+                    raise httpx.ReadTimeout("timed out")
+                yield f"{line}\n\n".encode()
+
+        return nullcontext(httpx.Response(200, content=lines()))
+
+    coming = list(looks)
+    client = Client("http://nowhere")
+    monkeypatch.setattr(client._http, "stream", stream)
+    yield client
+    assert coming == []
+
+
+def job_event(status: str) -> str:
+    return "data: " + json.dumps({"id": "job_1", "status": status, "progress": None, "error": None})
+
+
+def test_a_job_is_looked_at_again_after_a_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [job_event("queued"), ": nothing new", None]
+    with telling(monkeypatch, first, [job_event("queued"), None], [job_event("succeeded"), "data: [DONE]"]) as client:
+        assert _follow(client, quiet(), {"id": "job_1"})["status"] == "succeeded"
+    with (
+        telling(monkeypatch, first, [None]) as client,
+        pytest.raises(UnreachableError, match="no answer"),
+    ):
+        _follow(client, quiet(), {"id": "job_1"})
+
+
+def test_what_ends_a_stream_early_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = 'data: {"error": {"message": "the server is shutting down", "param": null, "code": "shutting_down"}}'
+    with (
+        telling(monkeypatch, [job_event("queued"), ending]) as client,
+        pytest.raises(ServerError, match="shutting down") as caught,
+    ):
+        _follow(client, quiet(), {"id": "job_1"})
+    assert caught.value.code == "shutting_down"
 
 
 def test_a_large_expert_is_published(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,3 +129,11 @@ def test_garbage_and_special_tokens_do_not_pile_up() -> None:
         decoder.push(token)
     assert max(lengths) < 30
     assert decoder.push(98) == "b"
+
+
+def test_a_character_that_the_prompt_began_is_given_whole() -> None:
+    """Token ids may end anywhere."""
+    decoder = IncrementalDecoder(decode, [65, 0xC3])
+    assert decoder.push(0xA9) + decoder.push(66) == "éB"
+    decoder = IncrementalDecoder(decode, list("A\ufffd".encode()))
+    assert decoder.push(66) == "B"

@@ -44,6 +44,7 @@ def read(parser: ToolParser, *parts: str) -> Read:
     return gather([*pieces, *parser.flush()])
 
 
+DEEP = "[" * 2000 + "]" * 2000
 HERMES = [
     ('<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>', "", ['{"city": "Rome"}']),
     ('I look.\n<tool_call>{"name":"weather","arguments":{}}</tool_call>', "I look.", ["{}"]),
@@ -55,6 +56,21 @@ HERMES = [
      ['{"a": "</tool_call>"}']),
     ('<tool_call>\n{"name": "weather", "arguments": {}}', "", ["{}"]),
     ("no call at all, 1 < 2 <tool", "no call at all, 1 < 2 <tool", []),
+    ('<tool_call>{"name": "weather", "arguments": null}</tool_call>', "", ["{}"]),
+    ('<tool_call>{"arguments": null, "name": "weather"}</tool_call>', "", ["{}"]),
+    ('<tool_call>{"name": "weather", "arguments": ""}</tool_call>', "", ["{}"]),
+    ('<tool_call>{"name": "weather", "arguments": 3}</tool_call>',
+     '<tool_call>{"name": "weather", "arguments": 3}</tool_call>', []),
+    ('<tool_call>{"name": "weather", "arguments": [{}]}</tool_call>',
+     '<tool_call>{"name": "weather", "arguments": [{}]}</tool_call>', []),
+    ('<tool_call>{"name": "weather", "arguments": "Rome"}</tool_call>',
+     '<tool_call>{"name": "weather", "arguments": "Rome"}</tool_call>', []),
+    ('<tool_call>{"name": "weather", "arguments": 3 {}}</tool_call>',
+     '<tool_call>{"name": "weather", "arguments": 3 {}}</tool_call>', []),
+    (f'<tool_call>{{"name": "weather", "b": {DEEP}}}</tool_call>',
+     f'<tool_call>{{"name": "weather", "b": {DEEP}}}</tool_call>', []),
+    ('<tool_call>{"name": "weather", "arguments": {"a": 1}, "arguments": {"b": 2}}</tool_call>', "", ['{"a": 1}']),
+    ('<tool_call>{"name": "weather", "parameters": null, "arguments": {"b": 2}}</tool_call>', "", ["{}"]),
     ("<tool_call>\nnonsense\n</tool_call>", "<tool_call>\nnonsense\n</tool_call>", []),
     ('<tool_call>{"name": 5, "arguments": {}}</tool_call> so', '<tool_call>{"name": 5, "arguments": {}}</tool_call> so',
      []),
@@ -70,6 +86,8 @@ LLAMA = [
     ('{"name": "weather"}', '{"name": "weather"}', []),
     ('The answer is {"name": "weather", "parameters": {}}', 'The answer is {"name": "weather", "parameters": {}}', []),
     ("<|python", "<|python", []),
+    ('{"name": "weather", "parameters": null}', "", ["{}"]),
+    ('{"name": "weather", "parameters": 3}', '{"name": "weather", "parameters": 3}', []),
 ]
 MISTRAL = [
     ('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]', "", ['{"city": "Rome"}']),
@@ -78,6 +96,12 @@ MISTRAL = [
     ("[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{}", "", ["{}"]),
     ('So: [TOOL_CALLS][{"name":"weather","arguments":{}}]', "So:", ["{}"]),
     ("[1, 2] is a list [TOOL", "[1, 2] is a list [TOOL", []),
+    ('hello [TOOL_CALLS][{"name": "weather", "arguments": {}}] bye [1]', "hello bye [1]", ["{}"]),
+    (
+        '[TOOL_CALLS][{"name": "weather", "arguments": {}}\n]\n[TOOL_CALLS][{"name": "weather"}] {x}',
+        " {x}",
+        ["{}", "{}"],
+    ),
 ]
 CASES = [
     (kind, *case)
@@ -110,6 +134,17 @@ def test_several_calls_and_the_first_alone(kind: ToolFormat, said: str) -> None:
     assert parser.calls == 2
     parser = use(kind, parallel=False).parser()
     assert read(parser, said) == ("", [("weather", '{"a": 1}')])
+    assert parser.calls == 1
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_a_call_counts_as_soon_as_it_is_told(most: int | None) -> None:
+    parser = use(ToolFormat.HERMES, parallel=most is None).parser()
+    assert gather(parser.push('<tool_call>{"name": "weather", "arg'))[1] == []
+    assert parser.calls == 0
+    assert gather(parser.push('uments": {'))[1] == [("weather", "{")]
+    assert parser.calls == 1
+    assert [*parser.flush()] == []
     assert parser.calls == 1
 
 
