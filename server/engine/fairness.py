@@ -2,9 +2,9 @@
 
 Each tenant has a counter of the service it got; whenever there is room for one more request, it goes to the tenant
 served least (VTC: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024). A tenant that has been away
-does not save up for later: when it comes back, its counter is lifted to the least of the others that wait, or run if none
-waits. What a tenant gets beside others, of room that they have no use for, counts as well, so that counters alone may
-never come to a request: a few turns and places go to whoever has waited longest.
+does not save up for later: when it comes back, its counter is lifted to the least of the others that wait, or run if
+none waits. What a tenant gets beside others, of room that they have no use for, counts as well, and may keep its
+counter ahead for ever: so a few turns and places go to whoever has waited longest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 Tenant = str | None
 
 LONGEST_WAIT = 16
-"""Of so many turns, and of so many requests that begin, one is the one that has waited longest, whosever it is."""
+"""One of so many turns, and of so many requests that begin, is that of who waited longest, whatever its tenant got."""
 
 
 class ServiceCounters:

@@ -235,7 +235,7 @@ class Scheduler:
 
     def _rank(self, sequence: Sequence) -> tuple[int, int]:
         by_age = self._begun % LONGEST_WAIT == LONGEST_WAIT - 1
-        return 0 if by_age else self.service.served(sequence.request.tenant), sequence.id
+        return (0 if by_age else self.service.served(sequence.request.tenant)), sequence.id
 
     def _begin(self, sequence: Sequence, budget: int) -> bool:
         """Give a waiting sequence the blocks for its next tokens; False if they are short."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.fairness import ServiceCounters
+from server.engine.fairness import LONGEST_WAIT, ServiceCounters
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.types import EngineRequest, SamplingParams
@@ -163,6 +163,21 @@ def test_memory_that_older_requests_hold_goes_to_the_tenant_that_waits_for_it_fi
         step(scheduler, served, mixed=False)
         steps += 1
     assert steps <= 100, "about one answer of the flood, where its whole queue takes a thousand"
+
+
+@pytest.mark.parametrize("mix", [BASE_MIX, Mix.of({"a": 1.0})], ids=["place", "turn"])
+def test_a_request_comes_to_its_turn_whatever_its_tenant_gets_elsewhere(mix: Mix) -> None:
+    """In the lane of others that always have a request waiting, and in one of its own."""
+    scheduler, _ = make(blocks=512, max_batch=1, turn_steps=2)
+    served: Counter[str | None] = Counter()
+    late = sequence("busy", 4, 4, mix)
+    for one in (*(sequence("others", 4, 4) for _ in range(2)), late):
+        scheduler.add(one)
+    for _ in range(4 * LONGEST_WAIT + 4):
+        scheduler.service.charge("busy", 100)
+        for finished in step(scheduler, served, mixed=False):
+            scheduler.add(sequence(str(finished.request.tenant), 4, 4))
+    assert late.state is SequenceState.FINISHED or late.output_length
 
 
 @given(st.integers(0, 1 << 20))
