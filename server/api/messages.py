@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.conditions import GIVEN, NOT_GIVEN, NOT_SOME, SOME, Rules, has, lacks, when
 from server.api.tools import ToolCall
-from server.api.wire import OnlyNeutral, Text, Wire, fault
+from server.api.wire import OnlyNeutral, Text, Wire, at_most, fault
 from server.engine.types import Message
 
 MAX_NAME = 200
@@ -46,11 +46,11 @@ class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         Annotated[Text | None, Tag("text")]
-        | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
+        | Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_PARTS), Tag("parts")],
         Discriminator(shape_of_text),
     ] = None
-    tool_calls: list[ToolCall] | None = Field(
-        None, max_length=MAX_CALLS, fail_fast=True, description="What the assistant has called."
+    tool_calls: Annotated[list[ToolCall] | None, at_most(MAX_CALLS)] = Field(
+        None, fail_fast=True, description="What the assistant has called."
     )
     tool_call_id: Text | None = Field(None, description="Which call a message of the role `tool` answers.")
     name: Text | None = Field(
@@ -101,5 +101,5 @@ class ChatMessage(Wire):
         return message
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
 """A conversation."""

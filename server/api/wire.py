@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from server.api.conditions import Rules
 
@@ -90,6 +90,20 @@ def check_unicode(text: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer and no answer can
         raise PydanticCustomError("invalid_value", "not valid Unicode: it holds half a surrogate pair") from None
     return text
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Refuse a list of more items before any of them is looked at. The description does not tell: whoever generates
+    requests from it would make lists of that many."""
+
+    def check(items: Any) -> Any:
+        if isinstance(items, list) and len(items) > most:
+            raise PydanticKnownError(
+                "too_long", {"field_type": "List", "max_length": most, "actual_length": len(items)}
+            )
+        return items
+
+    return BeforeValidator(check)
 
 
 def check_json(value: Any) -> Any:
