@@ -133,12 +133,13 @@ class FeatureCache:
         path = self._path(key)
         try:
             data = path.read_bytes()
-            os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             log.warning("cannot read cached routing features: %s", error.strerror)
             return None
+        with suppress(OSError):  # of a cache that is only to be read, nothing is removed either
+            os.utime(path)
         body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
         if hashlib.sha256(body).digest() != seal:
             log.warning("cached routing features %s are damaged and will be computed again", path.name)

@@ -191,9 +191,9 @@ class Router:
         if entry is not None:
             self._experts[name] = entry
         self._edition += 1
-        unused = self._versions.replaced(name, former, entry) - {e.features_key for e in self._experts.values()}
-        for key in unused:
-            self._cache.drop(key)
+        if unused := self._versions.replaced(name, former, entry):  # not at a start: it asks all experts
+            for key in unused - {other.features_key for other in self._experts.values()}:
+                self._cache.drop(key)
 
     def _check_width(self, entry: Entry) -> None:
         width = entry.profile.centres.shape[1]

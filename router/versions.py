@@ -22,15 +22,11 @@ class Versions:
             Keys of features that this name does not need any more.
         """
         known = self._keys.pop(name, [])
-        if former is not None and former.features_key is not None:
-            known = [key for key in known if key != former.features_key] + [former.features_key]
-        if entry is None:
-            return frozenset(known)
-        known = [key for key in known if key != entry.features_key]
-        # Other exemplars of the same version are not rolled back.
-        same = former is not None and former.digest == entry.digest
-        gone = known[-1:] if same and former is not None and former.features_key in known else []
-        kept = known[: len(known) - len(gone)][-_KEPT:]
-        if kept:
+        last = None if former is None else former.features_key
+        now = None if entry is None else entry.features_key
+        kept = [] if entry is None else [key for key in known if key != last]
+        if former is not None and entry is not None and last is not None and former.digest != entry.digest:
+            kept.append(last)  # other exemplars of the same version are not rolled back
+        if kept := [key for key in kept if key != now][-_KEPT:]:
             self._keys[name] = kept
-        return frozenset(known) - frozenset(kept)
+        return frozenset([*known, *([] if last is None else [last])]) - frozenset(kept)

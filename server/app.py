@@ -77,6 +77,8 @@ from store.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
+_FOLLOW_SECONDS = 0.2
+"""How often the registry is asked whether anything has changed; asking costs microseconds."""
 _USAGE_SECONDS = 5.0
 """What a server that is killed has not saved of its tenants' usage."""
 
@@ -156,6 +158,7 @@ def create_app(
         recency=recency,
         metrics=metrics,
         chores=[
+            Chore("following the registry", _FOLLOW_SECONDS, library.look),
             *_upkeep(settings, registry),
             Chore("saving usage", _USAGE_SECONDS, meter.settle),
             *mirroring(settings, library),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from server.engine.types import Engine, Tokenizer
+from server.engine.types import TOKEN_CHARACTERS, Engine, Tokenizer
 from server.prompts import Prompt
 from store.errors import ContextLengthError
 
@@ -17,8 +17,6 @@ _INLINE_CHARACTERS = 4096
 """Longer prompts are tokenised in a thread, so that they do not hold up other streams."""
 _THREADS = 2
 """A megabyte takes seconds: however many of them come, everything else finds a thread."""
-_TOKEN_CHARACTERS = 64
-"""No text has so many characters per token as long as it means anything."""
 
 
 class Encoder:
@@ -36,7 +34,7 @@ class Encoder:
             ChatTemplateError: as `Tokenizer.encode_chat`.
         """
         length = self._engine.base.context_length
-        if prompt.characters > _TOKEN_CHARACTERS * length:
+        if prompt.characters > TOKEN_CHARACTERS * length:
             raise ContextLengthError(
                 f"this model's maximum context length is {length} tokens; "
                 f"the prompt has {prompt.characters} characters",

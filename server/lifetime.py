@@ -11,15 +11,9 @@ from fastapi import FastAPI
 
 from server.api.services import Services
 from server.chores import do_all
-from server.library import Library
-from store.errors import EngineDeadError, SwitchyardError
+from store.errors import SwitchyardError
 
 log = logging.getLogger(__name__)
-
-_FOLLOW_SECONDS = 0.2
-"""How often the registry is asked whether anything has changed; asking costs microseconds."""
-_PAUSE_SECONDS = 5.0
-"""After what nobody has foreseen."""
 
 
 @asynccontextmanager
@@ -56,19 +50,4 @@ async def _follow(services: Services) -> None:
     except Exception:  # a bug of ours, which must not keep those from an answer who name their expert
         log.exception("the router is not prepared")
     services.ready = True
-    await asyncio.gather(_keep_in_step(services.library), do_all(services.chores))
-
-
-async def _keep_in_step(library: Library) -> None:
-    """Let router and engine follow the registry, until cancelled."""
-    while True:
-        await asyncio.sleep(_FOLLOW_SECONDS)
-        try:
-            await library.look()
-        except EngineDeadError:
-            raise
-        except SwitchyardError as error:
-            log.warning("the registry cannot be followed just now: %s", error.message)
-        except Exception:  # a bug of ours, or a disk that fails: what comes next must be seen all the same
-            log.exception("the registry could not be followed")
-            await asyncio.sleep(_PAUSE_SECONDS)
+    await do_all(services.chores)

@@ -31,7 +31,7 @@ from server.engine.sequence import Sequence
 from server.engine.stats import EngineStats
 from server.engine.stream import EngineStream
 from server.engine.tokenizer import ModelTokenizer
-from server.engine.types import BaseInfo, EngineRequest, Grammar
+from server.engine.types import TOKEN_CHARACTERS, BaseInfo, EngineRequest, Grammar
 from server.engine.worker import Worker
 from store.checkpoint import open_checkpoint
 from store.errors import ContextLengthError, EngineDeadError, InvalidRequestError, QueueFullError
@@ -40,8 +40,6 @@ from store.tiers import Tier
 _PATIENCE = 1.0
 """Seconds for which somebody who looks into the engine waits for the end of its step."""
 
-_TOKEN_CHARACTERS = 64
-"""Of a text's beginning per token of it that features look at: more than tokens of any text have."""
 _NOT_RUNNING = "the engine is not running; restart the server"
 
 
@@ -151,9 +149,7 @@ class TransformersEngine:
     def submit(self, request: EngineRequest) -> EngineStream:
         if not self.alive:
             raise EngineDeadError(_NOT_RUNNING)
-        # A tenant that fills the queue must not shut out one that has nothing in it.
-        if self._open.total() >= self._settings.max_queue and self._open[request.tenant]:
-            raise QueueFullError(f"{self._open.total()} requests are waiting already; try again soon", retry_after=1)
+        self._check_room(self._open, request.tenant)
         if not request.prompt:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         self._check_vocabulary(request.prompt, "prompt")
@@ -183,6 +179,11 @@ class TransformersEngine:
         self._open[request.tenant] += 1
         return stream
 
+    def _check_room(self, unfinished: Counter[str | None], tenant: str | None) -> None:
+        """A tenant that fills the queue must not shut out one that has nothing in it."""
+        if unfinished.total() >= self._settings.max_queue and unfinished[tenant]:
+            raise QueueFullError(f"{unfinished.total()} requests are waiting already; try again soon", retry_after=1)
+
     def _check_vocabulary(self, tokens: Iterable[int], param: str) -> None:
         """A token that there is not would fail the whole batch."""
         if not all(0 <= token < self._base.vocabulary for token in tokens):
@@ -191,16 +192,14 @@ class TransformersEngine:
     async def features(self, texts: Items[str]) -> npt.NDArray[np.float32]:
         limit = self._settings.feature_tokens
         # No more of a text is tokenised than what may make so many tokens: all of it may take seconds.
-        starts = [text[: limit * _TOKEN_CHARACTERS] for text in texts]
+        starts = [text[: limit * TOKEN_CHARACTERS] for text in texts]
         prompts = await asyncio.to_thread(lambda: [self._tokenizer.encode(text)[:limit] for text in starts])
         if not all(prompts):
             raise InvalidRequestError("an empty text has no routing features", param="prompt")
         return await self._featurized(prompts, self._worker.features.add)
 
     async def embed(self, prompts: Items[Items[int]], tenant: str | None = None) -> npt.NDArray[np.float32]:
-        # As for answers: a tenant that fills the queue must not shut out one that has nothing in it.
-        if self._embedding.total() >= self._settings.max_queue and self._embedding[tenant]:
-            raise QueueFullError(f"{self._embedding.total()} requests are waiting already; try again soon")
+        self._check_room(self._embedding, tenant)
         self._embedding[tenant] += 1
         try:
             return await self._featurized(prompts, lambda jobs: self._worker.features.add_embeddings(jobs, tenant))

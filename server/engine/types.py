@@ -165,6 +165,10 @@ class TokenStream(Protocol):
     async def aclose(self) -> None: ...
 
 
+TOKEN_CHARACTERS = 64
+"""No text has so many characters per token as long as it means anything."""
+
+
 class Tokenizer(Protocol):
     """The model's own tokenizer and chat template. Called from threads of the API; must be thread-safe."""
 

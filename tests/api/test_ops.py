@@ -55,10 +55,7 @@ async def test_one_damaged_expert_does_not_keep_the_server_down(tmp_path: Path) 
         assert (await scrape(house))["switchyard_expert_tier_faults_total|store"] >= 1
 
 
-async def test_what_nobody_has_foreseen_does_not_end_the_following(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.lifetime._PAUSE_SECONDS", 0.0)
+async def test_what_nobody_has_foreseen_does_not_end_the_following(tmp_path: Path) -> None:
     async with open_house(tmp_path) as house:
         whole, failed, loop = house.registry.restore_lost, asyncio.Event(), asyncio.get_running_loop()
 

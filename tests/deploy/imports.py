@@ -250,7 +250,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.tracing",
         "server.local_files",
     ),
-    "server.lifetime": ("server.api.services", "server.chores", "server.library", "store.errors"),
+    "server.lifetime": ("server.api.services", "server.chores", "store.errors"),
     # Puts everything together.
     "server.assembly": (
         "server.app",

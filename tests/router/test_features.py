@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,3 +107,14 @@ def test_a_disk_that_refuses_costs_only_time(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "file", "fingerprint", 4)
     cache.save("key", ROWS)
     assert cache.load("key", 3) is None
+
+
+def test_a_cache_that_can_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FeatureCache(tmp_path, "fingerprint", 4)
+    cache.save("key", np.ones((2, 3), dtype=np.float32))
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.load("key", 2) is not None

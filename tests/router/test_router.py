@@ -420,18 +420,24 @@ def test_a_learned_metric_routes_too(cache: FeatureCache) -> None:
     play(cache, story, **LEARNED)
 
 
+def held_fits(router: Router) -> threading.Event:
+    """From now on the router fits nothing until the event is set."""
+    fit, may_fit = router._fit, threading.Event()
+
+    def fit_when_told(entries: Sequence[Entry]) -> Metric:
+        assert may_fit.wait(60)
+        return fit(entries)
+
+    router._fit = fit_when_told  # type: ignore[method-assign]
+    return may_fit
+
+
 def test_additions_count_before_the_metric_is_fitted_to_them(cache: FeatureCache) -> None:
     async def story(_: World, router: Router) -> None:
         await add(router, "cron")
         await add(router, "spam")
         await router.settled()
-        old, fit, may_fit = router._metric, router._fit, threading.Event()
-
-        def fit_when_told(entries: Sequence[Entry]) -> Metric:
-            assert may_fit.wait(60)
-            return fit(entries)
-
-        router._fit = fit_when_told  # type: ignore[method-assign]
+        old, may_fit = router._metric, held_fits(router)
         await add(router, "poems")
         assert chosen(await router.route("poems 1")) == ["poems"]
         assert router._snapshot.metric is old
@@ -454,14 +460,8 @@ def test_a_metric_that_takes_its_time_is_fitted_in_the_background(
         await add(router, "cron")
         await add(router, "spam")
         await router.settled()
-        old, fit, may_fit = router._metric, router._fit, threading.Event()
+        old, may_fit = router._metric, held_fits(router)
         monkeypatch.setattr("router.fitting._QUICK_SECONDS", 0.0)
-
-        def fit_when_told(entries: Sequence[Entry]) -> Metric:
-            assert may_fit.wait(60)
-            return fit(entries)
-
-        router._fit = fit_when_told  # type: ignore[method-assign]
         await add(router, "poems")
         assert chosen(await router.route("poems 1")) == ["poems"]
         assert router._snapshot.metric is old
