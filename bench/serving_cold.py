@@ -22,11 +22,11 @@ from bench.report import Bar, Row, bar
 from bench.serving_stock import Stock, forget
 from bench.serving_turns import request, streams
 from examples.fetch import CACHE
+from server.engine.base_source import choose_device
 from server.engine.engine import TransformersEngine
 from server.engine.host_tier import HostTier
 from server.engine.kernels import backend
 from server.engine.loader import ExpertLoader
-from server.engine.model import choose_device
 from store.mix import Mix
 
 LONG = 256

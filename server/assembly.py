@@ -19,8 +19,8 @@ from router.features import FeatureCache
 from router.router import Router
 from router.state import StateFile
 from server.app import create_app
+from server.engine.base_source import resolve_base
 from server.engine.engine import TransformersEngine
-from server.engine.model import resolve_base
 from server.engine.options import BaseWeights
 from server.exposure import check_exposure
 from server.generation import AUTO

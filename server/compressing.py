@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from server.engine.model import resolve_base
+from server.engine.base_source import resolve_base
 from server.inspecting import measured_facts
 from server.settings import Settings
 from store.codecs.base import CodecName

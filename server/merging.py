@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from server.engine.model import resolve_base
+from server.engine.base_source import resolve_base
 from server.settings import Settings
 from store.card import Card
 from store.checkpoint import open_checkpoint

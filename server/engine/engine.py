@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from server.engine.base_source import choose_device, choose_dtype
 from server.engine.feature_queue import Job
 from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
@@ -24,7 +25,7 @@ from server.engine.inspection import beside
 from server.engine.kernels import backend
 from server.engine.loader import ExpertLoader
 from server.engine.merged import digest_of
-from server.engine.model import BaseModel, choose_device, choose_dtype
+from server.engine.model import BaseModel
 from server.engine.options import BaseWeights, EngineSettings, Mode
 from server.engine.outbox import Outbox
 from server.engine.sequence import Sequence
@@ -62,7 +63,7 @@ class TransformersEngine:
         """Load the base.
 
         Args:
-            folder: safetensors checkpoint (`server.engine.model.resolve_base`).
+            folder: safetensors checkpoint (`server.engine.base_source.resolve_base`).
             name: what clients call the base.
             read_expert: digest → exactly the bytes of that digest, of a validated expert file; may block, may raise
                 ExpertUnavailableError.

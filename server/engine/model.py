@@ -1,4 +1,4 @@
-"""The base model: found, loaded, checked, and run one ragged batch at a time."""
+"""The base model: loaded, checked, and run one ragged batch at a time."""
 
 from __future__ import annotations
 
@@ -12,78 +12,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from server.engine.attention import ATTENTION_NAME, AttentionBatch, Segment, SlotBatch
 from server.engine.fused import fuse
-from server.engine.gguf import convert_gguf
 from server.engine.kv_cache import KVShape
 from server.engine.large_pages import lay_out
 from server.engine.options import BaseWeights
 from server.engine.quantised import Packed, quantise
-from store.errors import CheckpointError, InvalidRequestError
+from store.errors import CheckpointError
 from store.fingerprint import manifest_of
 from store.manifest import BaseManifest
 
 log = logging.getLogger(__name__)
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _PROBE_TOKENS = 24
 _PROBE_TOLERANCE = {torch.float32: 1e-3}
 _PROBE_TOLERANCE_REDUCED = 0.1
 """Rounding differs by a few percent in 16 bits; an architecture that ignores the interface is off by far more."""
-
-
-def resolve_base(spec: str, cache_dir: Path) -> Path:
-    """Turn a base specification into a local checkpoint folder.
-
-    Args:
-        spec: a folder with `config.json` and safetensors, a `.gguf` file (converted once under `cache_dir`), or a
-            hub id such as `org/model` (downloaded to the hub's own cache).
-
-    Raises:
-        CheckpointError: nothing of the kind is there.
-    """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return path
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"there is no GGUF file {path}", param="base")
-        return convert_gguf(path, cache_dir)
-    if path.is_absolute() or spec.startswith(".") or spec.count("/") != 1:
-        raise CheckpointError(f"{spec} is no folder, no .gguf file and no hub id (org/model)", param="base")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"the base {spec} could not be downloaded: {error}", param="base") from error
-
-
-def choose_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU.
-
-    Raises:
-        InvalidRequestError: there is no such device here.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidRequestError(f"the device {device} cannot be used: {error}", param="device") from error
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`"auto"` is bfloat16 on a GPU and float32 on a CPU.
-
-    Raises:
-        InvalidRequestError: no such dtype.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise InvalidRequestError(f"dtype must be auto, {', '.join(known)}; not {dtype}", param="dtype")
-    return known[dtype]
 
 
 class BaseModel:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.base import packaged_gguf
-from server.engine.model import resolve_base
+from server.engine.base_source import resolve_base
 from store.apply import apply_expert
 from store.expert_file import read_header
 from tests.e2e.conftest import ROOT, ServerProcess, start_server
