@@ -22,6 +22,7 @@ from server.engine.kernels.types import (
     BitPlanes,
     DenseValues,
     Group,
+    LoadedDelta,
     LoadedTerm,
     Overwrites,
     PackedDelta,
@@ -48,7 +49,9 @@ with one expert for all rows, 0.86 of the base's tokens per second against 0.67 
 0.47; at 0.05 0.85 against 0.74, but with one each 0.53 against 0.59. Experts in between take up to twice the memory."""
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
-"""What `merge.cpp` merges; the others are left to torch."""
+"""What `merge.cpp` merges into; the others are left to torch."""
+_DENSE, _OVERWRITES = 3, 4
+"""Forms of terms that it merges beside those of `CpuKernels.term`."""
 
 
 class CpuKernels:
@@ -74,11 +77,9 @@ class CpuKernels:
             *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int),
         )
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        common = (pointer, pointer, size, size, ctypes.c_int)
-        self._merge_planes, self._merge_sparse = library.switchyard_merge_planes, library.switchyard_merge_sparse
-        self._merge_planes.restype = self._merge_sparse.restype = None
-        self._merge_planes.argtypes = (*common, pointer, ctypes.c_float, ctypes.c_int)
-        self._merge_sparse.argtypes = (*common, ctypes.c_int, *[pointer] * 4, ctypes.c_float, ctypes.c_int)
+        self._merge = library.switchyard_merge
+        self._merge.restype = None
+        self._merge.argtypes = (pointer, pointer, size, size, ctypes.c_int, ctypes.c_char_p, size, ctypes.c_int)
         self.masks = bool(library.switchyard_merge_masks())
         """Whether merging takes words of planes as masks of vector instructions."""
         self.parallel = bool(library.switchyard_parallel())
@@ -182,22 +183,25 @@ class CpuKernels:
         return pack(tensor.decode(name), device, self.lanes, self.lists_below) if made is None else made
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
-        weight, delta = terms[0]
         form = _MERGED.get(out.dtype)
-        many = isinstance(delta, BitPlanes) and delta.digits > 1
-        if len(terms) > 1 or form is None or many or isinstance(delta, DenseValues | Overwrites):
+        if form is None or not all(_is_merged(delta) for _, delta in terms):
             self._plain.merge(out, pristine, terms)
             return
-        if not (out.is_contiguous() and pristine.is_contiguous() and out.shape == pristine.shape == delta.shape):
-            raise ValueError("out, pristine and the delta must be contiguous and of one shape")
-        where = (out.data_ptr(), pristine.data_ptr(), *rows_and_columns(delta.shape), form)
-        how = (weight * delta.scale, torch.get_num_threads())
-        if isinstance(delta, BitPlanes):
-            self._merge_planes(*where, delta.words.data_ptr(), *how)
-        else:
-            levels = None if delta.levels is None else delta.levels.data_ptr()
-            lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
-            self._merge_sparse(*where, delta.lanes > 1, *lists, *how)
+        same = all(delta.shape == out.shape for _, delta in terms)
+        if not (out.is_contiguous() and pristine.is_contiguous() and out.shape == pristine.shape and same):
+            raise ValueError("out, pristine and the deltas must be contiguous and of one shape")
+        records = b"".join(self._merged_term(weight, delta) for weight, delta in terms)
+        where = (out.data_ptr(), pristine.data_ptr(), *rows_and_columns(tuple(out.shape)), form)
+        self._merge(*where, records, len(terms), torch.get_num_threads())
+
+    def _merged_term(self, weight: float, delta: LoadedDelta) -> bytes:
+        if isinstance(delta, BitPlanes | SparseRows):
+            start, stop, form, opens, scale, *others = self.term(delta)
+            return _TERM.pack(start, stop, form, opens, _single(weight * scale), *others)
+        if isinstance(delta, DenseValues):
+            return _TERM.pack(0, 0, _DENSE, 1, _single(weight), 0, delta.values.data_ptr(), 0, 0, 0, 0)
+        places, values = delta.places.data_ptr(), delta.values.data_ptr()
+        return _TERM.pack(0, 0, _OVERWRITES, 1, _single(weight), len(delta.places), places, 0, 0, values, 0)
 
     def _joined(self, groups: Sequence[Group], shape: tuple[int, int]) -> bytes:
         records = []
@@ -222,3 +226,15 @@ class CpuKernels:
             _, _, form, _, scale, *others = self.term(delta)
             parts.append(_TERM.pack(group.start, group.stop, form, not parts, weight * scale, *others))
         return b"".join(parts)
+
+
+def _is_merged(delta: LoadedDelta) -> bool:
+    """Whether `merge.cpp` reads it."""
+    if isinstance(delta, Overwrites):
+        return delta.places.dtype is torch.int32 and delta.values.dtype is torch.bfloat16
+    return not isinstance(delta, DenseValues) or (delta.values.is_contiguous() and delta.values.dtype is torch.float32)
+
+
+def _single(value: float) -> float:
+    """Rounded to 32 bits, to an infinity where it is too large, which `struct` refuses to do."""
+    return ctypes.c_float(value).value

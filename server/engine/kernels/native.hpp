@@ -36,19 +36,20 @@ constexpr int64_t FEW_SPARSE = 3;
 
 typedef float Row8 __attribute__((vector_size(4 * LANES)));
 
-enum Form : int32_t { PLANES = 0, SPARSE = 1, ABREAST = 2 };
+// The last two are merged only: values for every element, and new values for some.
+enum Form : int32_t { PLANES = 0, SPARSE = 1, ABREAST = 2, DENSE = 3, OVERWRITES = 4 };
 
-// One term of one group. Mirrors `_RECORD` in cpu.py.
+// One term of one group. Mirrors `TERM` in cpu.py.
 struct Term {
     int64_t start, stop;  // batch rows
     int32_t form;
     int32_t opens;        // 1: first term of its group
     float factor;         // weight of the mix * scale
-    int32_t count;        // planes: of digits; lists: of entries
-    const uint32_t* words;    // planes
+    int32_t count;        // planes: of digits; lists and overwrites: of entries
+    const uint32_t* words;    // planes; dense: float values; overwrites: int32 places, ascending
     const int32_t* order;     // sparse, and the following
     const int32_t* starts;
-    const uint16_t* entries;
+    const uint16_t* entries;  // overwrites: bfloat16 values
     const uint8_t* levels;
 };
 static_assert(sizeof(Term) == 72, "cpu.py packs 72 bytes");

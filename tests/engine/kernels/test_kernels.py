@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
+from server.engine.kernels.merging import merge_tensor_reference
 from server.engine.kernels.packing import SPARSE_BELOW
-from server.engine.kernels.types import BitPlanes, SparseRows
+from server.engine.kernels.types import BitPlanes, DenseValues, LoadedDelta, LoadedTerm, Overwrites, SparseRows
 from store.deltas import SparseDelta
 from store.errors import ExpertFileError
 from tests.engine.kernels.builders import as_matrix, sparse_delta
@@ -148,6 +150,48 @@ def test_a_coarse_x_loses_at_most_its_rounding(folder: Path, data: st.DataObject
 def test_merging_equals_the_reference_bit_for_bit(kernels: Kernels, data: st.DataObject, dtype: torch.dtype) -> None:
     shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 140)))
     check_merge(kernels, shape, data.draw(terms_of(shape).filter(bool)), dtype, data.draw(odd_weights))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    half=st.sampled_from([torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    weight=st.sampled_from([1.0, 0.5, -1.0]),
+    beside=st.sampled_from([None, 0.02, 0.4]),
+    seed=st.integers(0, 99),
+)
+def test_merging_what_overwrites(
+    kernels: Kernels, shape: tuple[int, ...], half: torch.dtype, dtype: torch.dtype, weight: float,
+    beside: float | None, seed: int,
+) -> None:  # fmt: skip
+    generator, device = torch.Generator().manual_seed(seed), device_of(kernels)
+    pristine = torch.randn(shape, generator=generator).to(dtype)
+    places = torch.nonzero(torch.rand(math.prod(shape), generator=generator) < 0.4).view(-1).int()
+    own = Overwrites(shape, places, torch.randn(len(places), generator=generator).to(half))
+    terms: list[LoadedTerm] = [(weight, own)]
+    if beside is not None:
+        terms.append((0.75, pack(sparse_delta(seed, shape, beside, top=3), CPU, kernels.lanes)))
+    out = torch.full_like(pristine, 7).to(device)
+    kernels.merge(out, pristine.to(device), [(weight, _on(delta, device)) for weight, delta in terms])
+    torch.testing.assert_close(out.cpu(), merge_tensor_reference(pristine, terms), rtol=0, atol=0)
+
+
+def _on(delta: LoadedDelta, device: torch.device) -> LoadedDelta:
+    moved = {name: value.to(device) for name, value in vars(delta).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(delta, **moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_mix_is_left_to_torch(folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which merges several experts ten times more slowly."""
+    kernels, shape = CpuKernels(folder), (70, 90)
+    monkeypatch.setattr(kernels, "_plain", None)
+    several = [pack(sparse_delta(1, shape, density, top=top), CPU, 16) for density in (0.02, 0.4) for top in (1, 9)]
+    values = DenseValues(torch.ones(shape))
+    news = Overwrites(shape, torch.tensor([3, 70], dtype=torch.int32), torch.ones(2, dtype=torch.bfloat16))
+    for terms in ([several[0], several[2]], [several[1]], [several[3]], [values], [news], [*several, values, news]):
+        kernels.merge(torch.empty(shape, dtype=dtype), torch.ones(shape, dtype=dtype), [(0.5, t) for t in terms])
 
 
 @settings(max_examples=20, deadline=None)
