@@ -3,7 +3,8 @@
 `python -m bench.switch --base FOLDER` loads the base, folds experts into all their weights in turns, restore included
 (the weights of one expert are made from the pristine ones, not from another's), and beside each switch makes one dense
 copy of the same weights: read once, written once. Experts of every density are random deltas in all matrices of the
-decoder's layers; the demo's experts are as they are. `--quick` takes fewer of everything, and writes nothing.
+decoder's layers, alone or mixed in halves; the demo's experts are as they are. `--quick` takes fewer of everything, and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,18 +35,26 @@ from store.mix import BASE_MIX, Mix
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENSITIES = (0.012, 0.08, 0.2, 0.4)
+MIXED = (0.012, 0.08, 0.4)
+"""Densities of experts that are mixed in halves."""
+LEVELS = 13
+"""What the levels of experts with several digits reach."""
 GOAL = 2.0
 """Dense copies that a switch may take."""
 
 
-def random_expert(model: BaseModel, density: float, seed: int) -> DecodedExpert:
+Pair = Sequence[Sequence[DecodedExpert]]
+"""The experts of two mixes."""
+
+
+def random_expert(model: BaseModel, density: float, seed: int, top: int = 1) -> DecodedExpert:
     """One that moves every matrix of the decoder's layers."""
     shapes = {name: p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in name}
     deltas = {
-        name: random_delta((shape[0], shape[1]), density, seed + place)
+        name: random_delta((shape[0], shape[1]), density, seed + place, top)
         for place, (name, shape) in enumerate(shapes.items())
     }
-    return DecodedExpert(f"random-{density}-{seed}", deltas)
+    return DecodedExpert(f"random-{density}-{top}-{seed}", deltas)
 
 
 def demo_experts(model: BaseModel, folder: Path) -> list[DecodedExpert]:
@@ -55,12 +64,10 @@ def demo_experts(model: BaseModel, folder: Path) -> list[DecodedExpert]:
     return [loader.load(digest) for digest in files]
 
 
-def switches(
-    model: BaseModel, kernels: Mapping[str, Kernels], pair: list[DecodedExpert], rounds: int
-) -> dict[str, list[float]]:
+def switches(model: BaseModel, kernels: Mapping[str, Kernels], pair: Pair, rounds: int) -> dict[str, list[float]]:
     """Seconds of each switch and of each copy, in turns."""
-    experts = {expert.digest: expert for expert in pair}
-    names = list(dict.fromkeys(name for expert in pair for name in expert.tensors))
+    experts = {expert.digest: expert for mixed in pair for expert in mixed}
+    names = list(dict.fromkeys(name for expert in experts.values() for name in expert.tensors))
     pristine = [model.parameters[name].data for name in names]
     copies = [torch.empty_like(tensor) for tensor in pristine]
     holders = {name: MergedWeights(model.parameters, kernel) for name, kernel in kernels.items()}
@@ -74,7 +81,8 @@ def switches(
 
     taken: dict[str, list[float]] = {name: [] for name in ("copy", *holders)}
     for turn in range(rounds + 2):  # the first turn of each expert makes buffers
-        mix = Mix.of({pair[turn % 2].digest: 1.0})
+        mixed = pair[turn % 2]
+        mix = Mix.of({expert.digest: 1.0 / len(mixed) for expert in mixed})
         works: dict[str, Callable[[], None]] = {"copy": copy}
         works |= {name: partial(switch, holder, mix) for name, holder in holders.items()}
         for name, work in works.items():
@@ -86,6 +94,19 @@ def switches(
             if turn >= 2:
                 taken[name].append(seconds)
     return taken
+
+
+def _pairs(model: BaseModel, folder: Path, *, quick: bool) -> Iterator[tuple[str, Pair]]:
+    """What is switched between, one after the other, so that not all are in memory at a time."""
+    yield "demo", [[expert] for expert in demo_experts(model, folder)]
+    for density in (0.08, 0.4) if quick else DENSITIES:
+        yield f"density {density}", [[random_expert(model, density, seed)] for seed in (0, 1000)]
+    for density in (0.08,) if quick else MIXED:
+        experts = [random_expert(model, density, seed) for seed in (0, 1000, 2000)]
+        yield f"two of density {density}", [experts[:2], experts[1:]]
+    for density in (0.012, 0.4):
+        some = [random_expert(model, density, seed, LEVELS) for seed in (0, 1000)]
+        yield f"density {density}, levels to {LEVELS}", [[expert] for expert in some]
 
 
 def main() -> None:
@@ -101,12 +122,10 @@ def main() -> None:
     worst = 0.0
     for dtype in ["bfloat16"] if arguments.quick else DTYPES:
         model = BaseModel(arguments.base, dtype=DTYPES[dtype], device=CPU, feature_layer=1, cache_dir=CACHE.parent)
-        pairs = {"demo": demo_experts(model, arguments.experts)}
-        for density in (0.08, 0.4) if arguments.quick else DENSITIES:
-            pairs[f"density {density}"] = [random_expert(model, density, seed) for seed in (0, 1000)]
-        for what, pair in pairs.items():
+        for what, pair in _pairs(model, arguments.experts, quick=arguments.quick):
             taken = switches(model, kernels, pair, 4 if arguments.quick else 15)
-            patched = sum(model.parameters[name].nbytes for name in pair[0].tensors)
+            names_moved = {name for expert in pair[0] for name in expert.tensors}
+            patched = sum(model.parameters[name].nbytes for name in names_moved)
             for name in names:
                 ratios = [one / copy for one, copy in zip(taken[name], taken["copy"], strict=True)]
                 rows.append(

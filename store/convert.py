@@ -15,6 +15,7 @@ from store.checkpoint import Checkpoint, open_checkpoint
 from store.codecs.base import CodecName, Loss
 from store.codecs.choice import CALIBRATED, Recipe
 from store.codecs.t_switch import Knob
+from store.compress_rules import check_together, codec_of, knob_of, loss_of
 from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import digest_of, validate, write_expert
 from store.expert_header import check_info
@@ -34,9 +35,6 @@ from store.report import Report, kind_rows, relative_error
 from store.standing import chain_of, standing_on
 from store.strict_json import FieldError
 
-MOST_BITS = 1.5
-"""A mask and signs of every entry take no more."""
-
 
 def compress(
     base_folder: Path,
@@ -50,7 +48,7 @@ def compress(
     strength: float = 1.0,
     bits_per_param: float | None = None,
     max_size: int | None = None,
-    loss: Loss = Loss.KL,
+    loss: Loss | Literal["kl", "mse", "cka"] = Loss.KL,
     max_kl: float | None = None,
     min_agreement: float | None = None,
     min_retention: float | None = None,
@@ -62,6 +60,7 @@ def compress(
     created: int | None = None,
     card: Card | None = None,
     relative_to: Sequence[Path] = (),
+    widened: Sequence[str] = (),
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -88,6 +87,7 @@ def compress(
         name, description, created, card: for the file's header; `created` in seconds since 1970.
         relative_to: the expert file that the fine-tune started from, and then those that one stands on: the delta is
             taken against all of them on the base, and the expert stands on them too.
+        widened: what earlier tries had asked for that ended below a floor; the header says so.
         cache_dir: where the base's fingerprint is remembered.
         progress: see `Progress`.
 
@@ -99,25 +99,26 @@ def compress(
     started = time.monotonic()
     floors = Floors(max_kl, min_agreement, min_retention)
     rows = checked(labelled) if labelled is not None else []
-    floors.check_measurable(bool(exemplars), bool(rows))
+    densities = dict(tensor_density or {})
+    check_together(
+        codec=codec, knob=knob, bits_per_param=bits_per_param, max_size=max_size, tensor_density=densities,
+        floors=floors, exemplars=bool(exemplars), labelled=bool(rows), stands=bool(relative_to),
+    )  # fmt: skip
     tell = progress or (lambda _stage, _done, _total: None)
     recipe = Recipe(
-        codec=_codec_name(codec),
+        codec=codec_of(codec),
         density=density,
-        knob=_knob(knob, exemplars),
+        knob=knob_of(knob, exemplars=bool(exemplars)),
         rank=Recipe.rank if rank is None else rank,
         strength=strength,
-        loss=loss,
-        tensor_density=dict(tensor_density or {}),
+        loss=loss_of(loss),
+        tensor_density=densities,
     )
     chain = chain_of(relative_to) if relative_to else []
-    if chain and recipe.codec is CodecName.OVERWRITE:
-        raise InvalidRequestError(
-            "overwrite keeps the bits of weights of the base: it cannot stand on another expert", param="relative_to"
-        )
+    tried = {"widened": ", ".join(widened)} if widened else {}
     info = ExpertInfo(
         codec=recipe.codec.value,
-        codec_params=recipe.params(),
+        codec_params=recipe.params() | tried,
         tool=_tool(),
         created=created,
         name=name,
@@ -133,13 +134,6 @@ def compress(
     base = open_checkpoint(base_folder)
     sizes = {name: tensor.span.numel for name, tensor in base.tensors.items()}
     learns = recipe.codec is CodecName.FLEX_SWITCH
-    if not learns and (bits_per_param is not None or max_size is not None):
-        raise InvalidRequestError(
-            f"only {CodecName.FLEX_SWITCH} fits a budget; {recipe.codec} has a density or a rank",
-            param="max_size" if bits_per_param is None else "bits_per_param",
-        )
-    if learns and not exemplars:
-        raise InvalidRequestError(f"{CodecName.FLEX_SWITCH} learns from exemplars; give some", param="exemplars")
     shapes = {name: tensor.span.shape for name, tensor in base.tensors.items()}
     parameters = max(1, sum(sizes.values()))
     allowed = _allowed(bits_per_param, max_size, parameters) if learns else 0
@@ -173,7 +167,7 @@ def compress(
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
         info = replace(
             info,
-            codec_params={"loss": recipe.loss.value, "budget": 8 * allowed / parameters, **figures},
+            codec_params={"loss": recipe.loss.value, "budget": 8 * allowed / parameters, **figures, **tried},
         )
     if found is not None:
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
@@ -206,22 +200,6 @@ def _card_above(card: Card, chain: Sequence[Path]) -> Card:
     return replace(card, parents=tuple(dict.fromkeys([*card.parents, *digests])))
 
 
-def _codec_name(codec: str) -> CodecName:
-    if codec not in list(CodecName):
-        raise InvalidRequestError(f"there is no codec {codec}; choose one of {', '.join(CodecName)}", param="codec")
-    return CodecName(codec)
-
-
-def _knob(knob: str | None, exemplars: Sequence[str] | None) -> Knob:
-    if knob is None:
-        return Knob.CALIBRATED if exemplars else Knob.L1
-    if knob not in list(Knob):
-        raise InvalidRequestError(f"there is no knob {knob}; choose one of {', '.join(Knob)}", param="knob")
-    if knob == Knob.CALIBRATED and not exemplars:
-        raise InvalidRequestError("the calibrated knob needs exemplars; give some, or take the l1 knob", param="knob")
-    return Knob(knob)
-
-
 def _measured(
     base: Checkpoint,
     under: Checkpoint,
@@ -248,15 +226,9 @@ def _measured(
 
 def _allowed(bits_per_param: float | None, max_size: int | None, parameters: int) -> int:
     """Bytes that the file of a learned expert may take."""
-    if bits_per_param is not None and max_size is not None:
-        raise InvalidRequestError("give bits_per_param or max_size, not both", param="max_size")
     if max_size is not None:
         return max_size
     wanted = Recipe.bits_per_param if bits_per_param is None else bits_per_param
-    if not 0.0 < wanted <= MOST_BITS:
-        raise InvalidRequestError(
-            f"bits_per_param must be above 0 and at most {MOST_BITS}, not {wanted}", param="bits_per_param"
-        )
     return int(wanted * parameters / 8)
 
 

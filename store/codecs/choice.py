@@ -13,6 +13,7 @@ from store.codecs.compeft import ComPEFT
 from store.codecs.low_rank import LowRank
 from store.codecs.raw import Raw, is_raw
 from store.codecs.t_switch import Knob, TSwitch
+from store.compress_rules import check_tensor_density
 from store.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -67,16 +68,10 @@ class Recipe:
             InvalidRequestError: a glob matches nothing, or asks for a density of a codec that has none.
         """
         known = list(names)
-        if self.tensor_density and self.codec is CodecName.OVERWRITE:
-            raise InvalidRequestError("overwrite keeps every change: nothing may be left out", param="tensor_density")
-        for glob, density in self.tensor_density.items():
+        check_tensor_density(self.codec, self.tensor_density)
+        for glob in self.tensor_density:
             if not any(fnmatchcase(name, glob) for name in known):
                 raise InvalidRequestError(f"no tensor of the base matches {glob}", param="tensor_density")
-            if density and self.codec is not CodecName.T_SWITCH:
-                raise InvalidRequestError(
-                    f"{self.codec} has no density of its own per tensor; {glob}=0 leaves a tensor out",
-                    param="tensor_density",
-                )
         return {name for name in known if self._density_of(name) == 0.0}
 
     def _density_of(self, name: str) -> float | None:

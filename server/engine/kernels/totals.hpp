@@ -19,27 +19,37 @@ inline float unfused(float x) {
     return x;
 }
 
-// total[c] += factor * level of 32 columns of a row, whose words of all digits begin at `word`, `apart` from each other.
-inline void add_word(float* total, const uint32_t* word, int64_t apart, int32_t digits, float factor) {
+// total[c] += factor or -= factor, of 32 columns.
+inline void add_signs(float* total, uint32_t plus, uint32_t minus, float factor) {
 #if MASKS
-    for (int half = 0; half < 2; half++, total += 16) {
+    const __m512 step = _mm512_set1_ps(factor);
+    for (int half = 0; half < 32; half += 16, total += 16) {
         __m512 sum = _mm512_loadu_ps(total);
-        if (digits == 1) {
-            __m512 step = _mm512_set1_ps(factor);
-            sum = _mm512_mask_add_ps(sum, __mmask16(word[0] >> (16 * half)), sum, step);
-            sum = _mm512_mask_sub_ps(sum, __mmask16(word[BLOCK] >> (16 * half)), sum, step);
-        } else {
-            __m512i level = _mm512_setzero_si512();
-            int32_t power = 1;
-            for (int32_t k = 0; k < digits; k++, power *= 3) {
-                __m512i worth = _mm512_set1_epi32(power);
-                level = _mm512_mask_add_epi32(level, __mmask16(word[k * apart] >> (16 * half)), level, worth);
-                level = _mm512_mask_sub_epi32(level, __mmask16(word[k * apart + BLOCK] >> (16 * half)), level, worth);
-            }
-            const int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;  // an instruction that is not fused
-            sum = _mm512_add_ps(sum, _mm512_mul_round_ps(_mm512_cvtepi32_ps(level), _mm512_set1_ps(factor), rounding));
-        }
-        _mm512_storeu_ps(total, sum);
+        sum = _mm512_mask_add_ps(sum, __mmask16(plus >> half), sum, step);
+        _mm512_storeu_ps(total, _mm512_mask_sub_ps(sum, __mmask16(minus >> half), sum, step));
+    }
+#else
+    for (int c = 0; c < BLOCK; c++)  // exact products: a fused addition rounds alike
+        total[c] += float(int32_t((plus >> c) & 1) - int32_t((minus >> c) & 1)) * factor;
+#endif
+}
+
+// total[c] += factor * level of 32 columns, whose words of all digits begin at `word`, `apart` from each other.
+inline void add_levels(float* total, const uint32_t* word, int64_t apart, int32_t digits, float factor) {
+#if MASKS
+    __m256i levels = _mm256_setzero_si256();
+    int32_t power = 1;
+    for (int32_t k = 0; k < digits; k++, power *= 3) {
+        __m256i worth = _mm256_set1_epi8(char(power));  // a level fits 8 bits: what exceeds them on the way cancels out
+        levels = _mm256_mask_add_epi8(levels, word[k * apart], levels, worth);
+        levels = _mm256_mask_sub_epi8(levels, word[k * apart + BLOCK], levels, worth);
+    }
+    const int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;  // an instruction that is not fused
+    for (int half = 0; half < 2; half++, total += 16) {
+        __m128i part = half ? _mm256_extracti128_si256(levels, 1) : _mm256_castsi256_si128(levels);
+        __m512 product = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part));
+        product = _mm512_mul_round_ps(product, _mm512_set1_ps(factor), rounding);
+        _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), product));
     }
 #else
     int32_t levels[BLOCK] = {};
@@ -55,6 +65,22 @@ inline void add_word(float* total, const uint32_t* word, int64_t apart, int32_t 
 #endif
 }
 
+// total += one list.
+inline void add_list(float* total, int64_t list, int64_t rows, int64_t columns, const Term& term) {
+    bool abreast = term.form == ABREAST;
+    if (term.levels != nullptr) {
+        each_entry(term.starts, list, rows, abreast, [&](int64_t place) {
+            uint32_t entry = term.entries[place];
+            float value = unfused(float(term.levels[place]) * term.factor);
+            total[entry >> 1] += entry & 1 ? -value : value;
+        });
+        return;
+    }
+    Bits bits[MOST_COLUMNS / BLOCK];
+    list_bits(bits, list, rows, columns, abreast, term.starts, term.entries);
+    for (int64_t j = 0; j < blocks_of(columns); j++) add_signs(total + j * BLOCK, bits[j][0], bits[j][1], term.factor);
+}
+
 // Adds one row of a term to its sums.
 template <typename T>
 void add_row(float* total, const T* pristine, int64_t row, int64_t rows, int64_t columns, const Term& term) {
@@ -62,19 +88,18 @@ void add_row(float* total, const T* pristine, int64_t row, int64_t rows, int64_t
         case PLANES: {
             int64_t words = blocks_of(columns), apart = words * 2 * BLOCK;
             const uint32_t* word = term.words + row / BLOCK * apart * term.count + row % BLOCK;
-            for (int64_t j = 0; j < words; j++, word += 2 * BLOCK)
-                add_word(total + j * BLOCK, word, apart, term.count, term.factor);
+            for (int64_t j = 0; j < words; j++, word += 2 * BLOCK, total += BLOCK)
+                if (term.count == 1)
+                    add_signs(total, word[0], word[BLOCK], term.factor);
+                else
+                    add_levels(total, word, apart, term.count, term.factor);
             return;
         }
         case SPARSE:
         case ABREAST: {
             int64_t list = row / BLOCK * BLOCK;
             while (term.order[list] != row) list++;
-            each_entry(term.starts, list, rows, term.form == ABREAST, [&](int64_t place) {
-                uint32_t entry = term.entries[place];
-                float value = term.levels ? unfused(float(term.levels[place]) * term.factor) : term.factor;
-                total[entry >> 1] += entry & 1 ? -value : value;
-            });
+            add_list(total, list, rows, columns, term);
             return;
         }
         case DENSE: {
