@@ -26,6 +26,7 @@ from examples.fetch import CACHE
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
 from server.engine.kernels import Kernels, available, backend
+from server.engine.kernels.decoding import LANES
 from server.engine.loader import ExpertLoader
 from server.engine.merged import MergedWeights
 from server.engine.model import BaseModel
@@ -51,7 +52,7 @@ def random_expert(model: BaseModel, density: float, seed: int, top: int = 1) -> 
     """One that moves every matrix of the decoder's layers."""
     shapes = {name: p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in name}
     deltas = {
-        name: random_delta((shape[0], shape[1]), density, seed + place, top)
+        name: random_delta((shape[0], shape[1]), density, seed + place, top, LANES)
         for place, (name, shape) in enumerate(shapes.items())
     }
     return DecodedExpert(f"random-{density}-{top}-{seed}", deltas)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +14,9 @@ from server.engine.parcel import Parcel, RunningChecksum, pieces_of
 
 _LATER = 1.05
 """What is on its way is taken to need so many times what it would at the pace of the last one."""
+_FIRST = -1
+"""The priority of streams whose few kernels go first: among those of a step, at the same priority, a check takes as
+long as steps."""
 
 
 class Bus:
@@ -34,8 +38,9 @@ class Bus:
         """Seconds that each byte of the last parcel took."""
         self._due: float | None = None
         """When the parcel under way is expected."""
-        self.stream = _stream(device)
-        self._checking = _stream(device)
+        is_gpu = device.type == "cuda"
+        self.stream = own_stream("copies", device, _FIRST) if is_gpu else None
+        self._checking = own_stream("checks of copies", device, _FIRST) if is_gpu else None
 
     def carry(self, parcel: Parcel) -> Parcel | None:
         """The same on the device, in memory of its own, waited for; None if not every byte is what it was.
@@ -81,11 +86,39 @@ class Bus:
         return None if self.stream is None else self.stream.record_event()
 
 
-def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """Within, this thread's work goes to the stream, if there is one."""
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+@contextmanager
+def on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Within, this thread's work goes to the stream, if there is one, and to its device."""
+    if stream is None:
+        yield
+        return
+    # The device apart from the stream: left by the stream alone, a thread would go back to the first GPU, and take
+    # memory of it for a context that nobody uses.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """One whose few kernels go first: among those of a step, at the same priority, a check takes as long as steps."""
-    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+def make_current(device: torch.device) -> None:
+    """Make a GPU this thread's own for good: Triton launches where the thread is, not where its tensors are, and every
+    thread begins on the first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+_streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
+_drawing = threading.Lock()
+
+
+def own_stream(use: str, device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    """The stream of one use, the same whenever it is asked for, and that of no other.
+
+    torch hands out the same 32 of a priority in turns: who draws one every time comes to be on another's. What is
+    launched on the stream of a capture fails it, and what shares a stream does not overlap.
+    """
+    with _drawing:
+        known = _streams.get((use, device))
+        while known is None:
+            drawn = torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
+            if drawn not in _streams.values():
+                known = _streams[use, device] = drawn
+        return known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
 
 from server.engine.costs import Costs
@@ -19,16 +19,26 @@ class ModeChooser:
     """Chooses a mode for every step from calibrated costs.
 
     To advance every sequence by one token, mixed mode takes one step with all rows and the surcharge of every expert's
-    deltas; merged mode takes one step per mix, and patches the weights once per turn of `turn_steps` steps.
+    deltas; merged mode takes one step per mix, and patches the weights once per turn of `turn_steps` steps. Mixes that
+    cannot run beside the weights take steps of their own in either mode.
 
     Attributes:
         mode: the present one.
         changes: how often it changed.
     """
 
-    def __init__(self, costs: Costs, turn_steps: int) -> None:
+    def __init__(
+        self,
+        costs: Costs,
+        turn_steps: int,
+        shareable: Callable[[Mix, Mapping[str, DecodedExpert]], bool] = lambda *_: True,
+    ) -> None:
+        """Args:
+        shareable: whether a mix of these experts can run beside the weights.
+        """
         self._costs = costs
         self._turn_steps = turn_steps
+        self._shareable = shareable
         self.mode = Mode.MIXED
         self.changes = 0
 
@@ -43,10 +53,12 @@ class ModeChooser:
             built: the mixes whose weights lie ready.
             room: how many mixes' weights are kept.
         """
-        if all(lane.mix.is_base for lane in demand):
+        own = [lane for lane in demand if not self._shareable(lane.mix, experts)]
+        beside = [lane for lane in demand if lane not in own]
+        if all(lane.mix.is_base for lane in beside):
             return self.mode
         merged = self._merged_cost(demand, experts, built, room)
-        mixed = self._mixed_cost(demand, experts)
+        mixed = self._mixed_cost(beside, experts) + self._merged_cost(own, experts, built, room)
         present, other = (merged, mixed) if self.mode is Mode.MERGED else (mixed, merged)
         if other < RELUCTANCE * present:
             self.mode = Mode.MIXED if self.mode is Mode.MERGED else Mode.MERGED

@@ -6,25 +6,30 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 
-from server.engine.attention import AttentionBatch, Segment
+from server.engine.attention import Segment
+from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
-from server.engine.kernels import Group, Kernels, LoadedDelta, PackedDelta, pack
+from server.engine.kernels import Kernels, LoadedDelta
 from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
+from server.engine.layout import Layout, Span
 from server.engine.model import BaseModel
 from server.engine.native_steps import NativeSteps
-from store.deltas import DenseDelta, SparseDelta
+from server.engine.synthetic import FORMS, synthetic_expert
+from store.mix import BASE_MIX, Mix
 
 _ROWS = (1, 8, 32)
 _REPEATS = 3
-_STEP_SECONDS, _DELTA_SECONDS = 1.2, 0.2
-"""Most time for measuring steps, and for each form of delta; what does not fit is extrapolated."""
-_ELEMENTS = 1 << 20
-"""Most elements of the synthetic deltas."""
+_STEP_SECONDS, _DELTA_SECONDS, _PATCH_SECONDS = 1.0, 0.3, 0.1
+"""Most time for measuring steps of the base, those with each form of delta, and patches of each; what does not fit is
+extrapolated."""
+_PATCHED = 1 << 23
+"""Most elements of the matrices that are patched to measure it, but for a larger one."""
 
 Form = type[LoadedDelta]
 
@@ -50,7 +55,7 @@ class Costs:
 
     Attributes:
         step: one step of the base.
-        delta: per element of a tensor, by the form of its delta, applied to rows beside the weights.
+        delta: per unit of what is read of a delta (`units`), by its form, applied to rows beside the weights.
         patch: per element of a tensor, by the form of its delta, folded into the weights.
     """
 
@@ -60,100 +65,131 @@ class Costs:
 
     def surcharge(self, expert: DecodedExpert, rows: int) -> float:
         """What an expert adds to a mixed step in which it has so many rows."""
-        return sum(count * self.delta[form](rows) for form, count in _elements(expert).items())
+        return sum(count * self.delta[form](rows) for form, count in _counts(expert, units).items())
 
     def patching(self, expert: DecodedExpert) -> float:
         """What it takes to fold an expert into the weights."""
-        return sum(count * self.patch[form] for form, count in _elements(expert).items())
+        counts = _counts(expert, lambda delta: math.prod(delta.shape))
+        return sum(count * self.patch[form] for form, count in counts.items())
 
 
-def _elements(expert: DecodedExpert) -> dict[Form, int]:
+def units(delta: LoadedDelta) -> int:
+    """What the time beside the weights is proportional to: elements, once for every digit, or nonzeros of lists."""
+    if isinstance(delta, SparseRows):
+        return len(delta.entries)
+    return math.prod(delta.shape) * (delta.digits if isinstance(delta, BitPlanes) else 1)
+
+
+def _counts(expert: DecodedExpert, count: Callable[[LoadedDelta], int]) -> dict[Form, int]:
     counts: dict[Form, int] = {}
     for delta in expert.tensors.values():
-        counts[type(delta)] = counts.get(type(delta), 0) + math.prod(delta.shape)
+        counts[type(delta)] = counts.get(type(delta), 0) + count(delta)
     return counts
 
 
-def calibrate(model: BaseModel, kernels: Kernels, fast: NativeSteps | None = None) -> Costs:
-    """Measure steps of the base, and the two ways to apply synthetic deltas of the size of its layers.
+def calibrate(model: BaseModel, executor: Executor, kernels: Kernels, most_rows: int) -> Costs:
+    """Measure steps as the executor runs them, of the base and with synthetic experts that move all matrices of its
+    layers; and what folding these into some of the weights takes.
+
+    Before the cache is used: its first block is written to.
 
     Args:
-        fast: what runs steps, if not the model's modules; it adds deltas in float32, and coarsely to other weights.
+        most_rows: of a step that only decodes.
     """
-    steps: list[tuple[int, float]] = []
-    started = time.perf_counter()
-    for rows in _ROWS:
-        batch = AttentionBatch([Segment(row, row + 1, 0, ()) for row in range(rows)], None, model.device)
-        tokens, wanted = [0] * rows, list(range(rows))
-
-        def step(tokens: list[int] = tokens, batch: AttentionBatch = batch, wanted: list[int] = wanted) -> None:
-            if fast is None:
-                model.forward(tokens, batch, wanted)
-            else:
-                fast.try_out(len(tokens))
-
-        steps.append((rows, _seconds(step, model.device, _STEP_SECONDS / len(_ROWS))))
-        if time.perf_counter() - started > _STEP_SECONDS / 2:
-            break
-    dtype = model.dtype if fast is None else torch.float32
-    apply = kernels.add_linear
-    if fast is not None and model.dtype is not torch.float32:
-        apply = fast.kernels.add_coarsely
+    shapes = {name: (p.shape[0], p.shape[1]) for name, p in model.parameters.items() if _is_layer(name, p)}
+    measured = [rows for rows in _ROWS if rows < most_rows] + [min(_ROWS[-1], most_rows)]
+    steps = _curve(lambda rows: _step_seconds(executor, model.device, rows, None), measured, _STEP_SECONDS)
     delta: dict[Form, Curve] = {}
     patch: dict[Form, float] = {}
-    for form, packed in _synthetic(model, kernels).items():
-        out, size = packed.shape
-        curve = []
-        for rows in _ROWS:
-            group = Group(0, rows, ((1.0, packed),))
-            x = torch.ones(rows, size, dtype=dtype, device=model.device)
-            y = torch.zeros(rows, out, dtype=dtype, device=model.device)
-
-            def add(x: torch.Tensor = x, y: torch.Tensor = y, group: Group = group) -> None:
-                apply(y, x, [group])
-
-            curve.append((rows, _seconds(add, model.device, _DELTA_SECONDS / 4) / (out * size)))
-        pristine = torch.zeros(out, size, dtype=model.dtype, device=model.device)
-        merged = torch.empty_like(pristine)
-
-        def merge(packed: PackedDelta = packed, out: torch.Tensor = merged, pristine: torch.Tensor = pristine) -> None:
-            kernels.merge(out, pristine, [(1.0, packed)])
-
-        delta[form] = Curve(tuple(curve))
-        patch[form] = _seconds(merge, model.device, _DELTA_SECONDS / 4) / (out * size)
-    # What overwrites is never applied beside; to patch, it is at most as dear as a delta for every element.
-    delta[Overwrites], patch[Overwrites] = delta[DenseValues], patch[DenseValues]
-    return Costs(Curve(tuple(steps)), delta, patch)
+    for form in FORMS:
+        expert = synthetic_expert(form, shapes, model.device, kernels)
+        count = max(1, sum(units(own) for own in expert.tensors.values()))
+        beside = partial(_beside_seconds, executor, model.device, expert=expert, base=steps)
+        taken = _curve(beside, measured, _DELTA_SECONDS)
+        delta[form] = Curve(tuple((rows, seconds / count) for rows, seconds in taken.points))
+        patch[form] = _patch_seconds(model, expert, kernels)
+    executor.begin_anew()
+    # At most as dear as a delta for every element.
+    patch[Overwrites] = patch[DenseValues]
+    return Costs(steps, delta, patch)
 
 
-def _synthetic(model: BaseModel, kernels: Kernels) -> dict[type[PackedDelta], PackedDelta]:
-    """A delta of every form, of the shape of the model's largest layer or of some of its rows."""
-    layers = [p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in f".{name}"]
-    out, size = max(layers, key=math.prod, default=torch.Size((1024, 1024)))
-    shape = (max(1, min(out, _ELEMENTS // size)), size)
-    rng = np.random.default_rng(0)
-    made = [pack(DenseDelta(rng.standard_normal(shape, np.float32)), model.device)]
-    for density in (0.3, 0.01):
-        indices = np.flatnonzero(rng.random(math.prod(shape)) < density).astype(np.int32)
-        levels = rng.choice(np.array([-1, 1], np.int8), len(indices))
-        made.append(pack(SparseDelta(shape, indices, levels, 0.01), model.device, kernels.lanes, kernels.lists_below))
-    forms: dict[type[PackedDelta], PackedDelta] = {type(delta): delta for delta in made}
-    for missing in {BitPlanes, SparseRows, DenseValues} - forms.keys():
-        forms[missing] = made[0]  # tensors of this shape never take it: the price of the dense form is an upper bound
-    return forms
+def _is_layer(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.ndim == 2 and ".layers." in f".{name}"
 
 
-def _seconds(run: Callable[[], None], device: torch.device, budget: float) -> float:
-    """The shortest of a few runs, after one to warm up unless it used up the budget."""
-    best = math.inf
+def _curve(seconds: Callable[[int], float], rows: Items[int], budget: float) -> Curve:
+    """Of as many numbers of rows as time allows, the shortest of a few runs each."""
+    points: list[tuple[int, float]] = []
     started = time.perf_counter()
-    for attempt in range(1 + _REPEATS):
+    for count in rows:
+        points.append((count, _least(partial(seconds, count), budget / len(rows))))
+        if time.perf_counter() - started > budget / 2:
+            break
+    return Curve(tuple(points))
+
+
+def _step_seconds(executor: Executor, device: torch.device, rows: int, expert: DecodedExpert | None) -> float:
+    """What a step takes whose rows, a token each, are all of the base or of one expert."""
+    mix = BASE_MIX if expert is None else Mix.of({expert.digest: 1.0})
+    span = (Span(mix, 0, rows),)
+    segments = [Segment(row, row + 1, 0, (1,)) for row in range(rows)]
+    layout = Layout([0] * rows, segments, list(range(rows)), [], span, span)
+    experts = {} if expert is None else {expert.digest: expert}
+    began = time.perf_counter()
+    executor.logits(layout, experts, mixed=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _beside_seconds(
+    executor: Executor, device: torch.device, rows: int, *, expert: DecodedExpert, base: Curve
+) -> float:
+    """What an expert adds to such a step.
+
+    On a CPU it is timed as it happens, which the machine's other work disturbs less than the difference of two steps.
+    On a GPU what is launched takes its time later, and what native steps leave to the modules costs more than itself.
+    """
+    native = executor.fast if isinstance(executor.fast, NativeSteps) else None
+    before, steps = executor.mixed.seconds, 0 if native is None else native.steps
+    taken = _step_seconds(executor, device, rows, expert)
+    if device.type == "cpu" and (native is None or native.steps > steps):
+        return executor.mixed.seconds - before
+    return max(0.0, taken - base(rows))
+
+
+def _patch_seconds(model: BaseModel, expert: DecodedExpert, kernels: Kernels) -> float:
+    """What it takes per element to fold an expert into matrices of the layers, whose buffers have been used before."""
+    names: list[str] = []
+    count = 0
+    for name, own in expert.tensors.items():
+        if names and count + math.prod(own.shape) > _PATCHED:
+            break
+        names.append(name)
+        count += math.prod(own.shape)
+    if not names:
+        return 0.0
+    pristine = [model.parameters[name].data for name in names]
+    buffers = [torch.empty_like(tensor) for tensor in pristine]
+
+    def merge() -> float:
         began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken = time.perf_counter() - began
-        best = taken if attempt == 1 else min(best, taken)
+        for name, buffer, tensor in zip(names, buffers, pristine, strict=True):
+            kernels.merge(buffer, tensor, [(1.0, expert.tensors[name])])
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter() - began
+
+    return _least(merge, _PATCH_SECONDS) / count
+
+
+def _least(run: Callable[[], float], budget: float) -> float:
+    """The shortest of a few runs, after one to warm up unless it used up the budget."""
+    started = time.perf_counter()
+    best = run()
+    for attempt in range(_REPEATS):
         if time.perf_counter() - started > budget:
             break
+        best = run() if attempt == 0 else min(best, run())
     return best

@@ -70,26 +70,42 @@ class Executor:
             where the logits are not finite.
         """
         layout = lay_out(batch.work)
-        if batch.mixed and any(not span.mix.is_base for span in layout.spans):
-            self.merged.apply(BASE_MIX, {})
-            decoded = None
-            if self.fast is not None and self.fast.fits(layout):
-                terms = self.mixed.terms(layout.spans, layout.logit_spans, experts)
-                decoded = self.fast.run(layout, self.merged.moved, terms)
-            if decoded is None:
-                with self.mixed.carrying(layout.spans, layout.logit_spans, experts):
-                    decoded = self._forward(layout)
-            logits = decoded
-            self.mixed_steps += 1
-        else:
-            (span,) = layout.spans
-            self.merged.apply(span.mix, experts)
-            decoded = None if self.fast is None else self.fast.run(layout, self.merged.moved)
-            logits = self._forward(layout) if decoded is None else decoded
-            self.merged_steps += not span.mix.is_base
+        logits = self.logits(layout, experts, mixed=batch.mixed)
         sampling = [item.sequence for item in batch.work if item.samples]
         _score(logits[len(sampling) :], layout.scored)
         return sample(logits[: len(sampling)], sampling)
+
+    def logits(self, layout: Layout, experts: Mapping[str, DecodedExpert], *, mixed: bool) -> torch.Tensor:
+        """Run a step that is laid out.
+
+        Args:
+            mixed: whether mixes are applied beside the weights; there is one, if not.
+
+        Returns:
+            `[logit rows, vocabulary]` float32, until the next step.
+        """
+        if mixed and any(not span.mix.is_base for span in layout.spans):
+            self.merged.apply(BASE_MIX, {})
+            made = None
+            if self.fast is not None and self.fast.fits(layout):
+                terms = self.mixed.terms(layout.spans, layout.logit_spans, experts)
+                made = self.fast.run(layout, self.merged.moved, terms)
+            self.mixed_steps += 1
+            if made is not None:
+                return made
+            with self.mixed.carrying(layout.spans, layout.logit_spans, experts):
+                return self._forward(layout)
+        (span,) = layout.spans
+        self.merged.apply(span.mix, experts)
+        made = None if self.fast is None else self.fast.run(layout, self.merged.moved)
+        self.merged_steps += not span.mix.is_base
+        return self._forward(layout) if made is None else made
+
+    def begin_anew(self) -> None:
+        """Forget what was run to try and to measure: it counts for nothing, and its experts can leave memory."""
+        self.mixed.forget()
+        self.mixed.seconds = 0.0
+        self.merged_steps = self.mixed_steps = 0
 
     def _forward(self, layout: Layout) -> torch.Tensor:
         attention = AttentionBatch(layout.segments, self._cache, self._model.device)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from server.engine.bus import make_current
 from server.engine.chooser import ModeChooser
 from server.engine.cores import Cores
 from server.engine.costs import calibrate
@@ -56,7 +57,7 @@ class Worker:
     ) -> None:
         """Raises InvalidRequestError if a setting makes no sense for this model; `param` names it."""
         self._settings = settings
-        self._outbox = outbox
+        self._outbox, self._device = outbox, model.device
         self.cache = KVCache(model.kv_shape, settings.kv_bytes, model.device, reuse_prefixes=settings.prefix_cache)
         graphs = decode_graphs(settings.cuda_graphs, model, self.cache, settings.max_batch, kernels)
         native = None if graphs else native_steps(settings.native_steps, model, self.cache, kernels)
@@ -76,15 +77,15 @@ class Worker:
         )
         self._chooser: ModeChooser | None = None
         if settings.mode is Mode.AUTO:
-            self._chooser = ModeChooser(calibrate(model, kernels, native), settings.turn_steps)
+            costs = calibrate(model, self.executor, kernels, settings.max_batch)
+            self._chooser = ModeChooser(costs, settings.turn_steps, self.executor.shareable)
         self.features = FeatureQueue(model, outbox, self.prefill, settings.step_tokens)
         self._held: dict[Sequence, Ticket | None] = {}
         """Sequences whose experts are pinned or being waited for, and what cancels that."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._stopping = self._closed_down = False
         self._door = threading.Lock()
-        self._closed_down = False
         self._busy_since: float | None = None
         """When the present step began, routing features before it included."""
         self._prompt_tokens = self._generated_tokens = self._steps = 0
@@ -129,6 +130,7 @@ class Worker:
         return view(self.scheduler, self.residency, self.executor, self._busy_since)
 
     def _run(self) -> None:
+        make_current(self._device)
         cores = Cores(self._settings.threads)
         failure: Exception = EngineDeadError("the server is shutting down")
         try:
@@ -274,8 +276,7 @@ class Worker:
             sequence.emit(event)
 
     def _snapshot(self) -> EngineStats:
-        residency, executor = self.residency, self.executor
-        running = self.scheduler.running
+        residency, executor, running = self.residency, self.executor, self.scheduler.running
         return EngineStats(
             running=running,
             waiting=len(self._held) - running,

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.chooser import ModeChooser
-from server.engine.costs import Costs, Curve, calibrate
+from server.engine.costs import Costs, Curve, calibrate, units
+from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import backend
+from server.engine.kernels.merging import merge_tensor
+from server.engine.kernels.packing import gather_rows
+from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
+from server.engine.kv_cache import KVCache
+from server.engine.layout import Layout
 from server.engine.model import BaseModel
 from server.engine.options import Mode
 from server.engine.scheduler import Demand
+from server.engine.synthetic import FORMS, synthetic_expert
 from store.mix import BASE_MIX, Mix
 from tests.engine.conftest import Library
 
@@ -81,11 +90,71 @@ def test_curves_pass_through_their_points_and_never_fall_between_rising_ones(
     assert curve(rows) <= curve(rows + more) + 1e-9
 
 
-def test_calibration_prices_every_form(library: Library) -> None:
+def test_mixes_that_cannot_share_steps_decide_nothing() -> None:
+    costs = Costs(
+        step=Curve(((1, 1.0), (101, 2.0))), delta={DenseValues: Curve(((1, 0.003),))}, patch={DenseValues: 0.02}
+    )
+    own = ModeChooser(costs, 32, lambda mix, _: mix != A)
+    assert own.choose([Demand(A, 1, 100)], EXPERTS, []) is Mode.MIXED
+    assert own.choose([Demand(BASE_MIX, 3, 100), Demand(A, 1, 100)], EXPERTS, []) is Mode.MIXED
+    assert own.changes == 0, "it is merged by itself in either mode"
+    assert own.choose([Demand(B, 1, 100)], EXPERTS, [B]) is Mode.MERGED
+    both = [Demand(A, 1, 2), Demand(B, 1, 2)]
+    assert own.choose(both, EXPERTS, [B], room=2) is Mode.MERGED, "the patch of A is paid in either"
+
+
+def test_deltas_cost_what_is_read_of_them() -> None:
+    words, lists = torch.zeros(1, 3, 1, 2, 32, dtype=torch.int32), torch.zeros(7, dtype=torch.int16)
+    order = torch.zeros(9, dtype=torch.int32)
+    assert units(BitPlanes((8, 8), 1.0, words)) == 3 * 64, "every digit is read"
+    assert units(SparseRows((8, 1000), 1.0, order[:8], order, lists, None)) == 7
+    assert units(DenseValues(torch.zeros(8, 8))) == 64
+
+
+@pytest.mark.parametrize("shape", [(96, 70), (70, 96), (33, 40), (128, 5), (1, 64)])
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_synthetic_experts_are_of_one_form_and_repeat_what_was_drawn(
+    shape: tuple[int, int], lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.synthetic._DRAWN", 32 * shape[1])
+    kernels = ReferenceKernels()
+    monkeypatch.setattr(kernels, "lanes", lanes)
+    for form in FORMS:
+        expert = synthetic_expert(form, {"a": shape, "b": shape, "c": (3, 7)}, torch.device("cpu"), kernels)
+        assert {type(delta) for delta in expert.tensors.values()} == {form}
+        delta = expert.tensors["b"]
+        assert delta is expert.tensors["a"]
+        matrix = torch.zeros(shape)
+        merge_tensor(matrix, torch.zeros(shape), [(1.0, delta)])
+        assert matrix.count_nonzero(), form
+        first = gather_rows(delta, torch.arange(shape[0]))
+        assert torch.equal(first, matrix)
+        if shape[0] % 32 == 0 or form is DenseValues:
+            assert torch.equal(matrix, matrix[:32].repeat(-(-shape[0] // 32), 1)[: shape[0]])
+
+
+def test_calibration_runs_steps_with_every_form(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     model = BaseModel(library.base, dtype=torch.float32, device=cpu, feature_layer=1, cache_dir=None)
-    costs = calibrate(model, backend("reference", cpu))
-    assert costs.delta.keys() == costs.patch.keys() == {BitPlanes, SparseRows, DenseValues, Overwrites}
+    kernels = backend("reference", cpu)
+    executor = Executor(model, KVCache(model.kv_shape, 1 << 20, cpu), kernels)
+    seen: list[tuple[int, set[type]]] = []
+    logits = executor.logits
+
+    def watched(layout: Layout, experts: Mapping[str, DecodedExpert], *, mixed: bool) -> torch.Tensor:
+        forms = {type(delta) for expert in experts.values() for delta in expert.tensors.values()}
+        seen.append((len(layout.tokens), forms))
+        return logits(layout, experts, mixed=mixed)
+
+    monkeypatch.setattr(executor, "logits", watched)
+    monkeypatch.setattr("server.engine.costs._STEP_SECONDS", 1e9)
+    monkeypatch.setattr("server.engine.costs._DELTA_SECONDS", 1e9)
+    costs = calibrate(model, executor, kernels, most_rows=20)
+    assert {rows for rows, _ in seen} == {1, 8, 20}, "no step has more"
+    assert {form for _, forms in seen for form in forms} == {BitPlanes, SparseRows, DenseValues}
+    assert costs.delta.keys() == {BitPlanes, SparseRows, DenseValues}
+    assert costs.patch.keys() == costs.delta.keys() | {Overwrites}
     assert costs.step(1) > 0
     assert costs.surcharge(EXPERTS["a"], 4) > 0
     assert costs.patching(EXPERTS["a"]) > 0
+    assert executor.mixed_steps == executor.mixed.seconds == 0, "what was run to measure counts for nothing"

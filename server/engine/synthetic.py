@@ -1,0 +1,74 @@
+"""Experts made up to be timed: of one form, in every matrix of a model's layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from server.engine.expert import DecodedExpert
+from server.engine.kernels import Kernels, PackedDelta, pack
+from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, SparseRows
+from store.deltas import DenseDelta, SparseDelta
+
+FORMS: tuple[type[PackedDelta], ...] = (BitPlanes, SparseRows, DenseValues)
+DENSITIES = {BitPlanes: 0.3, SparseRows: 0.03}
+"""Of forms that have one: what lies well within those that take them."""
+_DRAWN = 1 << 20
+"""Most elements that are drawn at random; larger matrices repeat them."""
+
+Shape = tuple[int, int]
+
+
+def synthetic_expert(
+    form: type[PackedDelta], shapes: Mapping[str, Shape], device: torch.device, kernels: Kernels
+) -> DecodedExpert:
+    """One whose matrices of a shape are the same delta, of the form: between two that read it a step reads so many
+    weights that no cache keeps it.
+
+    Args:
+        shapes: of all matrices, by name. Those with more columns than lists can have get none of these.
+    """
+    made = {shape: _delta(form, shape, device, kernels) for shape in set(shapes.values())}
+    tensors = {name: made[shape] for name, shape in shapes.items()}
+    return DecodedExpert(
+        f"synthetic {form.__name__}", {name: delta for name, delta in tensors.items() if isinstance(delta, form)}
+    )
+
+
+def _delta(form: type[PackedDelta], shape: Shape, device: torch.device, kernels: Kernels) -> PackedDelta:
+    rng, (out, width) = np.random.default_rng(0), shape
+    drawn = min(out, max(BLOCK, _DRAWN // width // BLOCK * BLOCK))
+    times = -(-out // drawn)
+    if form is DenseValues:
+        values = rng.standard_normal((drawn, width), np.float32) * np.float32(0.01)
+        return pack(DenseDelta(np.tile(values, (times, 1))[:out]), device)
+    if times > 1 and out % BLOCK:
+        drawn, times = out, 1  # a block of rows has zeros beyond the last one
+    numel = drawn * width
+    kept = np.unique(rng.integers(0, numel, math.ceil(DENSITIES[form] * numel))).astype(np.int32)
+    levels = rng.choice(np.array([-1, 1], np.int8), len(kept))
+    delta = pack(
+        SparseDelta((drawn, width), kept, levels, 0.01), device, kernels.lanes, 1.0 if form is SparseRows else 0.0
+    )
+    return delta if times == 1 else _repeated(delta, times, shape)
+
+
+def _repeated(delta: PackedDelta, times: int, shape: Shape) -> PackedDelta:
+    """Its rows, a multiple of `BLOCK`, so many times; of those as many as the shape has, a multiple too."""
+    if isinstance(delta, BitPlanes):
+        words = delta.words.repeat(times, 1, 1, 1, 1)[: shape[0] // BLOCK].contiguous()
+        return BitPlanes(shape, delta.scale, words)
+    if not isinstance(delta, SparseRows):
+        return delta
+    (rows, _), count = delta.shape, len(delta.entries)
+    turns = torch.arange(times, dtype=torch.int32, device=delta.device)[:, None]
+    order = (delta.order[None] + turns * rows).view(-1)[: shape[0]]
+    starts = torch.cat([(delta.starts[None, :-1] + turns * count).view(-1), delta.starts.new_tensor([times * count])])
+    starts = starts[: shape[0] + 1]
+    entries = delta.entries.repeat(times)[: int(starts[-1])]
+    return SparseRows(
+        shape, delta.scale, order.contiguous(), starts.contiguous(), entries.contiguous(), None, delta.lanes
+    )
