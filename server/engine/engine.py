@@ -18,11 +18,13 @@ import numpy.typing as npt
 import torch
 
 from server.engine.base_source import choose_device, choose_dtype
+from server.engine.bus import make_current
 from server.engine.feature_queue import Job
 from server.engine.grammar import Grammars
 from server.engine.host_tier import HostTier
 from server.engine.inspection import beside
 from server.engine.kernels import backend
+from server.engine.kernels.cpu import CpuKernels
 from server.engine.loader import ExpertLoader
 from server.engine.merged import digest_of
 from server.engine.model import BaseModel
@@ -47,8 +49,9 @@ _NOT_RUNNING = "the engine is not running; restart the server"
 class TransformersEngine:
     """`Engine` over a transformers causal LM: ragged batches, paged cache, merged and mixed mode.
 
-    Construct it anywhere; `start` it on the event loop that will consume the tokens. This is the loop's side; what
-    touches the model runs on the engine's own thread (`server.engine.worker`).
+    Construct it on any thread, which is on the engine's GPU from then on; `start` it on the event loop that will
+    consume the tokens. This is the loop's side; what touches the model runs on the engine's own thread
+    (`server.engine.worker`).
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class TransformersEngine:
                 param="mode",
             )
         device = choose_device(settings.device)
+        make_current(device)
         dtype = choose_dtype(settings.dtype, device)
         self._settings = settings
         self._model = BaseModel(
@@ -100,7 +104,14 @@ class TransformersEngine:
         kernels.prepare(dtype, device)
         transcode = kernels.transcode if device.type == "cuda" or kernels.name == "cpu" else None
         loader = ExpertLoader(
-            self._model.manifest, device, read_expert, host, open_checkpoint(folder), transcode, kernels.lists_below
+            self._model.manifest,
+            device,
+            read_expert,
+            host,
+            open_checkpoint(folder),
+            transcode,
+            kernels.lists_below,
+            kernels.decode_overwrite if isinstance(kernels, CpuKernels) else None,
         )
         self._worker = Worker(self._model, kernels, loader, self._outbox, settings)
         self._base = BaseInfo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,17 +96,24 @@ class HostTier:
             self.meter.looked_up(found=entry is not None)
         return None if entry is None else entry.parcel
 
-    def put(self, parcel: Parcel, seconds: float) -> bool:
+    def room(self, spared: Collection[str]) -> int:
+        """Bytes that `put` could find now without these experts."""
+        with self._lock:
+            idle = [e.parcel.nbytes for d, e in self._entries.items() if e.readers == 0 and d not in spared]
+            return self.limit_bytes - self._used + sum(idle)
+
+    def put(self, parcel: Parcel, seconds: float, spared: Collection[str] = ()) -> bool:
         """Keep a parcel, in place of what was used least recently; False if there is no room for it.
 
         Args:
             seconds: what it took to make, for the metrics.
+            spared: experts that must not go for it.
         """
         with self._lock:
             if parcel.digest in self._entries:
                 self._entries.move_to_end(parcel.digest)
                 return True
-            victims = self._victims(parcel.nbytes)
+            victims = self._victims(parcel.nbytes, spared)
             if victims is None:
                 return False
             gone = [self._entries.pop(victim) for victim in victims]
@@ -148,14 +155,14 @@ class HostTier:
         if self._locker is not None:
             self._locker.shutdown()
 
-    def _victims(self, nbytes: int) -> list[str] | None:
+    def _victims(self, nbytes: int, spared: Collection[str]) -> list[str] | None:
         """Who must go for so many bytes, the least recently used first; None if that would not be enough."""
         victims = []
         missing = self._used + nbytes - self.limit_bytes
         for digest, entry in self._entries.items():
             if missing <= 0:
                 break
-            if entry.readers == 0:
+            if entry.readers == 0 and digest not in spared:
                 victims.append(digest)
                 missing -= entry.parcel.nbytes
         return victims if missing <= 0 else None

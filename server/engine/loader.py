@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,30 +13,34 @@ import torch
 
 from server.engine.bus import Bus, on
 from server.engine.expert import DecodedExpert
+from server.engine.fetching import CalledOff
+from server.engine.fresh_files import FreshFiles
 from server.engine.host_tier import HostTier
 from server.engine.kernels import LoadedDelta, Overwrites, PackedDelta, pack, packed_fields
 from server.engine.kernels.packing import SPARSE_BELOW
+from server.engine.load_thread import GoOn
 from server.engine.parcel import Parcel, parcel_bytes, wrap
 from store.checkpoint import Checkpoint
-from store.deltas import OverwriteDelta
+from store.deltas import Delta, OverwriteDelta
 from store.errors import ExpertUnavailableError
 from store.expert_file import DenseEntry, ExpertHeader, OverwriteEntry, read_header, read_packed
 from store.manifest import BaseManifest
 from store.overwriting import check_sixteen_bits, new_patterns
-from store.packed import PackedTernary
+from store.packed import PackedOverwrite, PackedTernary
 from store.patterns import Half
 from store.tiers import Tier
 
 _log = logging.getLogger(__name__)
 
 Transcode = Callable[[str, PackedTernary, torch.device], PackedDelta]
+DecodeOverwrite = Callable[[str, PackedOverwrite], OverwriteDelta]
 
 _CPU = torch.device("cpu")
 _HALVES = {Half.BF16: torch.bfloat16, Half.F16: torch.float16}
 
 
 class ExpertLoader:
-    """`ExpertSource` over expert files and a tier in host memory.
+    """`FetchingSource` over expert files and a tier in host memory.
 
     The files were validated when they came in and are checked again here: bytes can rot between upload and load. What
     comes from host memory is checked on the device, piece by piece as it arrives, by the checksum made when it was
@@ -52,6 +56,7 @@ class ExpertLoader:
         transcode: `Kernels.transcode`, where the device decodes, or the host in native code; None decodes in NumPy. A
             GPU's temporary tensors take memory besides the expert's: where there is none, the host decodes.
         lists_below: `Kernels.lists_below`.
+        decode_overwrite: `CpuKernels.decode_overwrite`, where the host decodes in native code.
 
     Attributes:
         is_decoding: whether a core is busy with an expert now.
@@ -66,6 +71,7 @@ class ExpertLoader:
         base: Checkpoint | None = None,
         transcode: Transcode | None = None,
         lists_below: float = SPARSE_BELOW,
+        decode_overwrite: DecodeOverwrite | None = None,
     ) -> None:
         self._manifest = manifest
         self._base = base
@@ -74,6 +80,7 @@ class ExpertLoader:
         self._device = device
         self._transcode = transcode
         self._lists_below = lists_below
+        self._decode_overwrite = decode_overwrite
         self._read = read
         self.host = host
         self._in_place = device.type == "cpu"
@@ -84,11 +91,19 @@ class ExpertLoader:
         self._lock = threading.Lock()
         self._unkept: dict[str, tuple[Parcel, float]] = {}
         """What the device has decoded and the host has no copy of yet, and the seconds that it took."""
+        self._files = FreshFiles()
+        self._fetching: str | None = None
+        """What is being fetched, unless it has been dropped meanwhile."""
 
     def decoded_bytes(self, digest: str) -> int:
         """See `ExpertSource.decoded_bytes`. What host memory holds need not be looked for in the store."""
         kept = self.host.bytes_of(digest)
-        return kept if kept is not None else _decoded_bytes(read_header(self._read(digest)), self._lists_below)
+        if kept is not None:
+            return kept
+        data = self._read(digest)
+        nbytes = self._bytes_of(data)
+        self._files.keep(digest, data)
+        return nbytes
 
     def load(self, digest: str) -> DecodedExpert:
         """See `ExpertSource.load`.
@@ -137,10 +152,38 @@ class ExpertLoader:
             if self._unkept.pop(digest, None) is not None:
                 self.host.put(copy, seconds + time.perf_counter() - began)
 
+    def fetch(self, digest: str, go_on: GoOn, spared: Collection[str]) -> bool:
+        """See `FetchingSource.fetch`. Where a device apart decodes, there is no use in it: the host takes many times as
+        long, most of it holding the interpreter's lock, which the steps of others need."""
+        if self.host.bytes_of(digest) is not None:
+            return True
+        room = 0 if self._transcode is not None and not self._in_place else self.host.room(spared)
+        if room <= 0:
+            return False
+        began = time.perf_counter()
+        self._fetching = digest
+        data = self._files.get(digest) or self._read(digest)
+        if self._bytes_of(data) > room:
+            return False
+        parcel = self._packed(digest, data, self._transcode, go_on)
+        self._files.drop(digest)
+        with self._lock:
+            if self._fetching is None:
+                return True  # there is no more to be done for it
+            if digest in self._claimed:  # too late: its load comes next
+                self._claimed[digest] = parcel
+                return True
+            return self.host.put(parcel, time.perf_counter() - began, spared)
+
+    def let_go(self, digest: str) -> None:
+        """See `FetchingSource.let_go`."""
+        self._files.drop(digest)
+
     def claim(self, digest: str) -> None:
         """See `ExpertSource.claim`. Two experts that change places need no room for a third."""
         if self._in_place:
-            self._claimed[digest] = self.host.take(digest)
+            with self._lock:  # what is fetched meanwhile comes here or there
+                self._claimed[digest] = self.host.take(digest)
 
     def evicted(self, expert: DecodedExpert) -> None:
         """See `ExpertSource.evicted`."""
@@ -152,7 +195,11 @@ class ExpertLoader:
 
     def drop(self, digest: str) -> None:
         """See `ExpertSource.drop`."""
-        self._forget(digest)
+        self._files.drop(digest)
+        with self._lock:
+            self._unkept.pop(digest, None)
+            if self._fetching == digest:
+                self._fetching = None
         self.host.drop(digest)
 
     def _forget(self, digest: str) -> None:
@@ -172,7 +219,7 @@ class ExpertLoader:
 
     def _decode(self, digest: str) -> tuple[Parcel, bool]:
         """On the device, if it decodes and has the memory; else on the host. And whether a device apart did."""
-        data = self._read(digest)
+        data = self._files.take(digest) or self._read(digest)
         if self._transcode is not None:
             try:
                 with on(self.bus.stream):
@@ -181,15 +228,21 @@ class ExpertLoader:
                 _log.warning("expert %s is decoded on the host: the device's memory is too full", digest[:12])
         return self._packed(digest, data, None), False
 
-    def _packed(self, digest: str, data: bytes, transcode: Transcode | None) -> Parcel:
+    def _packed(self, digest: str, data: bytes, transcode: Transcode | None, go_on: GoOn = lambda: True) -> Parcel:
         device = _CPU if transcode is None else self._device
 
         def packed() -> Iterator[tuple[str, LoadedDelta]]:
             for name, tensor in read_packed(data, self._manifest):
+                if not go_on():
+                    raise CalledOff(digest)
                 if transcode is not None and isinstance(tensor, PackedTernary):
                     yield name, transcode(name, tensor, device)
                     continue
-                delta = tensor.decode(name)
+                delta: Delta
+                if self._decode_overwrite is not None and isinstance(tensor, PackedOverwrite):
+                    delta = self._decode_overwrite(name, tensor)
+                else:
+                    delta = tensor.decode(name)
                 yield (
                     name,
                     self._overwrites(name, delta)
@@ -199,9 +252,13 @@ class ExpertLoader:
 
         self.is_decoding = True
         try:
-            return wrap(digest, _decoded_bytes(read_header(data), self._lists_below), packed(), device)
+            return wrap(digest, self._bytes_of(data), packed(), device)
         finally:
             self.is_decoding = False
+
+    def _bytes_of(self, data: bytes) -> int:
+        """What an expert file takes once it is decoded."""
+        return _decoded_bytes(read_header(data), self._lists_below)
 
     def _overwrites(self, name: str, delta: OverwriteDelta) -> Overwrites:
         if self._base is None:

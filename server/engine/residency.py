@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
-from server.engine.expert import DecodedExpert, ExpertSource
+from server.engine.expert import DecodedExpert
+from server.engine.fairness import Tenant
+from server.engine.fetching import Ahead, FetchingSource
+from server.engine.load_thread import Errand, Job, LoadThread
+from server.engine.looks import Looks
+from server.engine.tickets import Ready, Ticket, Tickets
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import Mix
 from store.tiers import Tier, TierMeter, TierStats
 
+__all__ = ["Residency", "Ticket"]
+
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 STARVING = 3.0
-"""Seconds after which a mix that waits for room has experts in use drained for it."""
-
-Ready = Callable[[SwitchyardError | None], None]
-Then = Callable[[str, Future[Result]], None]
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A mix that waits for its experts."""
-
-    mix: Mix
-    ready: Ready
-    since: float
-    missing: set[str] = field(default_factory=set)
-
-    @property
-    def digests(self) -> set[str]:
-        return {digest for digest, _ in self.mix.parts}
+"""Seconds after which a mix that waits for room has experts in use drained for it, and what was read for it is not kept
+any longer."""
 
 
 @dataclass
@@ -48,6 +37,7 @@ class _Slot:
     pins: int = 0
     expert: DecodedExpert | None = None
     doomed: bool = False
+    load: Job[DecodedExpert] | None = None
     waiters: list[Ticket] = field(default_factory=list)
 
 
@@ -55,15 +45,17 @@ class Residency:
     """Grants mixes: `ready(None)` is called with every expert of the mix resident and pinned.
 
     All methods run on the engine's thread. Loads run on one thread of their own and come back through `post`, so
-    running streams never wait for them. A mix reserves the room for all its experts at once: two mixes that each hold
-    half of the memory while waiting for the other half cannot happen. Mixes whose experts are all resident pass by
-    those that wait for room. So that popular experts cannot keep a rare one out for ever, a mix that has waited for
-    `STARVING` seconds has as many experts as it needs drained: nobody else may begin to use them before its turn.
+    running streams never wait for them. Tenants have mixes granted, and experts loaded, in turn; one tenant's go in
+    order of arrival. A mix reserves the room for all its experts at once: two mixes that each hold half of the memory
+    while waiting for the other half cannot happen. Mixes whose experts are all resident pass by those that wait for
+    room; the experts of the others come to host memory meanwhile. So that popular experts cannot keep a rare one out
+    for ever, a mix that has waited for `STARVING` seconds has as many experts as it needs drained: nobody else may
+    begin to use them before its turn.
     """
 
     def __init__(
         self,
-        source: ExpertSource,
+        source: FetchingSource,
         budget_bytes: int,
         post: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.monotonic,
@@ -73,16 +65,15 @@ class Residency:
         """
         self._clock = clock
         self._source = source
-        self._post = post
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._experts: dict[str, DecodedExpert] = {}
-        self._sizes: dict[str, int] = {}
-        self._measuring: dict[str, Future[int]] = {}
-        self._queue: deque[Ticket] = deque()
+        self._queue = Tickets()
         self._draining: set[str] = set()
         self._drained_for: Ticket | None = None
         self._pumping = False
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert-loader")
+        self._thread = LoadThread(post)
+        self._looks = Looks(source, self._thread, clock, keep_seconds=STARVING)
+        self._ahead = Ahead(source, self._thread, self._pump)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self.meter = TierMeter(Tier.DEVICE)
@@ -98,24 +89,23 @@ class Residency:
 
     def waiting(self) -> Mapping[Mix, float]:
         """Mixes that wait for room or a load, each with the seconds that the first of it has waited."""
-        now = self._clock()
-        return {ticket.mix: now - ticket.since for ticket in reversed([*self._queue])}
+        return self._queue.seconds(self._clock())
 
     def stats(self) -> TierStats:
         """What is on the device, and what has been going on there."""
         return self.meter.stats(used_bytes=self.used_bytes, limit_bytes=self.budget_bytes, experts=len(self._experts))
 
-    def request(self, mix: Mix, ready: Ready) -> Ticket:
+    def request(self, mix: Mix, ready: Ready, tenant: Tenant = None) -> Ticket:
         """Call `ready(None)` once all experts of `mix` are pinned (perhaps before this returns), or
         `ready(error)` if that cannot be. The ticket is for `cancel`."""
         for digest, _ in mix.parts:
             self.meter.looked_up(found=digest in self._experts)
-        ticket = Ticket(mix, ready, self._clock())
+        ticket = Ticket(mix, ready, self._clock(), tenant)
         if self._at_hand(mix):
             self._pin(mix)
             ready(None)
         else:
-            self._queue.append(ticket)
+            self._queue.add(ticket)
             self._pump()
         return ticket
 
@@ -124,9 +114,9 @@ class Residency:
         if ticket not in self._queue:
             return
         self._queue.remove(ticket)
-        for digest in ticket.digests & self._measuring.keys():
-            if not any(digest in other.digests for other in self._queue):
-                self._measuring[digest].cancel()
+        for digest in ticket.digests.intersection(self._looks.under_way):
+            if not self._queue.wanting(digest):
+                self._looks.call_off(digest)
         self._pump()
 
     def release(self, mix: Mix) -> None:
@@ -146,11 +136,15 @@ class Residency:
         self._evict_if_doomed(digest)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.close()
 
     def _at_hand(self, mix: Mix) -> bool:
         """Whether all its experts are resident, and none is drained for somebody else."""
         return all(digest in self._experts and digest not in self._draining for digest, _ in mix.parts)
+
+    def _is_loading(self, digest: str) -> bool:
+        slot = self._slots.get(digest)
+        return slot is not None and slot.expert is None
 
     def _pin(self, mix: Mix) -> None:
         for digest, _ in mix.parts:
@@ -160,18 +154,27 @@ class Residency:
             self._slots.move_to_end(digest)
 
     def _pump(self) -> None:
-        """Start what fits, in order of arrival, and whatever needs no room."""
+        """Start what fits, in order of turns, and whatever needs no room."""
         if self._pumping:
             return  # whoever is granted may release at once, as those do who have gone: the loop below goes on anyway
         self._pumping = True
         try:
             while self._grant_next():
                 pass
+            self._prepare()
         finally:
             self._pumping = False
 
+    def _prepare(self) -> None:
+        """See to it that whoever waits will not wait for long once there is room."""
+        first = self._queue.first
+        self._looks.let_go(self._is_loading, first.digests if first is not None else ())
+        if first is None or first.digests.isdisjoint(self._looks.under_way):  # it waits for room
+            waiting = [digest for ticket in self._queue for digest, _ in ticket.mix.parts if digest not in self._slots]
+            self._ahead.go_on(waiting, self._slots.keys())
+
     def _grant_next(self) -> bool:
-        first = self._queue[0] if self._queue else None
+        first = self._queue.first
         if first is not self._drained_for:
             self._draining, self._drained_for = set(), None
         if first is None or self._grant(first):
@@ -184,10 +187,10 @@ class Residency:
     def _drain_for(self, ticket: Ticket) -> None:
         """Choose experts whose bytes, once their users have ended, make room: those with the fewest users first. How
         many it takes can be said once all sizes are known."""
-        absent = ticket.digests - self._slots.keys()
-        if not absent <= self._sizes.keys():
+        absent, sizes = ticket.digests - self._slots.keys(), self._looks.sizes
+        if not absent <= sizes.keys():
             return
-        missing = sum(self._sizes[digest] for digest in absent) - (self.budget_bytes - self.used_bytes)
+        missing = sum(sizes[digest] for digest in absent) - (self.budget_bytes - self.used_bytes)
         others = [digest for digest in self._slots if digest not in ticket.digests]
         for digest in sorted(others, key=lambda digest: self._slots[digest].pins):
             if missing <= 0:
@@ -199,13 +202,13 @@ class Residency:
     def _grant(self, ticket: Ticket) -> bool:
         """Reserve and load what `ticket` misses; False if it must wait for sizes or for room."""
         absent = [digest for digest, _ in ticket.mix.parts if digest not in self._slots]
-        unmeasured = [digest for digest in absent if digest not in self._sizes]
+        sizes = self._looks.sizes
+        unmeasured = [digest for digest in absent if digest not in sizes]
         for digest in unmeasured:
-            if digest not in self._measuring:
-                self._measuring[digest] = self._submit(self._source.decoded_bytes, digest, self._measured)
+            self._looks.begin(digest, ticket.tenant, self._measured)
         if unmeasured:
             return False
-        needed = sum(self._sizes[digest] for digest in absent)
+        needed = sum(sizes[digest] for digest in absent)
         wanted = ticket.digests
         own = sum(self._slots[digest].nbytes for digest in wanted if digest in self._slots)
         if needed + own > self.budget_bytes:
@@ -227,13 +230,17 @@ class Residency:
             return False
         self._queue.remove(ticket)
         for digest in absent:
-            self._slots[digest] = _Slot(self._sizes[digest])
-            self.used_bytes += self._sizes[digest]
-            self._submit(self._source.load, digest, partial(self._loaded, time.perf_counter()))
+            slot = self._slots[digest] = _Slot(sizes[digest])
+            self.used_bytes += slot.nbytes
+            loaded = partial(self._loaded, time.perf_counter(), ticket.tenant)
+            slot.load = self._thread.submit(self._source.load, Errand.LOAD, digest, ticket.tenant, loaded)
         self._pin(ticket.mix)
         ticket.missing = {digest for digest in wanted if self._slots[digest].expert is None}
         for digest in ticket.missing:
-            self._slots[digest].waiters.append(ticket)
+            slot = self._slots[digest]
+            slot.waiters.append(ticket)
+            if slot.load is not None and digest not in absent:
+                self._thread.share(slot.load, ticket.tenant)
         if not ticket.missing:
             ticket.ready(None)
         return True
@@ -248,31 +255,22 @@ class Residency:
             self._free(digest)
             self._source.drop(digest)
 
-    def _submit(self, call: Callable[[str], Result], digest: str, then: Then[Result]) -> Future[Result]:
-        future = self._pool.submit(call, digest)
-        future.add_done_callback(lambda done: self._post(lambda: then(digest, done)))
-        return future
-
-    def _measured(self, digest: str, done: Future[int]) -> None:
-        del self._measuring[digest]
-        error = None if done.cancelled() else done.exception()
+    def _measured(self, digest: str, error: BaseException | None) -> None:
         if error is not None:
             refused = _unavailable(digest, error)
-            for ticket in [t for t in self._queue if digest in t.digests]:
+            for ticket in self._queue.wanting(digest):
                 self._queue.remove(ticket)
                 ticket.ready(refused)
-        elif not done.cancelled():
-            self._sizes[digest] = done.result()
-        self._pump()  # where it was cancelled, too: somebody may have come for it meanwhile
+        self._pump()  # where it was called off, too: somebody may have come for it meanwhile
 
-    def _loaded(self, started: float, digest: str, done: Future[DecodedExpert]) -> None:
+    def _loaded(self, started: float, tenant: Tenant, digest: str, done: Future[DecodedExpert]) -> None:
         slot = self._slots[digest]
-        waiters, slot.waiters = slot.waiters, []
+        waiters, slot.waiters, slot.load = slot.waiters, [], None
         error = done.exception()
         if error is None:
             slot.expert = self._experts[digest] = done.result()
             self.meter.loaded(time.perf_counter() - started)
-            self._pool.submit(self._source.keep, digest)
+            self._thread.submit(self._source.keep, Errand.KEEP, digest, tenant)
             for ticket in waiters:
                 ticket.missing.discard(digest)
                 if not ticket.missing:

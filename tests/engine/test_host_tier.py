@@ -84,6 +84,18 @@ def test_what_is_being_read_stays() -> None:
     assert not tier.put(parcel("d", 3), 0)
 
 
+def test_what_is_spared_stays_and_the_rest_is_room() -> None:
+    tier = HostTier(4 * UNIT)
+    for name in "abc":
+        tier.put(parcel(name), 0)
+    assert tier.room("a") == 3 * UNIT
+    with tier.reading("b"):
+        assert tier.room("a") == 2 * UNIT
+    assert not tier.put(parcel("d", 4), 0, spared="a")
+    assert tier.put(parcel("d", 3), 0, spared="a")
+    assert held(tier, *"abcd") == [True, False, False, True]
+
+
 def test_what_is_dropped_is_found_no_more_and_freed_with_its_last_reader() -> None:
     tier = HostTier(3 * UNIT)
     tier.put(parcel("a", 2), 0)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 import torch
 
 from server.engine.expert import DecodedExpert
+from server.engine.fetching import CalledOff
 from server.engine.kernels.types import DenseValues
+from server.engine.load_thread import Errand
 from server.engine.residency import STARVING, Residency, Ticket
+from server.engine.tenant_lines import TenantLines
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.mix import BASE_MIX, Mix
 
@@ -25,12 +28,19 @@ class Source:
     def __init__(self) -> None:
         self.gates: dict[str, threading.Event] = {}
         self.broken: set[str] = set()
+        self.loading: list[str] = []
         self.loaded: list[str] = []
         self.kept: list[str] = []
-        self.let_go: list[str] = []
+        self.given_up: list[str] = []
         self.claimed: list[tuple[str, int]] = []
-        """Digests, and how many had been let go before."""
+        """Digests, and how many had been given up before."""
         self.dropped: list[str] = []
+        self.host_room = 0
+        """Units that can be fetched."""
+        self.begun: list[str] = []
+        self.fetched: list[tuple[str, set[str]]] = []
+        """Digests, and who was to be spared."""
+        self.forgotten: list[str] = []
 
     def decoded_bytes(self, digest: str) -> int:
         if digest == "unknown1":
@@ -38,6 +48,7 @@ class Source:
         return int(digest[-1]) * UNIT
 
     def load(self, digest: str) -> DecodedExpert:
+        self.loading.append(digest)
         if digest in self.gates:
             assert self.gates[digest].wait(60)
         if digest in self.broken:
@@ -49,13 +60,37 @@ class Source:
         self.kept.append(digest)
 
     def claim(self, digest: str) -> None:
-        self.claimed.append((digest, len(self.let_go)))
+        self.claimed.append((digest, len(self.given_up)))
 
     def evicted(self, expert: DecodedExpert) -> None:
-        self.let_go.append(expert.digest)
+        self.given_up.append(expert.digest)
 
     def drop(self, digest: str) -> None:
         self.dropped.append(digest)
+
+    def fetch(self, digest: str, go_on: Callable[[], bool], spared: Collection[str]) -> bool:
+        if digest in self.broken:
+            raise ExpertUnavailableError("its bytes are gone")
+        if digest in dict(self.fetched):
+            return True
+        if self.host_room < int(digest[-1]):
+            return False
+        self.begun.append(digest)
+        gate = self.gates.get(f"fetch {digest}")
+        is_open = gate is None
+        for _ in range(6000):
+            is_open = is_open or (gate is not None and gate.wait(0.01))
+            if not go_on():
+                raise CalledOff(digest)
+            if is_open:
+                break
+        assert is_open
+        self.host_room -= int(digest[-1])
+        self.fetched.append((digest, set(spared)))
+        return True
+
+    def let_go(self, digest: str) -> None:
+        self.forgotten.append(digest)
 
 
 class Bench:
@@ -74,7 +109,7 @@ class Bench:
     def request(self, *digests: str) -> Mix:
         return self.ask(*digests).mix
 
-    def ask(self, *digests: str) -> Ticket:
+    def ask(self, *digests: str, tenant: str | None = None) -> Ticket:
         mix = Mix.of(dict.fromkeys(digests, 1.0))
 
         def ready(error: SwitchyardError | None) -> None:
@@ -86,7 +121,15 @@ class Bench:
             else:
                 self.refused[mix] = error
 
-        return self.residency.request(mix, ready)
+        return self.residency.request(mix, ready, tenant)
+
+    def finish(self) -> None:
+        """Until the loading thread has done all that was asked of it."""
+        self.residency._thread.submit(lambda _: None, Errand.KEEP, "", None).future.result(timeout=60)
+
+    def is_prepared(self) -> bool:
+        """Whether there is no more to be done for those who wait."""
+        return not self.residency._looks.under_way and self.residency._ahead._job is None
 
     def settle(self, until: Callable[[], bool]) -> None:
         while not until():
@@ -113,7 +156,7 @@ def test_what_has_been_handed_out_is_kept_afterwards_and_what_failed_is_not(benc
     for digest in ("a1", "b1", "c1"):
         bench.request(digest)
     bench.settle(lambda: len(bench.granted) == 2 and len(bench.refused) == 1)
-    bench.residency._pool.submit(lambda: None).result(timeout=60)
+    bench.finish()
     assert bench.source.loaded == bench.source.kept == ["a1", "c1"]
 
 
@@ -135,7 +178,7 @@ def test_the_least_recently_used_goes_first_and_the_pinned_stays(bench: Bench) -
     bench.request("d2")
     bench.settle(lambda: len(bench.granted) == 5)
     assert set(bench.residency.experts) == {"b1", "c1", "d2"}
-    assert bench.source.let_go == ["a2"]
+    assert bench.source.given_up == ["a2"]
     assert bench.source.claimed[-1] == ("d2", 0), "what is kept of the new one is claimed before the old one is kept"
     stats = bench.residency.stats()
     assert (stats.evictions, stats.hits, stats.misses, stats.loads) == (1, 1, 4, 4)
@@ -145,7 +188,7 @@ def test_a_mix_waits_for_room_and_warm_mixes_pass_it(bench: Bench) -> None:
     busy = bench.request("a3")
     bench.settle(lambda: bench.granted == [busy])
     waiting = bench.request("b2")
-    bench.settle(lambda: not bench.posted.empty() or not bench.residency._measuring)
+    bench.settle(lambda: not bench.posted.empty() or not bench.residency._looks.under_way)
     bench.request("a3")
     assert bench.granted == [busy, busy]
     bench.residency.release(busy)
@@ -160,7 +203,7 @@ def test_popular_experts_cannot_starve_a_rare_one(bench: Bench) -> None:
     bench.request("b2")
     bench.settle(lambda: len(bench.granted) == 3)
     rare = bench.request("c1")
-    bench.settle(lambda: not bench.residency._measuring)
+    bench.settle(lambda: not bench.residency._looks.under_way)
     for _ in range(5):
         bench.request("a2")
         bench.residency.release(few)
@@ -197,7 +240,7 @@ def test_a_rare_one_whose_size_is_known_late_does_not_starve(bench: Bench) -> No
         bench.residency.release(few)
     assert len(bench.granted) == 4, "nobody knows yet how much it needs"
     gate.set()
-    bench.settle(lambda: not bench.residency._measuring)
+    bench.settle(lambda: not bench.residency._looks.under_way)
     late = [bench.request(digest) for digest in ("a2", "b2")]
     assert len(bench.granted) == 4, "both are drained, since it needs more than either"
     for mix in late:
@@ -209,7 +252,7 @@ def test_a_rare_one_whose_size_is_known_late_does_not_starve(bench: Bench) -> No
 
 def test_whoever_needs_no_room_passes_by_also_out_of_the_queue(bench: Bench) -> None:
     """Requests that came while their expert was being loaded, behind one that waits for room."""
-    bench.residency._sizes |= {"a1": UNIT, "c3": 3 * UNIT}
+    bench.residency._looks.sizes |= {"a1": UNIT, "c3": 3 * UNIT}
     bench.source.gates["a1"] = threading.Event()
     busy = bench.request("b3")
     bench.settle(lambda: bench.granted == [busy])
@@ -241,7 +284,7 @@ def test_those_who_have_gone_while_they_waited_give_up_their_place(bench: Bench)
     assert not bench.residency.waiting()
     again, other = bench.request("c1"), bench.request("e1")
     gate.set()
-    bench.settle(lambda: not bench.residency._measuring)
+    bench.settle(lambda: not bench.residency._looks.under_way)
     bench.residency.release(busy)
     bench.settle(lambda: {again, other} <= {*bench.granted})
     assert set(measured) <= {"b1", "c1", "e1"}, "what was begun goes on; d1 had not been"
@@ -253,7 +296,7 @@ def test_those_who_have_gone_while_they_waited_give_up_their_place(bench: Bench)
 def test_a_load_goes_on_when_its_client_goes(bench: Bench) -> None:
     bench.source.gates["a1"] = threading.Event()
     ticket = bench.ask("a1")
-    bench.settle(lambda: not bench.residency._measuring)
+    bench.settle(lambda: not bench.residency._looks.under_way)
     bench.residency.cancel(ticket)
     bench.gone = {ticket.mix}
     bench.source.gates["a1"].set()
@@ -266,7 +309,7 @@ def test_those_who_release_as_they_are_granted_are_granted_once(bench: Bench) ->
     first, second = bench.request("a2"), bench.request("b2")
     bench.settle(lambda: len(bench.granted) == 2)
     rare = bench.request("c1")
-    bench.settle(lambda: not bench.residency._measuring)
+    bench.settle(lambda: not bench.residency._looks.under_way)
     bench.now = STARVING + 1
     bench.residency.request(BASE_MIX, lambda error: None)
     for _ in range(2):
@@ -316,7 +359,199 @@ def test_dropping_waits_for_the_last_user(bench: Bench) -> None:
     assert "a1" not in bench.residency.experts
     assert bench.residency.used_bytes == 0
     assert bench.source.dropped == ["a1"], "and nobody keeps a copy"
-    assert bench.source.let_go == []
+    assert bench.source.given_up == []
+
+
+def test_lines_of_tenants_are_served_in_turn() -> None:
+    lines: TenantLines[str] = TenantLines()
+    for item in ("a1", "a2", "b1", "a3", "c1", "b2"):
+        lines.add(item, item[0])
+    assert [*lines] == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    lines.remove("b1", "b")
+    assert [*lines] == ["a1", "b2", "c1", "a2", "a3"], "it was not the next one: b keeps its place"
+    lines.remove("a1", "a", ends_turn=False)
+    assert lines.first() == ("a2", "a")
+    lines.remove("a2", "a")
+    assert [*lines] == ["b2", "c1", "a3"]
+    for item in ("b2", "c1", "a3"):
+        lines.remove(item, item[0])
+    assert lines.first() is None
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """What another thread does without posting it."""
+    for _ in range(6000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError
+
+
+def flooded(known: bool, *asked: tuple[str, str]) -> list[str]:
+    """In which order experts are loaded that tenants ask for while the first one's is being loaded."""
+    bench = Bench(units=9)
+    bench.source.gates["a1"] = threading.Event()
+    if known:
+        bench.residency._looks.sizes |= {digest: UNIT for _, digest in asked}
+    (tenant, digest), *others = asked
+    bench.ask(digest, tenant=tenant)
+    bench.settle(lambda: "a1" in bench.residency._slots)
+    eventually(lambda: bench.source.loading == ["a1"])
+    for tenant, digest in others:
+        bench.ask(digest, tenant=tenant)
+    bench.source.gates["a1"].set()
+    bench.settle(lambda: len(bench.granted) == len(asked))
+    bench.residency.close()
+    return bench.source.loaded
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_flood_of_cold_experts_does_not_hold_up_another_tenant_s(known: bool) -> None:
+    """Whether all sizes are known, so that all have their room at once, or none."""
+    flood = [("flood", digest) for digest in ("a1", "b1", "c1", "d1", "e1")]
+    assert flooded(known, *flood, ("quiet", "x1"), ("quiet", "y1")) == ["a1", "b1", "x1", "c1", "y1", "d1", "e1"]
+
+
+def test_an_expert_that_two_tenants_wait_for_comes_when_either_has_the_turn() -> None:
+    flood = [("flood", digest) for digest in ("a1", "b1", "c1", "d1", "e1")]
+    assert flooded(True, *flood, ("quiet", "e1"), ("quiet", "x1")) == ["a1", "b1", "e1", "c1", "x1", "d1"]
+
+
+def test_tenants_are_granted_room_in_turn_and_keep_their_turn_until_they_have_it(bench: Bench) -> None:
+    busy = bench.request("a3")
+    bench.settle(lambda: bench.granted == [busy])
+    bench.residency._looks.sizes |= {"b4": 4 * UNIT, "c4": 4 * UNIT, "d4": 4 * UNIT, "x1": UNIT}
+    flood = [bench.ask(digest, tenant="flood").mix for digest in ("b4", "c4", "d4")]
+    quiet = bench.ask("x1", tenant="quiet").mix
+    bench.settle(bench.is_prepared)
+    assert bench.granted == [busy], "there would be room for the small one, but it is not its turn"
+    bench.now = STARVING + 1
+    bench.request("a3")
+    bench.residency.release(busy)
+    late = [bench.ask("a3", tenant=tenant).mix for tenant in ("quiet", "other")]
+    assert bench.granted == [busy, busy], "drained for the first one, whoever comes"
+    bench.gone = {*flood, quiet, *late}
+    bench.residency.release(busy)
+    bench.settle(lambda: len(bench.granted) == 8)
+    assert bench.granted == [busy, busy, flood[0], quiet, late[1], flood[1], late[0], flood[2]]
+
+
+def test_those_who_wait_for_room_are_fetched_in_their_order(bench: Bench) -> None:
+    """As far as host memory goes. Who is there, or is waited for, need not go for it; nothing else changes."""
+    bench.source.host_room = 3
+    busy = bench.request("a4")
+    bench.settle(lambda: bench.granted == [busy])
+    assert bench.source.begun == [], "nobody waits"
+    mixes = [bench.request(digest) for digest in ("b1", "c2", "d1", "e1")]
+    bench.settle(bench.is_prepared)
+    assert [digest for digest, _ in bench.source.fetched] == bench.source.begun == ["b1", "c2"]
+    assert bench.source.fetched[-1][1] == {"a4", "b1", "c2", "d1", "e1"}
+    assert bench.source.loaded == ["a4"]
+    bench.residency.release(busy)
+    bench.settle(lambda: bench.granted == [busy, *mixes[:3]])
+    assert bench.source.loaded == ["a4", "b1", "c2", "d1"]
+
+
+def test_once_host_memory_is_full_nothing_is_fetched_before_somebody_s_turn(bench: Bench) -> None:
+    busy = bench.request("a4")
+    bench.settle(lambda: bench.granted == [busy])
+    first = bench.request("b4")
+    bench.settle(bench.is_prepared)
+    bench.source.host_room = 9
+    for digest in ("c1", "d1"):
+        bench.request(digest)
+    bench.settle(bench.is_prepared)
+    assert bench.source.begun == []
+    bench.residency.release(busy)
+    bench.settle(lambda: first in bench.granted and bench.is_prepared())
+    assert bench.source.begun == ["c1", "d1"]
+
+
+def begun(bench: Bench, digest: str) -> None:
+    bench.settle(lambda: bench.residency._ahead._job is not None and bench.residency._ahead._job.digest == digest)
+    eventually(lambda: digest in bench.source.begun)
+
+
+def wait_for_c1(bench: Bench) -> Ticket:
+    """One unit is free; `b3` waits for room and has been fetched; behind it `c1` is being."""
+    bench.source.host_room = 9
+    bench.source.gates["fetch c1"] = threading.Event()
+    bench.request("a3")
+    bench.settle(lambda: len(bench.granted) == 1)
+    bench.request("b3")
+    ticket = bench.ask("c1")
+    begun(bench, "c1")
+    return ticket
+
+
+def test_what_is_being_fetched_gives_way_to_a_load(bench: Bench) -> None:
+    wait_for_c1(bench)
+    bench.residency.release(bench.granted[0])
+    bench.settle(lambda: len(bench.granted) == 3)
+    assert bench.source.loaded == ["a3", "b3", "c1"]
+    assert [digest for digest, _ in bench.source.fetched] == ["b3"]
+
+
+def test_what_is_being_fetched_goes_on_when_its_own_load_is_next(bench: Bench) -> None:
+    bench.source.host_room = 9
+    bench.source.gates["fetch b3"] = threading.Event()
+    bench.request("a3")
+    bench.settle(lambda: len(bench.granted) == 1)
+    bench.request("b3")
+    begun(bench, "b3")
+    bench.residency.release(bench.granted[0])
+    assert bench.residency.pins()["b3"] == (3 * UNIT, 1, False)
+    bench.source.gates["fetch b3"].set()
+    bench.settle(lambda: len(bench.granted) == 2)
+    assert [digest for digest, _ in bench.source.fetched] == ["b3"]
+
+
+def test_what_nobody_waits_for_any_more_is_not_fetched(bench: Bench) -> None:
+    ticket = wait_for_c1(bench)
+    bench.request("d1")
+    bench.residency.cancel(ticket)
+    bench.settle(bench.is_prepared)
+    assert [digest for digest, _ in bench.source.fetched] == ["b3", "d1"]
+
+
+def test_what_cannot_be_fetched_is_left_to_its_load(bench: Bench) -> None:
+    bench.source.host_room = 9
+    bench.source.broken = {"c1"}
+    busy = bench.request("a4")
+    bench.settle(lambda: bench.granted == [busy])
+    for digest in ("b1", "c1", "d1"):
+        bench.request(digest)
+    bench.settle(bench.is_prepared)
+    assert [digest for digest, _ in bench.source.fetched] == ["b1", "d1"]
+    assert not bench.refused
+
+
+def test_what_was_read_for_a_load_is_forgotten_when_it_has_ended(bench: Bench) -> None:
+    bench.source.gates["a1"] = threading.Event()
+    bench.request("a1")
+    bench.settle(lambda: "a1" in bench.residency.pins())
+    bench.now = STARVING + 1
+    bench.request("a1")
+    assert bench.source.forgotten == [], "it has its room, and its turn will come"
+    bench.source.gates["a1"].set()
+    bench.settle(lambda: len(bench.granted) == 2)
+    assert bench.source.forgotten == ["a1"]
+
+
+@pytest.mark.parametrize("end", ["gone", "late", "refused"])
+def test_what_was_read_for_a_load_that_will_not_follow_soon_is_forgotten(bench: Bench, end: str) -> None:
+    busy = bench.request("a4")
+    bench.settle(lambda: bench.granted == [busy])
+    ticket = bench.ask("b1", *(["unknown1"] if end == "refused" else []))
+    bench.settle(bench.is_prepared)
+    if end != "refused":
+        bench.request("c1")
+        assert bench.source.forgotten == ["a4"]
+    if end == "gone":
+        bench.residency.cancel(ticket)
+    bench.now = STARVING + 1 if end == "late" else 0.0
+    bench.request("d1")
+    assert bench.source.forgotten == ["a4", "b1"]
 
 
 def test_random_traffic_never_exceeds_the_budget_nor_forgets_anyone() -> None:
@@ -334,15 +569,20 @@ def test_random_traffic_never_exceeds_the_budget_nor_forgets_anyone() -> None:
 
         for _ in range(60):
             before = len(bench.granted)
-            mix = bench.request(*rng.sample(["a1", "b2", "c3", "d1", "e1", "f2"], rng.randint(1, 2)))
+            bench.source.host_room = rng.randint(0, 4)
+            digests = rng.sample(["a1", "b2", "c3", "d1", "e1", "f2"], rng.randint(1, 2))
+            ticket = bench.ask(*digests, tenant=rng.choice(["one", "two", "three"]))
+            mix = ticket.mix
+            if rng.random() < 0.1:
+                bench.residency.cancel(ticket)
             if len(bench.granted) > before and rng.random() < 0.5:
                 give_back()
             if rng.random() < 0.3:
                 bench.residency.drop(mix.parts[0][0])
         for _ in range(10_000):
             loading = any(slot.expert is None for slot in bench.residency._slots.values())
-            busy = loading or bench.residency._measuring or not bench.posted.empty()
-            if not bench.residency._queue and not busy:
+            busy = loading or bench.residency._looks.under_way or not bench.posted.empty()
+            if bench.residency._queue.first is None and not busy:
                 break
             while bench.granted:
                 give_back()
@@ -350,6 +590,6 @@ def test_random_traffic_never_exceeds_the_budget_nor_forgets_anyone() -> None:
                 settle_one()
         while bench.granted:
             give_back()
-        assert not bench.residency._queue
+        assert bench.residency._queue.first is None
         assert all(slot.pins == 0 for slot in bench.residency._slots.values())
         bench.residency.close()

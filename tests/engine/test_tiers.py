@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from server.engine.bus import Bus
+from server.engine.fetching import CalledOff
+from server.engine.fresh_files import FreshFiles
 from server.engine.host_tier import HostTier
 from server.engine.kernels import Overwrites, PackedDelta, backend, dense, pack
+from server.engine.load_thread import Errand
 from server.engine.loader import ExpertLoader, Transcode
 from server.engine.parcel import Parcel, pieces_of
-from server.engine.residency import Residency
+from server.engine.residency import Residency, Ticket
 from store.backends.disk import DiskStore
 from store.errors import ExpertUnavailableError, SwitchyardError
 from store.expert_file import digest_of, read_packed
@@ -63,6 +66,32 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
     shelf = Shelf(tmp_path_factory.mktemp("shelf"), 6)
     yield shelf
     shelf.store.close()
+
+
+class Desk:
+    """A residency over a loader, with its posted commands run on demand, as the engine's thread would."""
+
+    def __init__(self, loader: ExpertLoader, budget_bytes: int) -> None:
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.residency = Residency(loader, budget_bytes, self.posted.put)
+        self.granted: list[Mix] = []
+
+    def ask(self, *digests: str) -> Ticket:
+        mix = Mix.of(dict.fromkeys(digests, 1.0))
+
+        def ready(error: SwitchyardError | None) -> None:
+            assert error is None
+            self.granted.append(mix)
+
+        return self.residency.request(mix, ready)
+
+    def settle(self, until: Callable[[], bool]) -> None:
+        while not until():
+            self.posted.get(timeout=60)()
+
+    def is_prepared(self) -> bool:
+        """Whether there is no more to be done for those who wait."""
+        return not self.residency._looks.under_way and self.residency._ahead._job is None
 
 
 def flip(parcel: Parcel, bit: int) -> None:
@@ -216,6 +245,140 @@ def test_the_engine_goes_on_while_an_expert_is_under_way_and_computes_with_it_on
         residency.close()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_first_load_reads_its_file_once(shelf: Shelf, apart: bool, together: int) -> None:
+    """Though its size must be known before there is room for it: also those of a mix."""
+    loader = shelf.loader(0, apart=apart)
+    desk = Desk(loader, together * shelf.size)
+    shelf.read.clear()
+    desk.ask(*shelf.digests[:together])
+    desk.settle(lambda: len(desk.granted) == 1)
+    assert sorted(shelf.read) == sorted(shelf.digests[:together])
+    assert not loader._files._files
+    desk.residency.close()
+
+
+def test_what_was_read_for_a_load_goes_with_whoever_waited_for_it(shelf: Shelf) -> None:
+    loader = shelf.loader(0)
+    desk = Desk(loader, shelf.size)
+    first, second = shelf.digests[:2]
+    desk.ask(first)
+    desk.settle(lambda: len(desk.granted) == 1)
+    ticket = desk.ask(second)
+    desk.settle(desk.is_prepared)
+    assert loader._files.get(second) == shelf.store.read(second)
+    desk.residency.cancel(ticket)
+    assert not loader._files._files
+    desk.residency.close()
+
+
+@pytest.mark.parametrize("end", ["loaded", "dropped"])
+def test_what_has_been_read_is_not_kept_of_an_expert_that_is_loaded_or_dropped(shelf: Shelf, end: str) -> None:
+    loader = shelf.loader(0)
+    happens: Callable[[str], object] = {"loaded": loader.load, "dropped": loader.drop}[end]
+    loader.decoded_bytes(shelf.digests[0])
+    happens(shelf.digests[0])
+    assert not loader._files._files
+
+
+def test_files_are_bounded_and_trusted_for_a_while() -> None:
+    now = 0.0
+    files = FreshFiles(10, clock=lambda: now)
+    for name, size in (("a", 4), ("b", 6), ("c", 3)):
+        files.keep(name, bytes(size))
+    assert [files.get(name) for name in "abc"] == [None, bytes(6), bytes(3)], "the oldest goes first"
+    assert files.take("b") == bytes(6)
+    assert files.take("b") is None
+    files.keep("d", bytes(20))
+    assert [files.get(name) for name in "cd"] == [None, bytes(20)], "a single one may be larger"
+    now = 6.0
+    assert files.get("d") is None, "what has rotted meanwhile would not be noticed"
+    files.drop("d")
+    assert not files._files
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_who_waits_for_room_is_decoded_meanwhile(shelf: Shelf, apart: bool) -> None:
+    loader = shelf.loader((3 if apart else 2) * shelf.size, apart=apart)
+    desk = Desk(loader, shelf.size)
+    used, *waiting = shelf.digests[:3]
+    desk.ask(used)
+    desk.settle(lambda: len(desk.granted) == 1)
+    for digest in waiting:
+        desk.ask(digest)
+    desk.settle(desk.is_prepared)
+    assert len(desk.granted) == 1
+    assert loader.host.digests() == {*waiting, *([used] if apart else [])}
+    shelf.read.clear()
+    for digest in waiting:
+        desk.residency.release(desk.granted[-1])
+        desk.settle(lambda digest=digest: digest in desk.residency.experts)  # type: ignore[misc]
+        parcel, plain = desk.residency.experts[digest].parcel, shelf.loader(0).load(digest).parcel
+        assert parcel is not None
+        assert plain is not None
+        assert torch.equal(parcel.buffer, plain.buffer)
+    assert shelf.read == waiting, "by the ones to compare with"
+    assert loader.host.used_bytes <= loader.host.limit_bytes
+    desk.residency.close()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_nothing_that_is_needed_goes_for_what_is_fetched(shelf: Shelf, apart: bool) -> None:
+    loader = shelf.loader(shelf.size, apart=apart)
+    first, second = shelf.digests[:2]
+    loader.evicted(loader.load(first))
+    shelf.read.clear()
+    assert not loader.fetch(second, lambda: True, spared={first})
+    assert shelf.read == [], "in vain"
+    assert loader.host.digests() == {first}
+    assert loader.fetch(second, lambda: True, spared={second})
+    assert loader.host.digests() == {second}
+    assert loader.fetch(second, lambda: True, spared=())
+    assert shelf.read == [second]
+    loader.host.limit_bytes += shelf.size // 2
+    assert not loader.fetch(first, lambda: True, spared={second}), "half of it would fit"
+    assert loader.host.digests() == {second}
+
+
+def test_what_is_fetched_is_given_up_between_two_tensors(shelf: Shelf) -> None:
+    loader = shelf.loader(shelf.size)
+    answers = iter([True, False])
+    with pytest.raises(CalledOff):
+        loader.fetch(shelf.digests[0], lambda: next(answers), spared=())
+    assert loader.host.used_bytes == 0
+    assert not loader.is_decoding
+
+
+@pytest.mark.parametrize("event", ["dropped", "claimed"])
+def test_what_is_fetched_goes_where_it_belongs_by_then(shelf: Shelf, event: str) -> None:
+    """Nowhere, or to its load, which found it neither in host memory nor ready."""
+    loader, digest = shelf.loader(2 * shelf.size), shelf.digests[0]
+    happens = {"dropped": loader.drop, "claimed": loader.claim}[event]
+    pending = [happens]
+
+    def meanwhile() -> bool:
+        if pending:
+            pending.pop()(digest)
+        return True
+
+    shelf.read.clear()
+    assert loader.fetch(digest, meanwhile, spared=())
+    assert loader.host.used_bytes == 0
+    loader.load(digest)
+    assert len(shelf.read) == (2 if event == "dropped" else 1)
+    assert not loader._claimed
+
+
+def test_a_host_whose_device_decodes_fetches_nothing(shelf: Shelf) -> None:
+    host = HostTier(10 * shelf.size)
+    loader = ApartLoader(shelf._read, host, lambda name, tensor, device: pack(tensor.decode(name), device))
+    shelf.read.clear()
+    assert not loader.fetch(shelf.digests[0], lambda: True, spared=())
+    assert shelf.read == []
+    assert host.used_bytes == 0
+
+
 def test_a_copy_to_the_host_is_waited_for() -> None:
     """What the host tier keeps must be there, and in memory that is the tier's own to lock."""
     asked: list[tuple[str, bool]] = []
@@ -262,7 +425,7 @@ def test_random_traffic_keeps_every_budget_and_every_byte(shelf: Shelf, seed: in
             open_requests -= 1
             in_use.append(mix)
 
-        residency.request(mix, ready)
+        residency.request(mix, ready, rng.choice(["one", "two"]))
 
     def decay() -> None:
         with loader.host._lock:  # what is being read has been checked, or is about to be
@@ -352,7 +515,7 @@ def test_what_a_device_has_decoded_is_kept_in_host_memory_once_it_has_been_hande
     while not granted:
         assert loader.host.used_bytes == 0
         posted.get(timeout=60)()
-    residency._pool.submit(lambda: None).result(timeout=60)
+    residency._thread.submit(lambda _: None, Errand.KEEP, "", None).future.result(timeout=60)
     assert loader.host.digests() == {shelf.digests[0]}
     residency.close()
 

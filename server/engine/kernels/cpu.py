@@ -29,7 +29,8 @@ from server.engine.kernels.types import (
     SparseRows,
     rows_and_columns,
 )
-from store.packed import PackedTernary
+from store.deltas import OverwriteDelta
+from store.packed import PackedOverwrite, PackedTernary
 
 TERM = np.dtype(
     [
@@ -181,6 +182,10 @@ class CpuKernels:
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
         made = self._decoder.decode(tensor, self.lists_below) if device.type == "cpu" else None
         return pack(tensor.decode(name), device, self.lanes, self.lists_below) if made is None else made
+
+    def decode_overwrite(self, name: str, tensor: PackedOverwrite) -> OverwriteDelta:
+        """`tensor.decode(name)`, bit for bit."""
+        return self._decoder.decode_overwrite(tensor) or tensor.decode(name)
 
     def merge(self, out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[LoadedTerm]) -> None:
         form = _MERGED.get(out.dtype)
