@@ -3,8 +3,9 @@
 `python -m bench.gpu` takes one command and less than nine minutes on a machine with PyTorch, Triton and transformers:
 no network, no server, no index. A Llama of eight billion random weights and synthetic experts at four densities stand
 for real ones; the demo's base with its real experts is added where its files are at hand. First every kernel is held
-against plain PyTorch on fresh inputs; then everything is timed, next to its floor: the bytes it moves over the copy
-bandwidth measured in the same run, or what it computes over the measured rate of a matrix product.
+against plain PyTorch on fresh inputs, and a captured step against the same one kernel by kernel; then everything is
+timed, next to its floor: the bytes it moves over the copy bandwidth measured in the same run, or what it computes over
+the measured rate of a matrix product. Single kernels are timed by events, all else by the wall clock.
 
 `--dry-run` goes through every line on the CPU with tiny shapes, with TRITON_INTERPRET=1 through the Triton kernels; its
 figures prove nothing and are written only where `--out` says.
@@ -80,6 +81,9 @@ class Run:
             self.failures.append(f"{title}: {type(error).__name__}: {error}")
             return
         finally:
+            if self.lab.left_out:
+                self.failures.append(f"{title}: no time for {'; '.join(self.lab.left_out)}")
+                self.lab.left_out.clear()
             self.lab.free()
         self.rows += [{"section": title, **row} for row in rows]
         self.bars += bars
@@ -97,6 +101,8 @@ def checks(lab: Lab, implementations: list[Kernels]) -> tuple[list[Row], list[Ba
         found.append(gpu_checks.check_fused(kernels, lab, rng))
         found.append(gpu_checks.check_merge(kernels, lab, rng))
         found.append(gpu_checks.check_transcode(kernels, lab, rng))
+        if kernels.name == "triton":
+            found.append(gpu_checks.check_step(kernels, lab))
     return found, []
 
 

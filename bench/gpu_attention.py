@@ -38,8 +38,8 @@ def attention_rows(lab: Lab) -> list[Row]:
     found: list[Row] = []
     for context in contexts:
         for rows in batches:
-            if lab.seconds_left < 0:
-                return found
+            if lab.late(f"{rows} rows, a context of {context}"):
+                continue
             query = torch.randn(size.heads, rows, head_dim, device=lab.device).to(lab.dtype)
             steps = _steps(cache, rows, context)
             error = _error(attend, query, cache, steps[0])

@@ -38,7 +38,7 @@ class Bench:
 
     def __init__(self, lab: Lab, kernels: Kernels) -> None:
         self.lab = lab
-        self.model: BaseModel = random_base(lab)
+        self.model: BaseModel = random_base(lab, lab.effort.size)
         self.cache = KVCache(self.model.kv_shape, lab.effort.kv_bytes, lab.device)
         self.cache.attend = best_kernel(self.cache, self.model.query_heads)
         self.cache.write = best_writer(self.cache)

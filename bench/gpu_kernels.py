@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from bench.gpu_checks import on_device
-from bench.gpu_lab import Lab, Work, cycled
+from bench.gpu_lab import Lab, Work, turned
 from bench.gpu_world import layer_shapes, mapped, random_delta, stored
 from bench.report import Row
 from server.engine.kernels import Group, Kernels, PackedDelta
@@ -21,12 +21,14 @@ def linear_rows(lab: Lab, kernels: Kernels) -> list[Row]:
     for name, shape in layer_shapes(lab.effort.size).items():
         out, width = shape
         for density in lab.effort.densities:
+            if lab.late(f"{name} at density {density}"):
+                continue
             template = on_device(random_delta(shape, density), lab.device)
             for rows in lab.effort.rows:
                 kinds = {"one expert": 1} | ({"an expert per row": rows} if 1 < rows <= 32 else {})
                 for kind, experts in kinds.items():
-                    if lab.seconds_left < 0:
-                        return found
+                    if lab.late(f"{name} at density {density}, {rows} rows, {kind}"):
+                        continue
                     sets = _sets(lab, template, experts)
                     y = torch.zeros(rows, out, dtype=lab.dtype, device=lab.device)
                     x = torch.randn(rows, width, device=lab.device).to(lab.dtype)
@@ -46,13 +48,14 @@ def merge_rows(lab: Lab, kernels: Kernels) -> list[Row]:
     found: list[Row] = []
     for name, shape in layer_shapes(lab.effort.size).items():
         for density in lab.effort.densities:
-            if lab.seconds_left < 0:
-                return found
+            if lab.late(f"{name} at density {density}"):
+                continue
             template = on_device(random_delta(shape, density), lab.device)
             pristine = torch.randn(shape, device=lab.device).to(lab.dtype)
-            count = _count(lab, 2 * pristine.nbytes)
-            pairs = [(torch.empty_like(pristine), pristine.clone()) for _ in range(count)]
-            calls: list[Work] = [partial(kernels.merge, out, below, [(1.0, template)]) for out, below in pairs]
+            calls: list[Work] = [
+                partial(kernels.merge, torch.empty_like(pristine), pristine.clone(), [(1.0, deltas[0])])
+                for deltas in _sets(lab, template, 1, 2 * pristine.nbytes)
+            ]
             floor = lab.floor(2 * pristine.nbytes + template.nbytes)
             found.append(_timed(lab, calls, f"merge {name}", shape, density, "one expert", 0, floor, template))
     return found
@@ -64,10 +67,12 @@ def fused_rows(lab: Lab, kernels: Kernels) -> list[Row]:
     for name, shape in layer_shapes(lab.effort.size).items():
         out, width = shape
         for density in lab.effort.densities:
+            if lab.late(f"{name} at density {density}"):
+                continue
             template = on_device(random_delta(shape, density), lab.device)
             for rows in lab.effort.prompts:
-                if lab.seconds_left < 0:
-                    return found
+                if lab.late(f"{name} at density {density}, {rows} rows"):
+                    continue
                 x = torch.randn(rows, width, device=lab.device).to(lab.dtype)
                 y = torch.empty(rows, out, dtype=lab.dtype, device=lab.device)
                 weight = torch.randn(shape, device=lab.device).to(lab.dtype)
@@ -100,7 +105,7 @@ def _compared(
     floor: float,
     template: PackedDelta,
 ) -> Row:
-    calls = {name: cycled(items, max(4 * lab.effort.calls - 3, len(items))) for name, items in works.items()}
+    calls = {name: turned(items, 4 * lab.effort.calls - 3) for name, items in works.items()}
     taken = lab.device_seconds(calls, min(3, lab.effort.rounds))
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     row = _row(what, shape, density, "one expert", rows, seconds["fused"], floor, template.nbytes)
@@ -116,8 +121,8 @@ def transcode_rows(lab: Lab, kernels: Kernels) -> list[Row]:
     shapes = layer_shapes(lab.effort.size)
     for name in ("q", "k"):
         for density in lab.effort.densities:
-            if lab.seconds_left < 0:
-                return found
+            if lab.late(f"{name} at density {density}"):
+                continue
             tensor = stored(shapes[name], density)
             made = kernels.transcode(name, tensor, lab.device)
             works: dict[str, list[Work]] = {"": [partial(kernels.transcode, name, tensor, lab.device)] * 3}
@@ -139,7 +144,7 @@ def _timed(
     floor: float,
     template: PackedDelta,
 ) -> Row:
-    works = {"": cycled(calls, max(4 * lab.effort.calls - 3, len(calls)))}
+    works = {"": turned(calls, 4 * lab.effort.calls - 3)}
     seconds = statistics.median(lab.device_seconds(works, min(3, lab.effort.rounds))[""])
     return _row(what, shape, density, kind, rows, seconds, floor, template.nbytes)
 
@@ -167,15 +172,11 @@ def _row(
     }
 
 
-def _count(lab: Lab, nbytes: int) -> int:
-    return max(2, min(64, math.ceil(lab.effort.spread_bytes / nbytes)))
-
-
 def _sets(lab: Lab, template: PackedDelta, experts: int, beside: int = 0) -> list[list[PackedDelta]]:
     """Several sets of experts, together larger than the card's cache, all in memory of their own.
 
     Args:
         beside: bytes that each set's call moves besides.
     """
-    count = _count(lab, experts * template.nbytes + beside)
+    count = max(2, math.ceil(lab.effort.spread_bytes / (experts * template.nbytes + beside)))
     return [[mapped(template, torch.clone) for _ in range(experts)] for _ in range(count)]

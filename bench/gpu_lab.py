@@ -1,4 +1,8 @@
-"""How the GPU benchmark measures: events, medians, and floors from what this very card copies and multiplies."""
+"""How the GPU benchmark measures: medians, next to floors from what this very card copies and multiplies.
+
+Single kernels are timed by events on the device. Whatever a caller waits for (steps, switches, loads, searches) is
+timed by the wall clock, from one synchronisation to the next.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ Work = Callable[[], object]
 
 PAUSE = 60_000_000
 """Cycles, about 30 ms: the host queues what is to be timed meanwhile, so that its own time is not in the figure."""
+
+QUEUED = 64
+"""Most calls of one timing: the host has to be done with queueing them before the pause is over."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Lab:
         copied: bytes per second, read and written, of a device-to-device copy.
         multiplied: floating-point operations per second of a large product in the base's type.
         carried: bytes per second of a copy from page-locked host memory to the device.
+        left_out: what there was no time for, since somebody asked last.
     """
 
     def __init__(self, device: torch.device, effort: Effort, seconds: float, pause: int = PAUSE) -> None:
@@ -80,12 +88,20 @@ class Lab:
         self.effort = effort
         self.dtype = torch.bfloat16
         self._ends = time.monotonic() + seconds
+        self.left_out: list[str] = []
         self.on_gpu = device.type == "cuda"
         self.copied, self.multiplied, self.carried = self._copied(), self._multiplied(), self._carried()
 
     @property
     def seconds_left(self) -> float:
         return self._ends - time.monotonic()
+
+    def late(self, what: str) -> bool:
+        """Whether there is no time left for something: it is noted then."""
+        if self.seconds_left >= 0:
+            return False
+        self.left_out.append(what)
+        return True
 
     def floor(self, nbytes: float, operations: float = 0.0) -> float:
         """Seconds that moving so many bytes, or computing so much, takes at least on this card."""
@@ -173,3 +189,17 @@ def cycled(items: list[Work], count: int) -> list[Work]:
     """So many calls, taking the items in turns."""
     turns: Iterator[Work] = itertools.cycle(items)
     return list(itertools.islice(turns, count))
+
+
+def turned(calls: list[Work], least: int) -> list[Work]:
+    """So many calls at least, and as many as may be queued at most; each runs the next of the calls given, from timing
+    to timing, so that none finds in the card's cache what it has left there.
+
+    What is prepared at the first call of an input set is there when it is timed: those that do not have theirs in the
+    turn that does not count have it now.
+    """
+    count = max(least, min(QUEUED, len(calls)))
+    for call in calls[count:]:
+        call()
+    turns: Iterator[Work] = itertools.cycle(calls)
+    return [lambda: next(turns)()] * count

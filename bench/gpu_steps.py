@@ -1,4 +1,7 @@
-"""Whole decode steps of the base and of rows with experts, the switch in merged mode, and what presence costs."""
+"""Whole decode steps of the base and of rows with experts, the switch in merged mode, and what presence costs.
+
+All times are the wall clock's, of several calls from one synchronisation to the next: what the host takes is in them.
+"""
 
 from __future__ import annotations
 

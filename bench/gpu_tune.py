@@ -22,7 +22,7 @@ import torch
 
 from bench.gpu_checks import on_device
 from bench.gpu_kernels import _sets
-from bench.gpu_lab import DRY, FULL, Lab, Work, cycled
+from bench.gpu_lab import DRY, FULL, Lab, Work, turned
 from bench.gpu_world import layer_shapes, random_delta
 from bench.report import RESULTS, Row, show, write
 from server.engine.kernels import Group, gpu, gpu_variants
@@ -137,8 +137,8 @@ def seconds_of(lab: Lab, calls: dict[str, list[Work]], rounds: int) -> float:
     """Of the adds of one layer."""
     total = 0.0
     for name, works in calls.items():
-        cycle = cycled(works, max(8, len(works)))
-        total += _TIMES[name] * statistics.median(lab.device_seconds({"": cycle}, rounds)[""])
+        timed = lab.device_seconds({"": turned(works, 8)}, rounds)[""]
+        total += _TIMES[name] * statistics.median(timed)
     return total
 
 

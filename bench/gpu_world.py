@@ -32,9 +32,8 @@ _TILE_ELEMENTS = 1 << 22
 """Of a tensor that large the nonzeros are drawn; larger ones repeat it, row block by row block."""
 
 
-def random_base(lab: Lab) -> BaseModel:
+def random_base(lab: Lab, size: Size) -> BaseModel:
     """A Llama of that size with random weights, made on the device."""
-    size = lab.effort.size
     torch.manual_seed(0)
     with lab.device:
         network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+_drawing = threading.Lock()
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all searches on a GPU: behind what the engine has queued a prompt would wait for a whole step.
+
+    torch hands out the same 32 in turns, so that one drawn for every snapshot would come to be the one on which the
+    engine captures a step, whose capture would fail. This one is drawn once, and of the streams that go first, among
+    which there is none of a step.
+    """
+    with _drawing:
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device, -1)  # type: ignore[no-untyped-call]
+        return _streams[device]
+
 
 class TorchNearest:
-    """`router.nearest.Nearest` by comparing a prompt with every point.
-
-    On a GPU it has a stream of its own: behind what the engine has queued a prompt would wait for a whole step.
-    """
+    """`router.nearest.Nearest` by comparing a prompt with every point; on a GPU on a stream of its own."""
 
     def __init__(self, points: npt.NDArray[np.float32], device: str) -> None:
         """Args:
         points: `[n, r]`.
         """
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(self._device) if self._device.type == "cuda" else None
         with self._own_stream():
             self._points = torch.tensor(points, device=self._device)
 
@@ -42,5 +57,12 @@ class TorchNearest:
         order = np.lexsort((rows, distances))
         return rows[order], distances[order]
 
-    def _own_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        # The device apart from the stream: left by the stream alone, a thread would go back to the first GPU, and take
+        # memory of it for a context that nobody uses.
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            yield

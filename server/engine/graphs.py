@@ -8,7 +8,8 @@ a CPU do.
 Steps of the base alone have graphs of their own, with no trace of experts in them. Steps with experts beside the base
 find these in tensors that are rewritten in place (`server.engine.mixed_graphs`). In merged mode a graph belongs to
 the set of buffers that the parameters point at; mixes built in the same buffers, one after the other, share it.
-What is no plain decode step runs as ever: prompts, likelihoods of prompts, whatever cannot be captured.
+What is no plain decode step runs as ever: prompts, likelihoods of prompts, whatever cannot be captured. So does a step
+that the memory does not suffice to capture, and some of those after it, until it is tried again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from server.engine.attention import Decodes, Segment, SlotBatch
+from server.engine.bus import on, own_stream
 from server.engine.forwards import running
 from server.engine.kernels import Kernels
 from server.engine.kv_cache import BLOCK_TOKENS, NULL_BLOCK, KVCache
@@ -45,6 +47,10 @@ _MOST_GRAPHS = 64
 """Kept at a time, the least recently used goes first: each takes some megabytes for its nodes."""
 _WARM_UPS = 2
 """Runs before a capture: what is compiled, chosen or allocated once must not be captured."""
+_NO_MEMORY = ("out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
+"""How CUDA, its driver and cuBLAS say it, where torch does not."""
+_FIRST_PAUSE = 16
+"""Steps without a graph for which none is tried after memory did not suffice; twice as many after every other time."""
 
 
 def padded_rows(count: int, most: int) -> int:
@@ -136,6 +142,9 @@ class DecodeGraphs:
         self._most_blocks = min(-(-model.context_length // BLOCK_TOKENS), cache.total_blocks)
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
         self._logits = torch.empty(max_batch, model.vocabulary, dtype=torch.float32, device=model.device)
+        self._pause = _FIRST_PAUSE
+        self._resting = 0
+        """Steps for which no capture will be tried."""
         self.replays = self.captures = 0
 
     @torch.inference_mode()
@@ -147,8 +156,8 @@ class DecodeGraphs:
             terms: what is added beside the weights.
 
         Returns:
-            `[rows, vocabulary]` float32, until the next step; None if this is no such step, or none can be captured:
-            nothing has changed then.
+            `[rows, vocabulary]` float32, until the next step; None if this is no such step, none can be captured, or
+            memory does not suffice: nothing has changed then.
         """
         if self._capture is None or not self.fits(layout):
             return None
@@ -160,13 +169,21 @@ class DecodeGraphs:
             if form is None:
                 return None
         key = (rows, width, moved, None if form is None else form.key)
-        captured = self._captured.get(key)
-        if captured is None:
-            captured = self._hold(rows, width, terms, form)
-        captured.inputs.fill(layout.tokens, layout.segments)
-        if captured.held is not None and terms is not None and form is not None:
-            captured.held.fill(terms, form, captured.inputs.ids)
-        if key not in self._captured and not self._keep(key, captured):
+        known = self._captured.get(key)
+        if known is None and self._resting > 0:
+            self._resting -= 1
+            return None
+        try:
+            step = known or self._hold(rows, width, terms, form)
+            step.inputs.fill(layout.tokens, layout.segments)
+            if step.held is not None and terms is not None and form is not None:
+                step.held.fill(terms, form, step.inputs.ids)
+            if known is None and not self._keep(key, step):
+                return None
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            self._rest()
             return None
         self._captured.move_to_end(key)
         self._captured[key].replay()
@@ -200,19 +217,37 @@ class DecodeGraphs:
         return Captured(inputs, held, step)
 
     def _keep(self, key: Hashable, step: Captured) -> bool:
-        """Capture a step, its tensors filled; False if it cannot be."""
+        """Capture a step, its tensors filled; False if it cannot be. Raises what a lack of memory does."""
         assert self._capture is not None
         try:
             self._captured[key] = replace(step, replay=self._capture(step.replay))
-        except Exception:
+        except Exception as error:
+            if lacks_memory(error):
+                raise
             log.exception("a decode step could not be captured; from now on steps run kernel by kernel")
             self._capture = None
             self._captured.clear()
             return False
         self.captures += 1
+        self._pause = _FIRST_PAUSE
         if len(self._captured) > _MOST_GRAPHS:
             self._captured.popitem(last=False)
         return True
+
+    def _rest(self) -> None:
+        """Try no capture for a while, and for twice as long the next time: each costs steps, and what torch keeps."""
+        self._resting, self._pause = self._pause, 2 * self._pause
+        log.warning("no memory for a decode step's graph; the next %d without one run kernel by kernel", self._resting)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether memory of the device was missing: torch's, or a driver's for a graph. A capture that is cut off may fail
+    again where it ends; what it was cut off by counts."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def eagerly(step: Step) -> Step:
@@ -222,26 +257,34 @@ def eagerly(step: Step) -> Step:
 
 class GraphCapture:
     """Captures steps on a CUDA device, all of them in one pool of memory: they never run at the same time, and what one
-    leaves outside of its fixed tensors is not read after the next has begun."""
+    leaves outside of its fixed tensors is not read after the next has begun. And on one stream, for torch gives memory
+    of a pool to the stream again that it was taken for, and keeps some for the products of every stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = own_stream("captures", device)
 
     def __call__(self, step: Step) -> Step:
-        with torch.cuda.device(self._device):
-            stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            current = torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        stream, current = self._stream, torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        # Where a capture fails at its end, `graph` leaves the thread on its stream.
+        with on(stream):
+            try:
                 for _ in range(_WARM_UPS):
                     step()
-            current.wait_stream(stream)
+            finally:  # kernels share memory among steps
+                current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads load experts meanwhile, which must not end the capture.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                step()
-            return graph.replay
+            try:
+                # Other threads load experts meanwhile, which must not end the capture.
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    step()
+            except Exception:
+                # A pool takes no more if its only graph has gone, or the end of a capture has failed.
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
+        return graph.replay
 
 
 def decode_graphs(

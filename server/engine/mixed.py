@@ -9,7 +9,6 @@ it was loaded.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
@@ -54,13 +53,12 @@ class Terms:
         """The rows that a site sees."""
         return self.logit_spans if site.head else self.spans
 
-    def groups(self, site: Site, least: int = 0, below: int = sys.maxsize) -> tuple[Group, ...]:
-        """Rows with deltas of a site's matrix, of mixes that have so many rows there."""
+    def groups(self, site: Site, least: int = 0) -> tuple[Group, ...]:
+        """Rows with deltas of a site's matrix, of mixes that have at least so many rows there."""
         return tuple(
             Group(span.start, span.stop, tuple(terms))
             for span in self.at(site)
-            if least <= span.stop - span.start < below
-            and (terms := _beside(span.mix, site.names["weight"], self.experts))
+            if span.stop - span.start >= least and (terms := _beside(span.mix, site.names["weight"], self.experts))
         )
 
     def moved(self) -> Flags:
@@ -99,7 +97,7 @@ class MixedWeights:
         self._unserved = unserved
         self._kernels = kernels
         self._launching: Any = kernels if kernels.name == "triton" else None
-        """The kernels, if they take tables that are there already."""
+        """The kernels, if they take tables that are there already, and tell which groups are better off fused."""
         self._carried: WeakKeyDictionary[DecodedExpert, bool] = WeakKeyDictionary()
         self._terms: Terms | None = None
         self._plan: list[tuple[nn.Module, Forward]] | None = None
@@ -150,7 +148,8 @@ class MixedWeights:
         moved = terms.moved()
         both = ((False, terms.spans), (True, terms.logit_spans))
         stacked = {head: self._stacked(spans, terms) for head, spans in both if spans and moved.any()}
-        launches = self._launches(terms)
+        fused = {index: groups for index, site in enumerate(self.sites) if (groups := self._large(site, terms))}
+        launches = self._launches(terms, fused)
         for index, site in enumerate(self.sites):
             if not terms.at(site):
                 continue
@@ -165,30 +164,36 @@ class MixedWeights:
                 if moved[index]:
                     yield site.module, self._embedding(site, terms.groups(site))
             else:
-                ready, least = launches.get(index), self._least(site)
-                large = terms.groups(site, least)
-                small = () if ready is not None else terms.groups(site, 0, least)
+                ready, large = launches.get(index), fused.get(index, ())
+                others, starts = terms.groups(site) if ready is None else (), _starts(large)
+                small = [group for group in others if group.start not in starts]
                 if ready or large or small or vectors is not None:
                     yield site.module, self._linear(site, large, small, ready or (), vectors)
 
-    def _least(self, site: Site) -> int:
-        """Rows of a mix from which a layer multiplies with moved weights."""
+    def _large(self, site: Site, terms: Terms) -> tuple[Group, ...]:
+        """What a layer multiplies with moved weights."""
         least = self._kernels.fuse_rows
-        return sys.maxsize if least is None or type(site.module).forward is not nn.Linear.forward else least
+        if least is None or type(site.module).forward is not nn.Linear.forward:
+            return ()
+        groups = terms.groups(site, least)
+        return groups if self._launching is None else tuple(filter(self._launching.fuses, groups))
 
-    def _launches(self, terms: Terms) -> dict[int, tuple[Launch, ...]]:
-        """Layers, by their places, whose few rows of a mix take launches alone, and these: all of their tables are made
-        at once and sent in one copy. None for kernels that take no tables."""
+    def _launches(self, terms: Terms, fused: Mapping[int, Items[Group]]) -> dict[int, tuple[Launch, ...]]:
+        """Layers, by their places, whose other rows take launches alone, and these: all of their tables are made at
+        once and sent in one copy. None for kernels that take no tables.
+
+        Args:
+            fused: by place, what is multiplied with moved weights.
+        """
         if self._launching is None:
             return {}
-        alike: dict[tuple[bool, int], list[int]] = {}
+        alike: dict[tuple[bool, frozenset[int]], list[int]] = {}
         for matrix, index in enumerate(self.tables.sites.tolist()):
-            site = self.sites[index]
-            alike.setdefault((site.head, self._least(site)), []).append(matrix)
+            alike.setdefault((self.sites[index].head, _starts(fused.get(index, ()))), []).append(matrix)
         batches = []
-        for (head, least), matrices in alike.items():
+        for (head, starts), matrices in alike.items():
             spans = terms.logit_spans if head else terms.spans
-            few = [span for span in spans if span.stop - span.start < least]
+            few = [span for span in spans if span.start not in starts]
             batches.append(self.tables.of(few, terms.experts, np.array(matrices, np.int64)))
         tables = np.empty(sum(batch.size for batch in batches), np.int64)
         edges = np.cumsum([0, *(batch.size for batch in batches)]).tolist()
@@ -263,6 +268,11 @@ class MixedWeights:
 def _beside(mix: Mix, name: str, experts: Mapping[str, DecodedExpert]) -> list[Term]:
     """What kernels add for a mix whose experts `MixedWeights.carries`."""
     return [(weight, delta) for weight, delta in terms_of(mix, name, experts) if not isinstance(delta, Overwrites)]
+
+
+def _starts(groups: Items[Group]) -> frozenset[int]:
+    """First rows, by which groups of one step are told apart."""
+    return frozenset(group.start for group in groups)
 
 
 def _between(groups: Items[Group], rows: int) -> list[slice]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from server.engine.bus import on, own_stream
 from server.engine.forwards import Forward, Vectors, linear, looked_up, moved_rows, rowwise
 from server.engine.kernels import Kernels
 from server.engine.kernels.gpu_batches import BatchTables
@@ -106,20 +107,29 @@ class Aside:
         if self._sums is None:
             self._sums = x.new_zeros(self._most_rows * self._most_size)
             if self.overlaps and x.is_cuda:
-                self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+                self._stream = own_stream("what experts add", x.device)
         sums = self._sums[: len(rows) * size].view(len(rows), size)
-        if self._stream is None:
-            add(sums, rows)
-            y: torch.Tensor = plain(x)
-        else:
-            current = torch.cuda.current_stream(x.device)
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                add(sums, rows)
-            y = plain(x)
-            current.wait_stream(self._stream)
-        self._kernels.absorb(y.view(-1, size), sums)
+        try:
+            y = self._added(plain, x, lambda: add(sums, rows))
+            self._kernels.absorb(y.view(-1, size), sums)
+        except Exception:
+            sums.zero_()  # whatever came of it: a later step, or a captured one, expects nothing else
+            raise
         return y
+
+    def _added(self, plain: Forward, x: torch.Tensor, add: Callable[[], None]) -> torch.Tensor:
+        """`plain(x)`, and what `add` does at the same time."""
+        if self._stream is None:
+            add()
+            return plain(x)
+        current = torch.cuda.current_stream(x.device)
+        self._stream.wait_stream(current)
+        try:
+            with on(self._stream):
+                add()
+            return plain(x)
+        finally:  # a capture cannot end while it is on two streams, not even one that has failed
+            current.wait_stream(self._stream)
 
 
 class VectorRoom:

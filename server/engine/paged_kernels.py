@@ -27,6 +27,8 @@ _OWN = "server.engine.gpu_attention"
 """Needs Triton."""
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Half precision only: the libraries know no other, and in full precision our own has too few registers."""
+_SOFTCAP = 2.0
+"""Low enough to change the scores. Only a model's code knows whether it caps them; who attends has to be able to."""
 
 
 class WithKVCache(Protocol):
@@ -77,8 +79,8 @@ def best_kernel(cache: KVCache, heads: int) -> PagedKernel:
     if like.device.type != "cuda" or cache.shape.dtype not in _TOLERANCE:
         return gathered
 
-    def right(kernel: PagedKernel, *softcaps: float) -> bool:
-        return attends_rightly(kernel, cache.shape.kv_heads, heads, cache.shape.head_dim, like, softcaps)
+    def right(kernel: PagedKernel) -> bool:
+        return attends_rightly(kernel, cache.shape.kv_heads, heads, cache.shape.head_dim, like, (_SOFTCAP,))
 
     for module, table_name in _LIBRARIES:
         if (found := _attribute(module, "flash_attn_with_kvcache")) is None:
@@ -89,7 +91,7 @@ def best_kernel(cache: KVCache, heads: int) -> PagedKernel:
             return library
     if (for_device := _attribute(_OWN, "for_device")) is not None:
         own: PagedKernel = for_device(like.device)
-        if _is_right("the kernel in Triton", lambda: right(own, 2.0)):
+        if _is_right("the kernel in Triton", lambda: right(own)):
             log.info("decode steps attend by a kernel in Triton")
             return own
     return gathered

@@ -6,11 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.report import RESULTS, ROOT, show
+from bench import gpu_kernels
+from bench.gpu import Run
+from bench.gpu_lab import DRY, Lab, turned
+from bench.report import RESULTS, ROOT, Bar, Row, show
+from server.engine.kernels import backend
 from tests.engine.conftest import Library
 from tests.tiny import save_base
 
@@ -55,6 +61,38 @@ def test_the_gpu_benchmark_runs_dry_where_there_is_no_web_stack(tmp_path: Path) 
     (real,) = [row for row in result["rows"] if row.get("mode") == "mixed"]
     assert real["tokens as on the CPU"] == 1.0
     assert sorted(RESULTS.iterdir()) == before, "a dry run proves nothing"
+
+
+def test_every_input_set_has_its_turn_before_one_comes_again() -> None:
+    """However many there are: so many are queued, and the next timing goes on with the next ones."""
+    seen: list[int] = []
+    works = turned([partial(seen.append, number) for number in range(150)], 13)
+    assert len(works) == 64
+    for _ in range(5):
+        for work in works:
+            work()
+    assert seen == [*range(64, 150), *(number % 150 for number in range(5 * 64))]
+    seen.clear()
+    few = turned([partial(seen.append, number) for number in range(2)], 5)
+    for work in few:
+        work()
+    assert seen == [0, 1, 0, 1, 0]
+
+
+def test_what_there_was_no_time_for_is_said_by_name() -> None:
+    lab = Lab(torch.device("cpu"), DRY, 60.0)
+    run = Run(lab)
+
+    def rows() -> tuple[list[Row], list[Bar]]:
+        lab._ends = 0.0
+        return gpu_kernels.linear_rows(lab, backend("reference", torch.device("cpu"))), []
+
+    run.section("mixed", rows)
+    assert run.rows == []
+    shapes = [f"{name} at density {density}" for name in ("q", "k", "gate", "down") for density in DRY.densities]
+    assert run.failures == [f"mixed: no time for {'; '.join(shapes)}"]
+    run.section("merged", lambda: ([], []))
+    assert run.failures[1:] == ["merged: left out, there was no time"]
 
 
 def test_a_table_is_printed_without_rich_too(

@@ -21,6 +21,7 @@ from server.engine.graphs import (
     Step,
     decode_graphs,
     eagerly,
+    lacks_memory,
     padded_rows,
     padded_width,
 )
@@ -247,6 +248,72 @@ def test_what_cannot_be_captured_runs_as_ever(world: World, caplog: pytest.LogCa
     assert len(tries) == 1
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "could not be captured" in caplog.text
+
+
+def test_where_memory_is_missing_a_graph_is_tried_again_later(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """After 16 steps without one, then after 32; what has a graph keeps it meanwhile, and once there is memory all is
+    as it was."""
+    tries: list[Step] = []
+    missing = False
+
+    def capture(step: Step) -> Step:
+        tries.append(step)
+        if missing:
+            raise torch.OutOfMemoryError("no room")
+        return step
+
+    twins = Twins(world, [[5, 6, 7], [1] * 5, [2] * 4], capture)
+    (_, alone), (_, pair), (_, all_) = (twins.layouts(places) for places in ([0], [0, 1], [0, 1, 2]))
+
+    def ran(layout: Layout) -> bool:
+        return twins.graphs.run(layout, frozenset()) is not None
+
+    assert ran(alone)
+    missing = True
+    for rest in (16, 32):
+        before = len(tries)
+        assert not any(ran(pair) for _ in range(1 + rest))
+        assert len(tries) == before + 1
+        assert ran(alone)
+    missing = False
+    assert ran(pair)
+    assert ran(pair)
+    missing = True
+    assert not any(ran(all_) for _ in range(1 + 16))
+    missing = False
+    assert ran(all_)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert len(caplog.records) == 3
+
+
+def test_where_memory_is_missing_for_the_tensors_of_a_step_it_runs_as_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    twins = Twins(world, [[5, 6, 7]], eagerly)
+    with monkeypatch.context() as patch:
+        patch.setattr("server.engine.graphs.StepInputs", full)
+        assert twins.graphs.run(twins.layouts([0])[1], frozenset()) is None
+    for _ in range(16):
+        assert twins.graphs.run(twins.layouts([0])[1], frozenset()) is None
+    assert twins.graphs.run(twins.layouts([0])[1], frozenset()) is not None
+
+
+def test_a_lack_of_memory_is_known_by_its_names_and_behind_what_follows_from_it() -> None:
+    def fails_twice() -> None:
+        try:
+            raise torch.OutOfMemoryError("no room")
+        finally:
+            raise RuntimeError("the capture could not end")
+
+    with pytest.raises(RuntimeError, match="could not end") as caught:
+        fails_twice()
+    assert lacks_memory(caught.value)
+    for said in ("CUDA error: out of memory", "CUDA: CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"):
+        assert lacks_memory(RuntimeError(said))
+    assert not lacks_memory(RuntimeError("operation not permitted when stream is capturing"))
 
 
 def test_a_value_of_the_step_that_goes_to_the_host_is_noticed() -> None:

@@ -14,10 +14,12 @@ from server.engine.attention import AttentionBatch, Segment
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
 from server.engine.kernels import backend
+from server.engine.kernels.types import SparseRows
 from server.engine.layout import Span
 from server.engine.loader import ExpertLoader
 from server.engine.mixed import MixedWeights
 from server.engine.model import BaseModel
+from server.engine.options import EngineSettings
 from server.engine.sites import Kind, find_sites
 from store.mix import BASE_MIX, Mix
 from tests.engine.conftest import Library
@@ -99,17 +101,60 @@ def test_long_prompts_are_multiplied_with_moved_weights(world: World, monkeypatc
     assert set(sizes) == {7, 10, 13}, "not the rows of the two shorter prompts"
 
 
-def test_the_gpus_kernels_carry_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def on_triton(tmp_path_factory: pytest.TempPathFactory) -> World:
     pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is a GPU, which the tests of the engine do not use")
-    world = World(tmp_path, "llama", "triton")
+    return World(tmp_path_factory.mktemp("triton"), "llama", "triton")
+
+
+def test_the_gpus_kernels_carry_a_model(on_triton: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = on_triton
     sizes = products_with_moved_weights(world, monkeypatch)
     world.check(world.prompts()[:4])
     assert set(sizes) == {7, 10}
     one, two, _ = world.digests
     world.check([(Mix.of({two: 1.0}), [5]), (Mix.of({one: 0.5, two: 0.5}), [1, 2]), (BASE_MIX, [3])])
     assert set(sizes) == {7, 10}
+
+
+def test_by_default_a_gpu_multiplies_long_prompts_with_weights_that_lists_move(
+    on_triton: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows as a step has; with planes it takes more."""
+    world, rows = on_triton, EngineSettings().step_tokens
+    monkeypatch.setattr(world.kernels, "add_launches", lambda *_: None)
+    sizes: list[int] = []
+    monkeypatch.setattr(world.kernels, "fused_linear", lambda *given: sizes.extend(g.stop - g.start for g in given[-1]))
+    planes, lists, _ = world.digests
+    module = next(site.module for site in world.sites if site.kind is Kind.LINEAR and not site.head)
+    for digest, expected in ((planes, []), (lists, [rows])):
+        mix = Mix.of({digest: 1.0})
+        with world.mixed.carrying((Span(mix, 0, rows),), (Span(mix, 0, 1),), world.experts):
+            module(torch.zeros(1, rows, module.get_parameter("weight").shape[1]))
+        assert sizes == expected
+    world.mixed.forget()
+
+
+def test_what_is_moved_for_one_layer_may_be_added_for_the_next(
+    on_triton: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert of lists here and of planes there, with as many rows as is enough for lists alone."""
+    world = on_triton
+    planes, lists = (world.experts[digest].tensors for digest in world.digests[:2])
+    tensors = {name: (lists if number % 2 else planes)[name] for number, name in enumerate(planes)}
+    experts = {"both": DecodedExpert("both", tensors)}
+    prompts = [(BASE_MIX, [1, 2]), (Mix.of({"both": 1.0}), [5, 6, 7, 8, 9, 10, 11])]
+    sizes = products_with_moved_weights(world, monkeypatch)
+    monkeypatch.setattr(world.kernels, "fuse_planes", 8)
+    got = world.logits(prompts, experts)
+    moved = sum(isinstance(delta, SparseRows) and "_proj" in name for name, delta in tensors.items())
+    assert sizes == [7] * moved
+    assert 0 < moved < sum("_proj" in name for name in tensors)
+    reference = MixedWeights(world.sites, world.unserved, world.model.parameters, backend("reference", CPU))
+    monkeypatch.setattr(world, "mixed", reference)
+    torch.testing.assert_close(got, world.logits(prompts, experts), rtol=1e-4, atol=1e-4)
 
 
 def products_with_moved_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -120,7 +165,8 @@ def products_with_moved_weights(world: World, monkeypatch: pytest.MonkeyPatch) -
         sizes.extend(group.stop - group.start for group in given[-1])
         multiply(*given)
 
-    monkeypatch.setattr(world.kernels, "fuse_rows", 7)
+    for name in ("fuse_rows", "fuse_planes"):
+        monkeypatch.setattr(world.kernels, name, 7, raising=False)
     monkeypatch.setattr(world.kernels, "fused_linear", noted)
     world.mixed.forget()
     return sizes

@@ -119,6 +119,33 @@ def test_a_mix_whose_deltas_are_of_two_forms_runs_as_ever(world: World) -> None:
     assert graphs.captures == 0
 
 
+def test_a_product_that_fails_leaves_nothing_behind_for_the_next(world: World) -> None:
+    """Wherever memory runs out: in what experts add, in the base's product, or after both."""
+    aside = world.graphs(eagerly)._forms.aside  # type: ignore[union-attr]
+    aside.prepare(world.mixed)
+    x, weight = torch.randn(2, 3), torch.randn(5, 3)
+
+    def plain(rows: torch.Tensor) -> torch.Tensor:
+        return rows @ weight.T
+
+    def add(y: torch.Tensor, rows: torch.Tensor) -> None:
+        y += 2 * plain(rows)
+
+    def full(y: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        y += 1  # half-way
+        raise torch.OutOfMemoryError("no room")
+
+    for failing in ((full, add), (plain, full)):
+        with pytest.raises(torch.OutOfMemoryError):
+            aside.product(failing[0], x.clone(), 5, failing[1])
+        torch.testing.assert_close(aside.product(plain, x, 5, add), 3 * plain(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aside._kernels, "absorb", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            aside.product(plain, x, 5, add)
+    torch.testing.assert_close(aside.product(plain, x, 5, add), 3 * plain(x))
+
+
 def held_by(world: World, experts: dict[str, DecodedExpert], mixes: list[Mix]) -> tuple[Form, HeldTerms]:
     """The tensors of a captured step with a row for each mix, filled; the step itself is forgotten."""
     spans = tuple(Span(mix, row, row + 1) for row, mix in enumerate(mixes))

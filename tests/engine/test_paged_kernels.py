@@ -147,6 +147,20 @@ def test_where_no_library_is_right_our_own_kernel_is_if_it_is(
     assert "the kernel in Triton is not used: it treats the paged cache otherwise" in caplog.text
 
 
+def test_a_library_that_does_not_cap_scores_is_passed_over(
+    installed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether the model caps them is not known, and it is called with a cap if it does."""
+    cache: Any = OnGpu(torch.bfloat16)
+    installed["flash_attn"] = lambda *tensors, **options: with_kvcache(
+        *tensors, **{**options, "page_table": options["block_table"], "softcap": 0.0}
+    )
+    assert best_kernel(cache, SIZES[1]) is gathered
+    assert "flash_attn is not used: it treats the paged cache otherwise" in caplog.text
+    installed[OWN] = lambda device: flash(with_kvcache, "page_table")
+    assert best_kernel(cache, SIZES[1]) is not gathered
+
+
 def test_keys_and_values_are_written_by_what_writes_rightly(installed: dict[str, Any]) -> None:
     cache: Any = OnGpu(torch.float32)
     assert best_writer(cache) is copied, "Triton is not installed"

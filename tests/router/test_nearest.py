@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+
 import faiss
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.nearest import FaissNearest, Nearest, nearest_of
-from router.nearest_torch import TorchNearest
+from router.nearest_torch import TorchNearest, _stream_of
 
 
 def both(points: npt.NDArray[np.float32]) -> list[Nearest]:
@@ -64,6 +68,36 @@ def test_what_is_there_decides_who_searches(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(nearest_of(points), FaissNearest)
     assert isinstance(nearest_of(points, "cuda:1"), Noted)
     assert made == ["cuda:1"]
+
+
+def test_all_snapshots_search_on_one_stream_and_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of steps have another priority, so that none of them is ever the same."""
+    drawn, within = [], []
+
+    def stream(device: torch.device, priority: int) -> SimpleNamespace:
+        drawn.append((device, priority))
+        return SimpleNamespace(device=device)
+
+    def entering(what: str) -> Callable[[object], AbstractContextManager[None]]:
+        @contextmanager
+        def enter(value: object) -> Iterator[None]:
+            within.append((what, value))
+            yield
+
+        return enter
+
+    monkeypatch.setattr("router.nearest_torch._streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "device", entering("device"))
+    monkeypatch.setattr(torch.cuda, "stream", entering("stream"))
+    second = torch.device("cuda:1")
+    for _ in range(40):
+        found = _stream_of(second)
+    assert drawn == [(second, -1)]
+    nearest = TorchNearest(np.zeros((3, 2), dtype=np.float32), "cpu")
+    nearest._stream = found
+    nearest.search(np.zeros(2, dtype=np.float32), 1)
+    assert within == [("device", second), ("stream", found)]
 
 
 @pytest.mark.gpu

@@ -35,9 +35,9 @@ class CudaModule:
         from cuda.bindings import driver
 
         self._driver: Any = driver
-        index = torch.cuda.current_device() if device.index is None else device.index
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         attribute, kinds = driver.cuDeviceGetAttribute, driver.CUdevice_attribute
-        with torch.cuda.device(index):
+        with torch.cuda.device(self._index):
             torch.cuda.current_stream().synchronize()  # there is a context then
             number = _of(driver.cuCtxGetDevice())
 
@@ -57,7 +57,7 @@ class CudaModule:
     def launch(
         self, name: str, grid: tuple[int, int, int], threads: int, shared: int, *given: torch.Tensor | int
     ) -> None:
-        """Queue a kernel on the current stream.
+        """Queue a kernel on its device's current stream; the device must be the thread's.
 
         Args:
             threads: of a block.
@@ -66,7 +66,7 @@ class CudaModule:
         """
         types = tuple(ctypes.c_void_p if isinstance(one, torch.Tensor) else ctypes.c_int for one in given)
         values = tuple(one.data_ptr() if isinstance(one, torch.Tensor) else one for one in given)
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream(self._index).cuda_stream
         function = self._function(name)
         _of(self._driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, (values, types), 0))
 

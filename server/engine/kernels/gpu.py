@@ -37,9 +37,12 @@ from store.packed import PackedTernary
 
 _log = logging.getLogger(__name__)
 
-FUSE_ROWS = 1024
-"""Rows from which a product with moved weights is faster than two products, summed over a layer: on an H100 it was at
-2,048 rows, with planes and with lists, and at 512 with lists only (`python -m bench.gpu`)."""
+FUSE_ROWS = 512
+"""Rows from which a product with weights moved by lists is not slower than two products, summed over a layer: on an
+H100 it was much faster at 512 with a density of 0.05, about as fast with 0.012, and slower at 128
+(`python -m bench.gpu`). As many as a step has by default."""
+FUSE_PLANES = 1024
+"""The same with planes: it was faster at 2,048 and slower at 512."""
 
 _TILE_SUMS = 128 * 32
 """Most sums of a tile of `add_bytes` or `add_planes`."""
@@ -83,6 +86,7 @@ class TritonKernels:
 
     name = "triton"
     fuse_rows: int | None = FUSE_ROWS
+    fuse_planes = FUSE_PLANES
     lanes = 1
     lists_below = SPARSE_BELOW
 
@@ -143,6 +147,10 @@ class TritonKernels:
     def absorb(self, y: torch.Tensor, sums: torch.Tensor) -> None:
         """y += sums, and sums = 0, both contiguous, of one shape and dtype."""
         absorb[(triton.cdiv(y.numel(), gpu_variants.ABSORB["N"]),)](y, sums, y.numel(), **gpu_variants.ABSORB)
+
+    def fuses(self, group: Group) -> bool:
+        """Whether `fused_linear` is the faster way for a group of `fuse_rows` rows or more."""
+        return group.stop - group.start >= self.fuse_planes or not any(isinstance(d, BitPlanes) for _, d in group.terms)
 
     def fused_linear(
         self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[Group]
