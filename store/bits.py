@@ -6,6 +6,7 @@ padded with zero bits.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NoReturn
 
 import numpy as np
@@ -71,26 +72,48 @@ def pack_values(values: npt.NDArray[np.integer], k: int) -> Bytes:
     """Values below 2^k as a stream of k bits each, the lowest bit first; 0 ≤ k ≤ 24."""
     if not k:
         return np.empty(0, dtype=np.uint8)
-    padded = np.zeros(bytes_for(len(values)) * 8, dtype=np.uint32)
-    padded[: len(values)] = values
-    groups = padded.reshape(-1, 8)
-    stream = np.zeros((len(groups), k), dtype=np.uint8)
-    for lane, (first, shift, touched) in enumerate(_lanes(k)):
-        shifted = groups[:, lane] << np.uint32(shift)
-        for byte in range(touched):
-            stream[:, first + byte] |= (shifted >> np.uint32(8 * byte)).astype(np.uint8)
+    count = bytes_for(len(values)) * 8
+    if k <= 8:
+        narrow = np.zeros(count, dtype=np.uint8)
+        narrow[: len(values)] = values
+        words = narrow.view("<u8")
+        for fields in (1, 2, 4):
+            even = _every_other(fields, k)
+            odd = words >> np.uint64(fields * (8 - k)) & even << np.uint64(fields * k)
+            words &= even
+            words |= odd
+        stream = np.ascontiguousarray(narrow.reshape(-1, 8)[:, :k])
+    else:
+        wide = np.zeros(count, dtype=np.uint32)
+        wide[: len(values)] = values
+        groups = wide.reshape(-1, 8)
+        stream = np.zeros((len(groups), k), dtype=np.uint8)
+        for lane, (first, shift, touched) in enumerate(_lanes(k)):
+            shifted = groups[:, lane] << np.uint32(shift)
+            for byte in range(touched):
+                stream[:, first + byte] |= (shifted >> np.uint32(8 * byte)).astype(np.uint8)
     return stream.reshape(-1)[: bytes_for(len(values) * k)]
 
 
-def unpack_values(stream: Bytes, k: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
-    """Values `start` to `stop` of a stream of k-bit values; `start` is a multiple of 8."""
+def unpack_values(stream: Bytes, k: int, start: int, stop: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint32]:
+    """Values `start` to `stop` of a stream of k-bit values, as bytes where they fit; `start` is a multiple of 8."""
     if not k:
-        return np.zeros(stop - start, dtype=np.uint32)
+        return np.zeros(stop - start, dtype=np.uint8)
     groups = bytes_for(stop - start)
     part = stream[start // 8 * k : start // 8 * k + groups * k]
     padded = np.zeros(groups * k, dtype=np.uint8)
     padded[: len(part)] = part
     blocks = padded.reshape(groups, k)
+    if k <= 8:
+        wide = np.zeros((groups, 8), dtype=np.uint8)
+        wide[:, :k] = blocks
+        words = wide.reshape(-1).view("<u8")
+        for fields in (4, 2, 1):
+            even = _every_other(fields, k)
+            odd = (words & even << np.uint64(fields * k)) << np.uint64(fields * (8 - k))
+            words &= even
+            words |= odd
+        return wide.reshape(-1)[: stop - start]
     values = np.empty((groups, 8), dtype=np.uint32)
     for lane, (first, shift, touched) in enumerate(_lanes(k)):
         word = blocks[:, first].astype(np.uint32)
@@ -100,6 +123,13 @@ def unpack_values(stream: Bytes, k: int, start: int, stop: int) -> npt.NDArray[n
     return values.reshape(-1)[: stop - start]
 
 
+@cache
+def _every_other(fields: int, k: int) -> np.uint64:
+    """The even ones of fields of k bits, so many of them together, which begin every so many bytes of a word."""
+    return np.uint64(sum((1 << fields * k) - 1 << start for start in range(0, 64, 16 * fields)))
+
+
+@cache
 def _lanes(k: int) -> list[tuple[int, int, int]]:
     """Eight k-bit values fill k bytes: (first byte, shift within it, bytes touched) of each of the eight."""
     return [(lane * k // 8, lane * k % 8, bytes_for(lane * k % 8 + k)) for lane in range(8)]

@@ -113,11 +113,11 @@ def encode_levels(indices: Indices, levels: Levels, numel: int) -> Encoded:
         ValueError: the arguments break these rules.
     """
     _check_positions(indices, len(levels), numel)
-    magnitudes = np.abs(levels.astype(np.int16))
+    magnitudes = np.abs(levels).view(np.uint8)  # of −128 it is 128
     if len(levels) and not (magnitudes.min() >= 1 and magnitudes.max() <= MAX_LEVEL):
         raise ValueError(f"levels must be whole numbers of 1 to {MAX_LEVEL}, with a sign")
     layout, positions = encode_positions(indices, numel)
-    values = encode_symbols((2 * (magnitudes - 1) + (levels < 0)).astype(np.uint8))
+    values = encode_symbols((magnitudes - np.uint8(1) << np.uint8(1)) + (levels < 0))
     return Encoded(
         layout.name, {**layout.params, "top": int(magnitudes.max(initial=1)), "values": len(values)}, positions + values
     )
@@ -131,8 +131,12 @@ def decode_levels(encoded: Encoded, *, nnz: int, numel: int, tensor: str) -> tup
     highest = int(symbols.max(initial=0) >> 1) + 1
     if highest != top or highest > MAX_LEVEL:
         fail(tensor, f"has levels up to {highest} instead of {top}")
-    levels = (symbols >> 1).astype(np.int8) + np.int8(1)
-    return indices, np.where(symbols & 1, -levels, levels).astype(np.int8)
+    signs = (symbols & np.uint8(1)).view(np.int8)
+    levels = (symbols >> np.uint8(1)).view(np.int8)
+    levels += np.int8(1)
+    levels ^= -signs  # of a negative one, one more than what it shall be
+    levels += signs
+    return indices, levels
 
 
 def encode_steps(indices: Indices, steps: Steps, numel: int) -> Encoded:

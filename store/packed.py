@@ -15,7 +15,7 @@ from store.encodings import Encoded, decode, decode_levels, decode_steps
 from store.errors import ExpertFileError
 from store.patterns import Half
 
-_LARGEST = (2.0 - 2.0**-7) * 2.0**127
+LARGEST = (2.0 - 2.0**-7) * 2.0**127
 """The largest finite bfloat16."""
 
 
@@ -25,7 +25,7 @@ def check_magnitude(largest: float, tensor: str) -> None:
     Raises:
         ExpertFileError: it does not; `param` is the tensor.
     """
-    if not largest <= _LARGEST:
+    if not largest <= LARGEST:
         raise ExpertFileError(f"tensor {tensor} has values up to {largest:.3g}, too large for bfloat16", param=tensor)
 
 

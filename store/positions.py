@@ -78,16 +78,22 @@ def encode_positions(indices: Indices, numel: int) -> tuple[Layout, bytes]:
     if not nnz:
         return Layout(BITMAP, {}), bytes(bytes_for(numel))
     if 2 * nnz <= numel:
-        k, payload = _encode_rice(indices, bytes_for(numel))
-        name = RICE
+        found = _in_rice_code(RICE, indices, numel)
     else:
         absent = np.ones(numel, dtype=np.bool_)
         absent[indices] = False
-        k, payload = _encode_rice(as_indices(np.flatnonzero(absent), numel), bytes_for(numel))
-        name = RICE_ZEROS
-    if payload is not None:
-        return Layout(name, {"k": k}), payload
-    return Layout(BITMAP, {}), set_bits(indices, numel).tobytes()
+        found = _in_rice_code(RICE_ZEROS, as_indices(np.flatnonzero(absent), numel), numel)
+    return found or (Layout(BITMAP, {}), set_bits(indices, numel).tobytes())
+
+
+def encode_mask(is_set: npt.NDArray[np.bool_], count: int) -> tuple[Layout, bytes]:
+    """`encode_positions` of the elements of a mask that are True, of which there are `count`."""
+    numel = len(is_set)
+    if 2 * count <= numel:
+        found = _in_rice_code(RICE, as_indices(np.flatnonzero(is_set), numel), numel)
+    else:
+        found = _in_rice_code(RICE_ZEROS, as_indices(np.flatnonzero(~is_set), numel), numel)
+    return found or (Layout(BITMAP, {}), np.packbits(is_set, bitorder="little").tobytes())
 
 
 def decode_positions(layout: Layout, payload: Bytes, *, nnz: int, numel: int, tensor: str) -> Indices:
@@ -119,33 +125,43 @@ def decode_positions(layout: Layout, payload: Bytes, *, nnz: int, numel: int, te
     return find_bits(payload, nnz, numel, tensor, "mask")
 
 
-def _encode_rice(indices: Indices, limit: int) -> tuple[int, bytes | None]:
-    """k and the streams; None unless they are shorter than `limit` bytes."""
+def _in_rice_code(name: str, indices: Indices, numel: int) -> tuple[Layout, bytes] | None:
+    """At most half of so many elements; None unless that is shorter than a bitmap of all."""
+    limit = bytes_for(numel)
     if not len(indices):
-        return MIN_K, (b"" if limit else None)
-    gaps = np.diff(indices, prepend=np.asarray([-1], dtype=indices.dtype)) - 1
+        return (Layout(name, {"k": MIN_K}), b"") if limit else None
+    gaps = np.empty_like(indices)
+    gaps[0] = indices[0]
+    np.subtract(indices[1:], indices[:-1], out=gaps[1:])
+    gaps[1:] -= 1
     k, unary_bits = _best_k(gaps)
     if bytes_for(unary_bits) + bytes_for(len(gaps) * k) >= limit:
-        return k, None
-    terminators = np.cumsum(gaps >> k, dtype=np.int64) + np.arange(len(gaps))
+        return None
+    steps = gaps >> k
+    steps[1:] += 1
+    terminators = np.cumsum(steps, dtype=np.int64)
     remainders = pack_values(gaps & ((1 << k) - 1), k)
-    return k, set_bits(terminators, unary_bits).tobytes() + remainders.tobytes()
+    return Layout(name, {"k": k}), set_bits(terminators, unary_bits).tobytes() + remainders.tobytes()
 
 
 def _best_k(gaps: Indices) -> tuple[int, int]:
-    """The k of least size, and the bits of its unary stream. The size is convex in k: walking downhill is exact."""
+    """The k of least size, and the bits of its unary stream. The size is convex in k: walking downhill is exact.
+
+    With q_k the sum of the quotients, the size is nnz (1 + k) + q_k. A larger k is shorter only if q_k > nnz, as the
+    next sum is not below 0, and a smaller one only if q_k < nnz, as the one before is not below 2 q_k.
+    """
     nnz = len(gaps)
 
-    def unary_bits(k: int) -> int:
-        return nnz + int(np.sum(gaps >> k, dtype=np.int64))
+    def quotients(k: int) -> int:
+        return int(np.sum(gaps >> k, dtype=gaps.dtype))  # less than there are elements, so it fits
 
-    mean = max(1.0, float(np.mean(gaps, dtype=np.float64)) * np.log(2))
+    mean = max(1.0, float(np.sum(gaps, dtype=gaps.dtype)) / nnz * np.log(2))
     k = min(max(int(np.log2(mean)), MIN_K), MAX_K)
-    bits = unary_bits(k)
-    for step in (1, -1):
-        while MIN_K <= k + step <= MAX_K and (other := unary_bits(k + step)) + nnz * step < bits:
-            k, bits = k + step, other
-    return k, bits
+    total = quotients(k)
+    step = 1 if total > nnz else -1
+    while total != nnz and MIN_K <= k + step <= MAX_K and (other := quotients(k + step)) + nnz * step < total:
+        k, total = k + step, other
+    return k, nnz + total
 
 
 def _decode_rice(streams: Bytes, k: int, nnz: int, numel: int, tensor: str) -> Indices:
@@ -158,18 +174,19 @@ def _decode_rice(streams: Bytes, k: int, nnz: int, numel: int, tensor: str) -> I
     indices = find_bits(unary, nnz, numel, tensor, "unary")
     if unary_bytes and not unary[-1]:
         fail(tensor, "has bytes after the last gap of its unary stream")
-    total = 0
-    # Quotients, remainders and order together stay below 2³¹ then, whatever the streams say.
+    # With the order and the terminator of each gap among the remainders, what is left is p_i << k.
+    less = (1 << k) - 1
+    total = less
+    # All of these stay below 2³¹ then, whatever the streams say.
     small = numel < 2**29 and nnz << k < 2**29
     dtype: np.dtype[np.signedinteger] = np.dtype(np.int32 if small else np.int64)
     for start in range(0, nnz, _CHUNK_VALUES):
         stop = min(start + _CHUNK_VALUES, nnz)
-        order: Indices = np.arange(start, stop, dtype=dtype)
-        chunk: Indices = np.cumsum(unpack_values(remainders, k, start, stop), dtype=dtype)
-        chunk += total
+        chunk: Indices = np.subtract(unpack_values(remainders, k, start, stop), less, dtype=dtype)
+        chunk[0] += total
+        np.cumsum(chunk, out=chunk)
         total = int(chunk[-1])
-        chunk += order
-        chunk += (indices[start:stop] - order) << k
+        chunk += indices[start:stop].astype(dtype, copy=False) << k
         if chunk[0] < 0 or chunk[-1] >= numel:
             fail(tensor, f"has an index beyond its {numel} elements")
         indices[start:stop] = chunk

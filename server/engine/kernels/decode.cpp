@@ -1,278 +1,279 @@
-// Stored ternary tensors -> what mixed mode reads, in one pass over the bytes; see store/positions.py for the layouts.
+// Stored sparse tensors -> what the engine keeps; see store/encodings.py for the layouts.
 //
-// The bytes are anybody's: a stream is never read beyond its end, and a function that returns 0 has found something
-// that `store.encodings.decode` refuses, which then says what. Positions become a bitmap whose ones meet their signs
-// word by word, or, of few nonzeros, entries of lists as they are found.
+// The bytes are anybody's: a function that returns 0 has found something that `store.encodings` refuses, which then
+// says what; nobody may read what it has written. Positions become a bitmap whose ones meet their values word by word,
+// or, of few nonzeros, entries of lists as they are found.
 
-#include "sparse.hpp"
-
-#if defined(__BMI2__)
-#include <immintrin.h>
-#endif
-
-// The first two generations of Zen have the instruction, but take a hundred times as long for it.
-#if defined(__BMI2__) && defined(__x86_64__) && !defined(__znver1__) && !defined(__znver2__) && !defined(PORTABLE)
-#define DEPOSITS 1
-#else
-#define DEPOSITS 0
-#endif
-
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "streams are read as little-endian words");
+#include "symbols.hpp"
 
 namespace {
 
-constexpr int64_t WINDOW = 4096;  // elements that are marked before their marks become bits
-constexpr int64_t SLACK = 16;     // zeros after a stream, so that whole words can be read
+typedef uint64_t Words __attribute__((vector_size(64)));
 
-enum Layout : int { BITMAP = 0, RICE = 1, RICE_ZEROS = 2 };
-
-thread_local Scratch copies, masks, lists;
-
-inline int64_t bytes_for(int64_t bits) { return (bits + 7) / 8; }
-
-inline uint64_t word_at(const uint8_t* from) {
-    uint64_t word;
-    std::memcpy(&word, from, sizeof(word));
-    return word;
-}
-
-// 57 bits or more of a stream, from any bit on.
-inline uint64_t bits_at(const uint8_t* stream, int64_t bit) { return word_at(stream + (bit >> 3)) >> (bit & 7); }
-
-inline uint64_t lowest(int64_t bits) { return bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
-
-inline bool padded_with_zeros(const uint8_t* stream, int64_t bits) {
-    return bits % 8 == 0 || stream[bits / 8] >> (bits % 8) == 0;
-}
-
-// The lowest bits of `bits`, one after the other, to where the mask has its ones.
-inline uint32_t deposit(uint32_t bits, uint32_t mask) {
-#if DEPOSITS
-    return _pdep_u32(bits, mask);
-#else
-    uint32_t out = 0;
-    for (; mask != 0; mask &= mask - 1, bits >>= 1) out |= (0u - (bits & 1)) & mask & (0u - mask);
-    return out;
-#endif
-}
-
-// Bit i says whether byte i is 0xFF; the others are 0.
-inline uint64_t marked(const uint8_t* marks) {
-#if defined(__AVX2__) && !defined(PORTABLE)
-    auto half = [](const uint8_t* from) {
-        auto bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
-    };
-    return half(marks) | static_cast<uint64_t>(half(marks + 32)) << 32;
-#else
-    uint64_t bits = 0;
-    for (int i = 0; i < 8; i++)
-        bits |= ((word_at(marks + 8 * i) & 0x0101010101010101) * 0x0102040810204080 >> 56) << (8 * i);
-    return bits;
-#endif
-}
+thread_local Scratch copies, masks, lists, trees, symbols, lows;
 
 // A tensor's streams, copied to where zeros follow them.
 struct Streams {
-    const uint8_t* positions;
-    const uint8_t* signs;
-    int64_t position_bytes;
-    int64_t nnz, numel;
-    int layout, k;
+    Positions positions;
+    const uint8_t* values;
 };
 
-// Calls take(index) for every position of a Rice code, ascending. The parts are those of store/positions.py.
-template <typename F> bool each_gap(const Streams& from, int64_t count, F take) {
-    const int k = from.k;
-    const int64_t unary_bytes = from.position_bytes - bytes_for(count * k);
-    const int64_t most = count == 0 ? 0 : bytes_for(count + (from.numel >> k));
-    if (unary_bytes < bytes_for(count) || unary_bytes > most) return false;
-    const uint8_t* remainders = from.positions + unary_bytes;
-    if (!padded_with_zeros(remainders, count * k)) return false;
-    if (unary_bytes > 0 && from.positions[unary_bytes - 1] == 0) return false;
-    const uint64_t low = lowest(k);
-    int64_t i = 0, sum = 0;
-    for (int64_t place = 0; place < unary_bytes; place += 8) {
-        uint64_t word = word_at(from.positions + place) & lowest(8 * (unary_bytes - place));
-        if (__builtin_popcountll(word) > count - i) return false;
-        for (; word != 0; word &= word - 1, i++) {
-            sum += static_cast<int64_t>(bits_at(remainders, i * k) & low);
-            int64_t index = ((8 * place + __builtin_ctzll(word) - i) << k) + sum + i;
-            if (index >= from.numel) return false;
-            take(index);
-        }
-    }
-    return i == count;
-}
-
-// Ascending positions -> a bitmap, by way of a byte per element: no store waits for the one before.
-class Marks {
-  public:
-    explicit Marks(uint64_t* mask) : mask_(mask) { std::memset(marks_, 0, WINDOW); }
-    void operator()(int64_t index) {
-        while (index - first_ >= WINDOW) flush();
-        marks_[index - first_] = 0xFF;
-    }
-    void flush() {
-        for (int64_t i = 0; i < WINDOW; i += 64) *mask_++ = marked(marks_ + i);
-        std::memset(marks_, 0, WINDOW);
-        first_ += WINDOW;
-    }
-    int64_t done() const { return first_; }
-
-  private:
-    alignas(64) uint8_t marks_[WINDOW];
-    uint64_t* mask_;
-    int64_t first_ = 0;
-};
-
-// The bitmap of all nonzeros, zeros after it; null where the streams are wrong. `memory` is `mask_bytes` long.
-inline int64_t mask_bytes(int64_t numel) { return (numel + WINDOW - 1) / WINDOW * WINDOW / 8 + SLACK; }
-
-bool find_mask(const Streams& from, uint8_t* memory) {
-    const int64_t bytes = bytes_for(from.numel), all = mask_bytes(from.numel);
-    if (from.layout == BITMAP) {
-        if (from.position_bytes != bytes || !padded_with_zeros(from.positions, from.numel)) return false;
-        std::memcpy(memory, from.positions, static_cast<size_t>(bytes));
-        std::memset(memory + bytes, 0, static_cast<size_t>(all - bytes));
-    } else {
-        const bool zeros = from.layout == RICE_ZEROS;
-        Marks marks(reinterpret_cast<uint64_t*>(memory));
-        if (!each_gap(from, zeros ? from.numel - from.nnz : from.nnz, [&](int64_t index) { marks(index); }))
-            return false;
-        while (marks.done() < from.numel) marks.flush();
-        std::memset(memory + all - SLACK, 0, SLACK);
-        if (zeros) {
-            for (int64_t i = 0; i < bytes; i++) memory[i] = static_cast<uint8_t>(~memory[i]);
-            if (from.numel % 8) memory[bytes - 1] &= static_cast<uint8_t>(lowest(from.numel % 8));
-        }
-        return true;  // the gaps have been counted
-    }
-    int64_t ones = 0;
-    for (int64_t i = 0; i < bytes; i += 8) ones += __builtin_popcountll(word_at(memory + i));
-    return ones == from.nnz;
-}
-
-// The words of `BitPlanes` with one digit.
-void to_planes(const uint8_t* mask, const uint8_t* signs, int64_t rows, int64_t columns, uint32_t* planes) {
-    const int64_t words = (columns + BLOCK - 1) / BLOCK;
-    int64_t rank = 0;
-    for (int64_t first = 0; first < rows; first += BLOCK, planes += words * 2 * BLOCK) {
-        const int64_t here = rows - first < BLOCK ? rows - first : BLOCK;
-        if (here < BLOCK) std::memset(planes, 0, static_cast<size_t>(words * 2 * BLOCK) * sizeof(uint32_t));
-        for (int64_t r = 0; r < here; r++) {
-            const int64_t start = (first + r) * columns;
-            for (int64_t j = 0; j < words; j++) {
-                const int64_t left = columns - j * BLOCK;
-                auto word = static_cast<uint32_t>(bits_at(mask, start + j * BLOCK) & lowest(left < BLOCK ? left : BLOCK));
-                uint32_t plus = deposit(static_cast<uint32_t>(bits_at(signs, rank)), word);
-                rank += __builtin_popcount(word);
-                planes[j * 2 * BLOCK + r] = plus;
-                planes[j * 2 * BLOCK + BLOCK + r] = word ^ plus;
-            }
-        }
-    }
-}
-
-// Entries of `SparseRows` in the order of the rows, and how many each row has; indices come ascending.
-class Lists {
-  public:
-    Lists(const uint8_t* signs, int64_t rows, int64_t columns, uint16_t* entries, int32_t* counts)
-        : signs_(signs), columns_(columns), entries_(entries), counts_(counts) {
-        std::memset(counts, 0, static_cast<size_t>(rows) * sizeof(int32_t));
-    }
-    void operator()(int64_t index) {
-        while (index - start_ >= columns_) start_ += columns_, counts_++;
-        const int64_t negative = 1 - (signs_[rank_ >> 3] >> (rank_ & 7) & 1);
-        entries_[rank_++] = static_cast<uint16_t>(2 * (index - start_) + negative);
-        ++*counts_;
-    }
-
-  private:
-    const uint8_t* signs_;
-    int64_t columns_;
-    uint16_t* entries_;
-    int32_t* counts_;
-    int64_t start_ = 0, rank_ = 0;
-};
-
-// Lists within each block of rows by length, longest first, rows of one length as they were; those of sixteen rows
-// abreast, as sparse.hpp reads them.
-void in_order(const uint16_t* natural, const int32_t* counts, int64_t rows, int32_t* order, int32_t* starts,
-              uint16_t* entries) {
-    int32_t end = 0;
-    *starts++ = 0;
-    for (int64_t first = 0; first < rows; first += BLOCK) {
-        const int here = static_cast<int>(rows - first < BLOCK ? rows - first : BLOCK);
-        const uint16_t* from[BLOCK];
-        int32_t row[BLOCK], count[BLOCK];
-        for (int32_t r = 0, at = end; r < here; at += counts[first + r++]) {
-            int place = r;
-            for (; place > 0 && count[place - 1] < counts[first + r]; place--)
-                row[place] = row[place - 1], count[place] = count[place - 1], from[place] = from[place - 1];
-            row[place] = r, count[place] = counts[first + r], from[place] = natural + at;
-        }
-        for (int i = 0; i < here; i++) {
-            *order++ = static_cast<int32_t>(first) + row[i];
-            *starts = starts[-1] + count[i];
-            starts++;
-        }
-        for (int group = 0; group < here; group += ABREAST_LISTS) {
-            int left = static_cast<int>(smaller(here - group, ABREAST_LISTS));
-            for (int32_t k = 0; k < count[group]; k++) {
-                while (count[group + left - 1] <= k) left--;
-                for (int l = 0; l < left; l++) entries[end++] = from[group + l][k];
-            }
-        }
-    }
-}
-
-// False unless there is memory and the signs fit.
-bool open_streams(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t numel, Streams* out) {
-    const int64_t place = bytes - bytes_for(nnz);
-    if (nnz <= 0 || nnz > numel || place < 0 || !padded_with_zeros(payload + place, nnz)) return false;
+// False unless there is memory and the values, all bytes at the end, are not more than there are.
+bool open_streams(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t numel,
+                  int64_t value_bytes, Streams* out) {
+    const int64_t place = bytes - value_bytes;
+    if (nnz <= 0 || nnz > numel || value_bytes <= 0 || place < 0) return false;
     auto* copy = static_cast<uint8_t*>(copies.bytes(bytes + SLACK));
     if (copy == nullptr) return false;
     std::memcpy(copy, payload, static_cast<size_t>(bytes));
     std::memset(copy + bytes, 0, SLACK);
-    *out = {copy, copy + place, place, nnz, numel, layout, k};
+    *out = {{copy, place, nnz, numel, layout, k}, copy + place};
     return true;
+}
+
+// The same with `values` bytes of levels, or signs where that is negative.
+bool open_values(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t numel, int64_t values,
+                 Streams* out) {
+    if (values >= 0) return open_streams(payload, bytes, layout, k, nnz, numel, values, out);
+    return open_streams(payload, bytes, layout, k, nnz, numel, bytes_for(nnz), out) &&
+           padded_with_zeros(out->values, nnz);
+}
+
+// The bitmap of a tensor, or null.
+const uint8_t* mask_of(const Positions& from) {
+    auto* mask = static_cast<uint8_t*>(masks.bytes(mask_bytes(from.numel)));
+    return mask != nullptr && find_mask(from, mask) ? mask : nullptr;
+}
+
+// Calls take(index) for every nonzero, ascending.
+template <typename F> bool each_index(const Positions& from, F take) {
+    if (from.layout == RICE) return each_gap(from, from.nnz, take);
+    const uint8_t* mask = mask_of(from);
+    for (int64_t place = 0; mask != nullptr && place < from.numel; place += 64) {
+        uint64_t word = word_at(mask + place / 8);
+        if (word == ~uint64_t{0})
+            for (int i = 0; i < 64; i++) take(place + i);
+        else
+            for (; word != 0; word &= word - 1) take(place + __builtin_ctzll(word));
+    }
+    return mask != nullptr;
+}
+
+// False unless there is memory, and the stream holds that many symbols.
+bool open_symbols(const uint8_t* stream, int64_t bytes, int64_t count, Tree* tree) {
+    auto* memory = static_cast<uint8_t*>(trees.bytes(Tree::memory_bytes(count)));
+    return memory != nullptr && tree->open(stream, bytes, count, memory);
+}
+
+// The symbols as bytes, or null.
+const uint8_t* read_symbols(const uint8_t* stream, int64_t bytes, int64_t count, Scratch* into) {
+    Tree tree;
+    auto* out = static_cast<uint8_t*>(into->bytes(count + SYMBOL_SLACK));
+    if (out == nullptr || !open_symbols(stream, bytes, count, &tree)) return nullptr;
+    tree.write(out);
+    return out;
+}
+
+inline int level_of(int symbol) { return (symbol >> 1) + 1; }
+
+// The symbols of levels up to `top`, or null.
+const uint8_t* read_levels(const uint8_t* stream, int64_t bytes, int64_t count, int top) {
+    const uint8_t* found = read_symbols(stream, bytes, count, &symbols);
+    uint8_t largest = 0;
+    for (int64_t i = 0; found != nullptr && i < count; i++) largest = found[i] > largest ? found[i] : largest;
+    return level_of(largest) == top ? found : nullptr;
+}
+
+// 512 symbols in planes -> their levels in balanced ternary: two planes a digit, its +1 and its -1.
+inline void to_digits(const uint64_t* planes, int width, int digits, uint64_t* out, int64_t stride) {
+    Words minus, value[MOST_BITS] = {}, carry = ~Words{};  // the magnitude is one more than the other bits say
+    std::memcpy(&minus, planes, sizeof minus);
+    for (int b = 1; b < width; b++) std::memcpy(&value[b - 1], planes + b * PLANE, sizeof *value);
+    for (int digit = 0, bits = width > 0 ? width : 1; digit < digits; digit++, bits--, out += 2 * stride) {
+        for (int b = 0; b < bits; b++) {
+            const Words both = value[b] & carry;
+            value[b] ^= carry;
+            carry = both;
+        }
+        Words one = {}, two = {};  // what is left of the bits so far, divided by three
+        for (int b = bits - 1; b >= 0; b--) {
+            const Words bit = value[b], next = (two & ~bit) | (bit & ~one & ~two);
+            value[b] = two | (one & bit);
+            two = (one & ~bit) | (two & bit);
+            one = next;
+        }
+        const Words above = (one & ~minus) | (two & minus), below = (two & ~minus) | (one & minus);
+        std::memcpy(out, &above, sizeof above);
+        std::memcpy(out + stride, &below, sizeof below);
+        carry = two;  // two is three less one
+    }
+}
+
+// Calls put(mask, rank, words) for 32 elements at a time: which are nonzeros, how many came before, and where the first
+// digit's +1 go in the words of `BitPlanes`.
+template <typename F>
+inline void each_word(const uint8_t* mask, int64_t rows, int64_t columns, int digits, uint32_t* planes, F put) {
+    const int64_t words = blocks_of(columns), size = digits * words * 2 * BLOCK;
+    int64_t rank = 0;
+    for (int64_t first = 0; first < rows; first += BLOCK, planes += size) {
+        const int64_t here = smaller(rows - first, BLOCK);
+        if (here < BLOCK) std::memset(planes, 0, static_cast<size_t>(size) * sizeof(uint32_t));
+        for (int64_t r = 0; r < here; r++) {
+            const int64_t start = (first + r) * columns;
+            for (int64_t j = 0; j < words; j++) {
+                const int64_t left = smaller(columns - j * BLOCK, BLOCK);
+                auto word = static_cast<uint32_t>(bits_at(mask, start + j * BLOCK) & lowest(left));
+                put(word, rank, planes + j * 2 * BLOCK + r);
+                rank += __builtin_popcount(word);
+            }
+        }
+    }
+}
+
+void signs_to_planes(const uint8_t* mask, const uint8_t* signs, int64_t rows, int64_t columns, uint32_t* planes) {
+    each_word(mask, rows, columns, 1, planes, [&](uint32_t word, int64_t rank, uint32_t* out) INLINE {
+        uint32_t plus = deposit(static_cast<uint32_t>(bits_at(signs, rank)), word);
+        out[0] = plus;
+        out[BLOCK] = word ^ plus;
+    });
+}
+
+// False unless the stream holds levels up to `top`.
+bool levels_to_planes(const Positions& at, const uint8_t* mask, const uint8_t* stream, int64_t bytes, int top,
+                      int64_t rows, int64_t columns, int digits, uint32_t* planes) {
+    Tree tree;
+    const int64_t stride = (at.nnz + TAKEN) / 64 + SLACK / 8, next = blocks_of(columns) * 2 * BLOCK;
+    auto* memory = static_cast<uint64_t*>(symbols.bytes(2 * digits * stride * sizeof(uint64_t)));
+    if (memory == nullptr || !open_symbols(stream, bytes, at.nnz, &tree)) return false;
+    int largest = 0;
+    tree.each_part([&](const uint64_t* part, int64_t first, int64_t count) {
+        const int here = tree.largest(part, count);
+        largest = here > largest ? here : largest;
+        for (int64_t i = 0; i < count; i += 512)
+            to_digits(part + i / 64, tree.width(), digits, memory + (first + i) / 64, stride);
+    });
+    if (level_of(largest) != top) return false;
+    each_word(mask, rows, columns, digits, planes, [&](uint32_t word, int64_t rank, uint32_t* out) INLINE {
+        auto* from = reinterpret_cast<const uint8_t*>(memory);
+        for (int digit = 0; digit < digits; digit++, out += next)
+            for (int sign = 0; sign < 2; sign++, from += 8 * stride)
+                out[sign * BLOCK] = deposit(static_cast<uint32_t>(bits_at(from, rank)), word);
+    });
+    return true;
+}
+
+// Entries of `SparseRows` in the order of the rows, and how many each row has; indices come ascending.
+template <typename F>
+bool find_entries(const Positions& from, int64_t rows, int64_t columns, uint16_t* entries, int32_t* counts,
+                  F negative) {
+    std::memset(counts, 0, static_cast<size_t>(rows) * sizeof(int32_t));
+    int64_t start = 0, rank = 0;
+    return each_index(from, [&](int64_t index) {
+        while (index - start >= columns) start += columns, counts++;
+        entries[rank] = static_cast<uint16_t>(2 * (index - start) + negative(rank));
+        rank++;
+        ++*counts;
+    });
+}
+
+// What is found of lists in the order of the rows, and what becomes of it.
+struct Lists {
+    const uint16_t* found;
+    const uint8_t* found_levels;  // symbols
+    const int32_t* counts;
+    int32_t *order, *starts;
+    uint16_t* entries;
+    uint8_t* levels;  // or null
+};
+
+// Lists within each block of rows by length, longest first, rows of one length as they were; those of sixteen rows
+// abreast, as sparse.hpp reads them.
+void in_order(Lists lists, int64_t rows) {
+    int32_t end = 0;
+    *lists.starts++ = 0;
+    for (int64_t first = 0, at = 0; first < rows; first += BLOCK) {
+        const int here = static_cast<int>(smaller(rows - first, BLOCK));
+        int64_t from[BLOCK];
+        int32_t row[BLOCK], count[BLOCK];
+        for (int32_t r = 0; r < here; r++) {
+            const int32_t own = lists.counts[first + r];
+            int place = r;
+            for (; place > 0 && count[place - 1] < own; place--)
+                row[place] = row[place - 1], count[place] = count[place - 1], from[place] = from[place - 1];
+            row[place] = r, count[place] = own, from[place] = at;
+            at += own;
+        }
+        for (int i = 0; i < here; i++) {
+            *lists.order++ = static_cast<int32_t>(first) + row[i];
+            *lists.starts = lists.starts[-1] + count[i];
+            lists.starts++;
+        }
+        for (int group = 0; group < here; group += ABREAST_LISTS) {
+            int left = static_cast<int>(smaller(here - group, ABREAST_LISTS));
+            for (int32_t k = 0; k < count[group]; k++, end += left) {
+                while (count[group + left - 1] <= k) left--;
+                for (int l = 0; l < left; l++) lists.entries[end + l] = lists.found[from[group + l] + k];
+                if (lists.levels == nullptr) continue;
+                for (int l = 0; l < left; l++)
+                    lists.levels[end + l] = static_cast<uint8_t>(level_of(lists.found_levels[from[group + l] + k]));
+            }
+        }
+    }
 }
 
 }  // namespace
 
 extern "C" {
 
-// `layout`: 0 bitmap, 1 Rice code, 2 Rice code of the zeros; 1 <= k <= 24; rows * columns < 2^31.
+// `layout`: 0 bitmap, 1 Rice code, 2 Rice code of the zeros; 1 <= k <= 24; `numel` or rows * columns < 2^31.
+// `values`: bytes that levels up to `top`, 1 to 127, take at the end of the payload; negative where there are signs.
 
 int switchyard_decode_planes(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t rows,
-                             int64_t columns, uint32_t* planes) {
+                             int64_t columns, int64_t values, int top, int digits, uint32_t* planes) {
     Streams from;
-    if (!open_streams(payload, bytes, layout, k, nnz, rows * columns, &from)) return 0;
-    auto* mask = static_cast<uint8_t*>(masks.bytes(mask_bytes(from.numel)));
-    if (mask == nullptr || !find_mask(from, mask)) return 0;
-    to_planes(mask, from.signs, rows, columns, planes);
+    if (!open_values(payload, bytes, layout, k, nnz, rows * columns, values, &from)) return 0;
+    const uint8_t* mask = mask_of(from.positions);
+    if (mask == nullptr) return 0;
+    if (values >= 0)
+        return levels_to_planes(from.positions, mask, from.values, values, top, rows, columns, digits, planes);
+    signs_to_planes(mask, from.values, rows, columns, planes);
     return 1;
 }
 
+// `levels` is null where `top` is 1.
 int switchyard_decode_sparse(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t rows,
-                             int64_t columns, int32_t* order, int32_t* starts, uint16_t* entries) {
+                             int64_t columns, int64_t values, int top, int32_t* order, int32_t* starts,
+                             uint16_t* entries, uint8_t* levels) {
     Streams from;
-    if (!open_streams(payload, bytes, layout, k, nnz, rows * columns, &from)) return 0;
+    if (!open_values(payload, bytes, layout, k, nnz, rows * columns, values, &from)) return 0;
+    const uint8_t* own = values < 0 ? from.values : read_levels(from.values, values, nnz, top);
     auto* counts = static_cast<int32_t*>(lists.bytes(rows * 4 + nnz * 2));
-    if (counts == nullptr) return 0;
-    auto* natural = reinterpret_cast<uint16_t*>(counts + rows);
-    Lists found(from.signs, rows, columns, natural, counts);
-    if (layout == RICE) {
-        if (!each_gap(from, nnz, [&](int64_t index) { found(index); })) return 0;
-    } else {
-        auto* mask = static_cast<uint8_t*>(masks.bytes(mask_bytes(from.numel)));
-        if (mask == nullptr || !find_mask(from, mask)) return 0;
-        for (int64_t place = 0; place < from.numel; place += 64)
-            for (uint64_t word = word_at(mask + place / 8); word != 0; word &= word - 1)
-                found(place + __builtin_ctzll(word));
-    }
-    in_order(natural, counts, rows, order, starts, entries);
+    if (counts == nullptr || own == nullptr) return 0;
+    auto* found = reinterpret_cast<uint16_t*>(counts + rows);
+    auto minus = [own](int64_t i) { return ~(own[i >> 3] >> (i & 7)) & 1; };
+    auto odd = [own](int64_t i) { return own[i] & 1; };
+    if (values < 0 ? !find_entries(from.positions, rows, columns, found, counts, minus)
+                   : !find_entries(from.positions, rows, columns, found, counts, odd))
+        return 0;
+    in_order({found, own, counts, order, starts, entries, levels}, rows);
     return 1;
+}
+
+// `high` and `low`: bytes that the two streams of steps take.
+int switchyard_decode_steps(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t numel,
+                            int64_t high, int64_t low, int32_t* indices, uint16_t* steps) {
+    Streams from;
+    if (high <= 0 || low <= 0 || !open_streams(payload, bytes, layout, k, nnz, numel, high + low, &from)) return 0;
+    const uint8_t* upper = read_symbols(from.values, high, nnz, &symbols);
+    const uint8_t* lower = upper == nullptr ? nullptr : read_symbols(from.values + high, low, nnz, &lows);
+    if (lower == nullptr) return 0;
+    int none = 0;
+    for (int64_t i = 0; i < nnz; i++) {
+        const auto folded = static_cast<uint16_t>((upper[i] << 8 | lower[i]) + 1);
+        none |= folded == 0;
+        steps[i] = static_cast<uint16_t>(folded >> 1 ^ -(folded & 1));
+    }
+    int64_t rank = 0;
+    return !none && each_index(from.positions, [&](int64_t index) { indices[rank++] = static_cast<int32_t>(index); });
 }
 }

@@ -1,14 +1,17 @@
-"""Stored tensors → packed deltas with `decode.cpp`: what the codecs write for ternary matrices."""
+"""Stored tensors → what the engine keeps, with `decode.cpp`: what the codecs write for matrices and overwrites."""
 
 from __future__ import annotations
 
 import ctypes
 
+import numpy as np
 import torch
 
 from server.engine.kernels.packing import SPARSE_BELOW, form_of
 from server.engine.kernels.types import BLOCK, BitPlanes, SparseRows, rows_and_columns
-from store.packed import PackedLevels, PackedTernary
+from store.deltas import OverwriteDelta
+from store.encodings import MAX_LEVEL
+from store.packed import LARGEST, PackedLevels, PackedOverwrite, PackedTernary
 from store.positions import BITMAP, MAX_K, MIN_K, RICE, RICE_ZEROS
 
 _LAYOUTS = {BITMAP: 0, RICE: 1, RICE_ZEROS: 2}
@@ -19,40 +22,76 @@ _MOST = 2**31
 
 
 class Decoder:
-    """The functions of `decode.cpp` in a library. They let go of the interpreter's lock, and need no more than memory
-    for one tensor's streams and bitmap, which each thread keeps."""
+    """The functions of `decode.cpp` in a library. They let go of the interpreter's lock, and need no more memory than
+    for one tensor's streams, its bitmap and a few bytes per nonzero, which each thread keeps."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        common = (ctypes.c_char_p, size, ctypes.c_int, ctypes.c_int, size, size, size)
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        common = (ctypes.c_char_p, size, number, number, size)
         self._planes, self._sparse = library.switchyard_decode_planes, library.switchyard_decode_sparse
-        self._planes.argtypes = (*common, pointer)
-        self._sparse.argtypes = (*common, pointer, pointer, pointer)
+        self._steps = library.switchyard_decode_steps
+        self._planes.argtypes = (*common, size, size, size, number, number, pointer)
+        self._sparse.argtypes = (*common, size, size, size, number, *[pointer] * 4)
+        self._steps.argtypes = (*common, size, size, size, pointer, pointer)
 
     def decode(self, tensor: PackedTernary, lists_below: float = SPARSE_BELOW) -> BitPlanes | SparseRows | None:
         """`pack(tensor.decode(...), lanes=LANES, lists_below=lists_below)`, bit for bit.
 
         Returns:
-            None where only `tensor.decode` will do: levels other than ±1, vectors, layouts that are not known here,
-            and whatever is damaged, which it refuses with a message.
+            None where only `tensor.decode` will do: vectors, layouts that are not known here, and whatever is damaged,
+            which it refuses with a message.
         """
-        encoded, shape = tensor.encoded, tensor.shape
-        layout, k = _LAYOUTS.get(encoded.name), encoded.params.get("k", MIN_K)
-        expected = set() if layout == 0 else {"k"}
-        if layout is None or encoded.params.keys() != expected or not MIN_K <= k <= MAX_K:
+        shape, params = tensor.shape, tensor.encoded.params
+        has_levels = isinstance(tensor, PackedLevels)
+        payload = _payload(tensor, ("values",), {"top"}) if has_levels else _payload(tensor, (), set())
+        if payload is None:
             return None
-        if isinstance(tensor, PackedLevels) or not 0 < tensor.nnz <= tensor.numel < _MOST:
+        values, top = (params["values"], params["top"]) if has_levels else (-1, 1)
+        if not (1 <= top <= MAX_LEVEL and tensor.scale * top <= LARGEST):
             return None
         rows, columns = rows_and_columns(shape)
-        payload = (encoded.payload, len(encoded.payload), layout, k, tensor.nnz, rows, columns)
-        form = form_of(shape, tensor.nnz, 1, lists_below)
+        form = form_of(shape, tensor.nnz, top, lists_below)
         if form is BitPlanes:
-            words = torch.empty(-(-rows // BLOCK), 1, -(-columns // BLOCK), 2, BLOCK, dtype=torch.int32)
-            good = self._planes(*payload, words.data_ptr())
+            digits = next(digits for digits in range(1, 7) if 3**digits // 2 >= top)
+            words = torch.empty(-(-rows // BLOCK), digits, -(-columns // BLOCK), 2, BLOCK, dtype=torch.int32)
+            good = self._planes(*payload, rows, columns, values, top, digits, words.data_ptr())
             return BitPlanes(shape, tensor.scale, words) if good else None
         if form is SparseRows:
             order, starts = torch.empty(rows, dtype=torch.int32), torch.empty(rows + 1, dtype=torch.int32)
             entries = torch.empty(tensor.nnz, dtype=torch.int16)
-            good = self._sparse(*payload, order.data_ptr(), starts.data_ptr(), entries.data_ptr())
-            return SparseRows(shape, tensor.scale, order, starts, entries, None, LANES) if good else None
+            levels = torch.empty(tensor.nnz, dtype=torch.uint8) if top > 1 else None
+            made = (order, starts, entries, levels)
+            addresses = [None if part is None else part.data_ptr() for part in made]
+            good = self._sparse(*payload, rows, columns, values, top, *addresses)
+            return SparseRows(shape, tensor.scale, *made, LANES) if good else None
         return None
+
+    def decode_overwrite(self, tensor: PackedOverwrite) -> OverwriteDelta | None:
+        """`tensor.decode(...)`, bit for bit; None where only that will do, as `decode` says."""
+        payload = _payload(tensor, ("high", "low"), set())
+        if payload is None:
+            return None
+        high, low = (tensor.encoded.params[name] for name in ("high", "low"))
+        indices, steps = np.empty(tensor.nnz, np.int32), np.empty(tensor.nnz, np.int16)
+        good = self._steps(*payload, tensor.numel, high, low, indices.ctypes.data, steps.ctypes.data)
+        return OverwriteDelta(tensor.shape, indices, steps, tensor.half, tensor.sha256) if good else None
+
+
+def _payload(
+    tensor: PackedTernary | PackedOverwrite, lengths: tuple[str, ...], others: set[str]
+) -> tuple[bytes, int, int, int, int] | None:
+    """The payload, its length, layout and parameter, and how many nonzeros it has; None if it is none of ours.
+
+    Args:
+        lengths: the parameters that are bytes of streams of values, at most all of the payload.
+        others: the parameters that are none of the layout's either.
+    """
+    name, params, payload = tensor.encoded.name, tensor.encoded.params, tensor.encoded.payload
+    layout, k = _LAYOUTS.get(name), params.get("k", MIN_K)
+    if layout is None or params.keys() != {*lengths, *others, *(() if name == BITMAP else ("k",))}:
+        return None
+    if not MIN_K <= k <= MAX_K or not 0 < tensor.nnz <= tensor.numel < _MOST:
+        return None
+    if not all(0 <= params[length] <= len(payload) for length in lengths):
+        return None
+    return payload, len(payload), layout, k, tensor.nnz

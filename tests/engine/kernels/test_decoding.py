@@ -16,10 +16,11 @@ from server.engine.kernels.build import BuildError
 from server.engine.kernels.decoding import LANES, Decoder
 from server.engine.kernels.types import BitPlanes, PackedDelta, SparseRows
 from store.bits import pack_values, set_bits
-from store.deltas import SparseDelta
-from store.encodings import Encoded
+from store.deltas import OverwriteDelta, SparseDelta
+from store.encodings import Encoded, encode_levels, encode_steps
 from store.errors import ExpertFileError
-from store.packed import PackedTernary
+from store.packed import PackedLevels, PackedOverwrite, PackedTernary
+from store.patterns import Half
 from store.positions import BITMAP, RICE, RICE_ZEROS
 from tests.engine.kernels.builders import sparse_delta
 from tests.engine.kernels.comparing import CPU, same, stored
@@ -39,6 +40,13 @@ shapes = st.one_of(
     st.sampled_from([(1, 9000), (9000, 1), (3, 32800), (2, 40000), (64, 64), (33, 130)]),
 )
 densities = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 0.1), st.floats(0, 1))
+parameters = st.one_of(st.integers(1, 8), st.integers(1, 24))
+Spread = tuple[str, float]
+# So that every kind of node occurs in the trees of numbers.
+spreads = st.one_of(
+    st.tuples(st.sampled_from(["low", "high"]), st.sampled_from([0.02, 0.1, 0.4, 0.7, 0.95])),
+    st.sampled_from([("even", 0.0), ("same", 0.0)]),
+)
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
@@ -58,21 +66,64 @@ def delta_of(seed: int, shape: tuple[int, ...], density: float) -> SparseDelta:
     return SparseDelta(shape, place, np.asarray([1 - 2 * (seed % 2)], np.int8), delta.scale)
 
 
-def laid_out(delta: SparseDelta, layout: str, k: int) -> PackedTernary:
-    """In a layout that need not be the shortest."""
-    numel, nnz = int(np.prod(delta.shape)), len(delta.indices)
-    signs = np.packbits(delta.levels > 0, bitorder="little").tobytes()
-    if layout == BITMAP:
-        params: dict[str, int] = {}
-        positions = set_bits(delta.indices, numel).tobytes()
+def spread_out(rng: np.random.Generator, count: int, top: int, spread: Spread) -> np.ndarray:
+    """`count` whole numbers from 1 to `top`, `top` among them, that often negative."""
+    kind, peak = spread
+    if kind in ("even", "same"):
+        numbers = rng.integers(1 if kind == "even" else top, top, count, endpoint=True)
     else:
-        absent = np.setdiff1d(np.arange(numel), delta.indices)
-        gaps = np.diff(delta.indices if layout == RICE else absent, prepend=-1) - 1
-        unary = np.cumsum(gaps >> k, dtype=np.int64) + np.arange(len(gaps))
-        params = {"k": k}
-        positions = set_bits(unary, int(unary[-1]) + 1 if len(unary) else 0).tobytes()
-        positions += pack_values(gaps & ((1 << k) - 1), k).tobytes()
+        numbers = np.minimum(rng.geometric(peak, count), top)
+        numbers = numbers if kind == "low" else top + 1 - numbers
+    numbers[:1] = top
+    return np.where(rng.random(count) < (0.5 if kind == "even" else 0.9), numbers, -numbers)
+
+
+def positions_in(layout: str, k: int, indices: np.ndarray, numel: int) -> tuple[dict[str, int], bytes]:
+    """In a layout that need not be the shortest."""
+    if layout == BITMAP:
+        return {}, set_bits(indices, numel).tobytes()
+    absent = np.setdiff1d(np.arange(numel), indices)
+    gaps = np.diff(indices if layout == RICE else absent, prepend=-1) - 1
+    unary = np.cumsum(gaps >> k, dtype=np.int64) + np.arange(len(gaps))
+    positions = set_bits(unary, int(unary[-1]) + 1 if len(unary) else 0).tobytes()
+    return {"k": k}, positions + pack_values(gaps & ((1 << k) - 1), k).tobytes()
+
+
+def relaid(encoded: Encoded, own: tuple[str, ...], layout: str, k: int, delta: SparseDelta) -> Encoded:
+    """Other positions before the same values, which the parameters `own` tell of: those of `delta`."""
+    values = {name: encoded.params[name] for name in own}
+    length = sum(size for name, size in values.items() if name != "top")
+    params, positions = positions_in(layout, k, delta.indices, int(np.prod(delta.shape)))
+    return Encoded(layout, {**params, **values}, positions + encoded.payload[len(encoded.payload) - length :])
+
+
+def laid_out(delta: SparseDelta, layout: str, k: int) -> PackedTernary:
+    numel, nnz = int(np.prod(delta.shape)), len(delta.indices)
+    params, positions = positions_in(layout, k, delta.indices, numel)
+    signs = np.packbits(delta.levels > 0, bitorder="little").tobytes()
     return PackedTernary(delta.shape, nnz, delta.scale, Encoded(layout, params, positions + signs))
+
+
+def levels_laid_out(delta: SparseDelta, layout: str, k: int, top: int, spread: Spread) -> PackedLevels:
+    """Levels up to `top` where the delta has its nonzeros."""
+    numel, nnz = int(np.prod(delta.shape)), len(delta.indices)
+    levels = spread_out(np.random.default_rng(nnz), nnz, top, spread).astype(np.int8)
+    encoded = relaid(encode_levels(delta.indices, levels, numel), ("top", "values"), layout, k, delta)
+    return PackedLevels(delta.shape, nnz, delta.scale, encoded)
+
+
+def overwrite_laid_out(delta: SparseDelta, layout: str, k: int, top: int, spread: Spread) -> PackedOverwrite:
+    """Steps up to `top` where the delta has its nonzeros."""
+    numel, nnz = int(np.prod(delta.shape)), len(delta.indices)
+    steps = spread_out(np.random.default_rng(nnz), nnz, top, spread).astype(np.int16)
+    encoded = relaid(encode_steps(delta.indices, steps, numel), ("high", "low"), layout, k, delta)
+    return PackedOverwrite(delta.shape, nnz, encoded, Half.BF16, "0" * 64)
+
+
+def same_overwrite(made: OverwriteDelta, expected: OverwriteDelta) -> bool:
+    for ours, theirs in ((made.indices, expected.indices), (made.steps, expected.steps)):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+    return (made.shape, made.half, made.sha256) == (expected.shape, expected.half, expected.sha256)
 
 
 def check(decoder: Decoder, tensor: PackedTernary) -> PackedDelta:
@@ -87,13 +138,46 @@ def check(decoder: Decoder, tensor: PackedTernary) -> PackedDelta:
     shape=shapes,
     density=densities,
     layout=st.sampled_from(LAYOUTS),
-    k=st.one_of(st.integers(1, 8), st.integers(1, 24)),
+    k=parameters,
     seed=st.integers(0, 99),
 )
 def test_any_layout_becomes_what_is_packed(
     decoder: Decoder, shape: tuple[int, ...], density: float, layout: str, k: int, seed: int
 ) -> None:
     check(decoder, laid_out(delta_of(seed, shape, density), layout, k))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=shapes,
+    density=densities,
+    layout=st.sampled_from(LAYOUTS),
+    k=parameters,
+    top=st.one_of(st.sampled_from([1, 2, 4, 5, 13, 14, 40, 41, 121, 122, 127]), st.integers(1, 127)),
+    spread=spreads,
+)
+def test_levels_of_any_size_become_what_is_packed(
+    decoder: Decoder, shape: tuple[int, ...], density: float, layout: str, k: int, top: int, spread: Spread
+) -> None:
+    check(decoder, levels_laid_out(delta_of(top, shape, density), layout, k, top, spread))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.one_of(shapes, st.tuples(st.integers(1, 9000))),
+    density=densities,
+    layout=st.sampled_from(LAYOUTS),
+    k=parameters,
+    top=st.one_of(st.sampled_from([1, 127, 128, 129, 2**15 - 1]), st.integers(1, 2**15 - 1)),
+    spread=spreads,
+)
+def test_overwrites_become_what_is_decoded(
+    decoder: Decoder, shape: tuple[int, ...], density: float, layout: str, k: int, top: int, spread: Spread
+) -> None:
+    tensor = overwrite_laid_out(delta_of(top, shape, density), layout, k, top, spread)
+    made = decoder.decode_overwrite(tensor)
+    assert made is not None
+    assert same_overwrite(made, tensor.decode("t"))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +194,33 @@ def test_what_it_does_not_know_is_left_to_others(decoder: Decoder) -> None:
     delta = sparse_delta(1, (5, 90), 0.4)
     known = stored(delta)
     assert decoder.decode(known) is not None
-    assert decoder.decode(stored(sparse_delta(1, (5, 90), 0.4, top=9))) is None
     assert decoder.decode(stored(delta, grouped=True)) is None
     assert decoder.decode(stored(sparse_delta(1, (90,), 0.4))) is None
     for params in ({}, {"k": 0}, {"k": 25}, {"k": 2, "more": 1}):
         encoded = replace(known.encoded, name=RICE, params=params)
         assert decoder.decode(replace(known, encoded=encoded)) is None
+    levels = stored(sparse_delta(1, (5, 90), 0.4, top=9))
+    assert decoder.decode(levels) is not None
+    assert decoder.decode(replace(levels, scale=1e38)) is None
+    for name, value in (("top", 0), ("top", 128), ("values", 0), ("values", -1), ("values", 2**70), ("more", 1)):
+        encoded = replace(levels.encoded, params={**levels.encoded.params, name: value})
+        assert decoder.decode(replace(levels, encoded=encoded)) is None
+
+
+def damaged(data: st.DataObject, payload: bytes) -> bytes:
+    """Bits flipped, streams cut short or longer."""
+    bad = bytearray(payload)
+    for place in data.draw(st.lists(st.integers(0, 8 * len(bad) - 1), max_size=3)):
+        bad[place // 8] ^= 1 << place % 8
+    if not data.draw(st.booleans()):
+        return bytes(bad)
+    cut = data.draw(st.integers(0, len(bad)))
+    rest = bad[cut:] if data.draw(st.booleans()) else b""
+    return bytes(bad[:cut] + data.draw(st.binary(max_size=30)) + rest)
+
+
+def counts(good: int, most: int) -> st.SearchStrategy[int]:
+    return st.one_of(st.just(good), st.just(good), st.integers(-1, most), st.sampled_from([2**31, 2**62]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -128,20 +233,12 @@ def test_what_it_does_not_know_is_left_to_others(decoder: Decoder) -> None:
 def test_what_the_reference_refuses_is_refused(
     decoder: Decoder, data: st.DataObject, density: float, layout: str, k: int
 ) -> None:
-    """Bits flipped, streams cut short or longer, counts and parameters that are not theirs."""
     good = laid_out(delta_of(1, data.draw(st.sampled_from([(40, 70), (3, 5), (33, 64)])), density), layout, k)
-    payload = bytearray(good.payload)
-    for place in data.draw(st.lists(st.integers(0, 8 * len(payload) - 1), max_size=3)):
-        payload[place // 8] ^= 1 << place % 8
-    if data.draw(st.booleans()):
-        cut = data.draw(st.integers(0, len(payload)))
-        rest = payload[cut:] if data.draw(st.booleans()) else b""
-        payload = payload[:cut] + data.draw(st.binary(max_size=30)) + rest
     params = good.encoded.params
-    if params and data.draw(st.booleans()):
+    if len(params) and data.draw(st.booleans()):
         params = {"k": data.draw(st.integers(0, 25))}
-    count = st.one_of(st.just(good.nnz), st.integers(-1, 2 * good.numel), st.sampled_from([2**31, 2**62]))
-    bad = replace(good, nnz=data.draw(count), encoded=Encoded(layout, params, bytes(payload)))
+    nnz = data.draw(counts(good.nnz, 2 * good.numel))
+    bad = replace(good, nnz=nnz, encoded=Encoded(layout, params, damaged(data, good.payload)))
     try:
         expected = pack(bad.decode("t"), CPU, LANES)
     except ExpertFileError:
@@ -150,6 +247,44 @@ def test_what_the_reference_refuses_is_refused(
     made = decoder.decode(bad)
     assert (made is None) == (bad.nnz == 0)
     assert made is None or same(made, expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    shape=st.sampled_from([(40, 70), (3, 5), (2, 4200)]),
+    density=st.sampled_from([0.0, 0.02, 0.2, 0.9, 1.0]),
+    layout=st.sampled_from(LAYOUTS),
+    top=st.sampled_from([1, 3, 40, 127]),
+    spread=spreads,
+)
+def test_damaged_values_are_refused_as_the_reference_does(
+    decoder: Decoder, data: st.DataObject, shape: tuple[int, int], density: float, layout: str, top: int, spread: Spread
+) -> None:
+    """The same of the trees of values, whose sizes and counts may be wrong in themselves and to each other."""
+    laid, most = data.draw(st.sampled_from([(levels_laid_out, top), (overwrite_laid_out, 200 * top)]))
+    tensor = laid(delta_of(1, shape, density), layout, 3, most, spread)
+    params = dict(tensor.encoded.params)
+    if data.draw(st.booleans()):
+        name = data.draw(st.sampled_from(sorted(params)))
+        params[name] = data.draw(counts(params[name], len(tensor.payload) + 2))
+    start = data.draw(st.sampled_from([0, max(0, len(tensor.payload) - 40)]))
+    payload = tensor.payload[:start] + damaged(data, tensor.payload[start:])
+    nnz = data.draw(counts(tensor.nnz, tensor.numel))
+    bad = replace(tensor, nnz=nnz, encoded=Encoded(layout, params, payload))
+    made = decoder.decode(bad) if isinstance(bad, PackedTernary) else decoder.decode_overwrite(bad)
+    try:
+        expected = bad.decode("t")
+    except ExpertFileError:
+        assert made is None
+        return
+    assert (made is None) == (nnz == 0)
+    if isinstance(made, OverwriteDelta):
+        assert isinstance(expected, OverwriteDelta)
+        assert same_overwrite(made, expected)
+    elif made is not None:
+        assert isinstance(expected, SparseDelta)
+        assert same(made, pack(expected, CPU, LANES))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
