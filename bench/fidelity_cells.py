@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from store.codecs.base import Loss
+from store.codecs.flex_recipe import FlexRecipe
 
 WITHOUT_EMBEDDINGS: Mapping[str, float] = {"*embed_tokens*": 0.0}
 """A fifth of the parameters, and a small share of these task vectors' energy: codecs that are told how much of each
@@ -60,6 +61,13 @@ def flex_switch(loss: str, size: float) -> Column:
     ), size
 
 
+def flex_switch_as_published(size: float) -> Column:
+    """The paper's recipe, with λ steered to that size, and no sign flipped."""
+    return Method(
+        "FlexSwitch (paper)", {"codec": "flex-switch", "bits_per_param": size, "recipe": FlexRecipe.PAPER}
+    ), size
+
+
 def t_switch(knob: str, density: float, size: float) -> Column:
     """The paper's method: magnitude decides."""
     options = {"codec": "t-switch", "knob": knob, "density": density, "tensor_density": WITHOUT_EMBEDDINGS}
@@ -90,7 +98,7 @@ COLUMNS: Sequence[Sequence[Column]] = (
     (t_switch("rms", 0.08, 0.4), low_rank(1, 0.04), low_rank(10, 0.4), (Method("raw", {"codec": "raw"}), 16.0)),
     ((Method("BitDelta", {"codec": "bit-delta", "tensor_density": WITHOUT_EMBEDDINGS}), 1.0), compeft(0.08, 0.4)),
     (t_switch("calibrated", 0.005, 0.04), compeft(0.005, 0.04), lora(1, 0.04)),
-    (flex_switch("MSE", 0.04), flex_switch("CKA", 0.04), flex_switch("KL", 0.1)),
+    (flex_switch("MSE", 0.04), flex_switch("CKA", 0.04), flex_switch_as_published(0.04), flex_switch("KL", 0.1)),
     (t_switch("calibrated", 0.0025, 0.02), t_switch("calibrated", 0.015, 0.1), compeft(0.015, 0.1), low_rank(3, 0.1)),
     (lora(3, 0.1), flex_switch("KL", 0.4), lora(10, 0.4)),
 )

@@ -64,6 +64,8 @@ class Bench:
         """What a measurement depends on: the fine-tune, the settings, those of the learning, the number of rows."""
         trained = (self._tuned / cell.task / "finetune.json").read_bytes()
         settings = [dict(cell.method.options), cell.method.lora_rank, self._rows, self._exemplars]
+        if cell.method.lora_rank:
+            settings.append("bfloat16")
         if cell.method.options.get("codec") == "flex-switch":
             settings.append({name: value for name, value in sorted(vars(learning).items()) if name.isupper()})
         return hashlib.sha256(trained + repr(settings).encode()).hexdigest()[:16]

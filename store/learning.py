@@ -9,21 +9,24 @@ the budget falls. At last the choice is fixed to the byte, and only the scales l
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
+from store import paper_course
 from store.calibrate import golden_section
 from store.checkpoint import Checkpoint
 from store.codecs.base import Loss
+from store.codecs.flex_recipe import FlexRecipe, Quantiser
 from store.codecs.flex_switch import bits_of, density_of
 from store.errors import InvalidRequestError
 from store.objective import objective
 from store.packed import PackedTensor
-from store.student import Student
+from store.soft_student import SoftStudent
+from store.student import Beginner, Student, Turns
 from store.teacher import Lesson, listen, load_model, mean_kl, spread
 
 EXEMPLARS = 96
@@ -64,6 +67,22 @@ class Learned:
     held_out_kl: float
 
 
+class Course(Protocol):
+    """A recipe, as `learn` follows it."""
+
+    def choose(self, done: Callable[[], None]) -> None:
+        """What comes before the first step; calls `done` once."""
+        ...
+
+    def step(self, done: float) -> None:
+        """One step; `done` is the share of the steps behind us."""
+        ...
+
+    def finish(self) -> dict[str, PackedTensor]:
+        """What was learned, as it is stored; the model is left with it."""
+        ...
+
+
 def learn(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -71,6 +90,8 @@ def learn(
     budget: int,
     *,
     loss: Loss = Loss.KL,
+    recipe: FlexRecipe = FlexRecipe.BUDGET,
+    quantiser: Quantiser = Quantiser.SIGNED,
     left_out: Collection[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Learned:
@@ -81,6 +102,8 @@ def learn(
         exemplars: example prompts. `EXEMPLARS` are learned from and `HELD_OUT` kept aside, if there are so many.
         budget: bytes of the data section; tiny tensors are quantised and come first.
         loss: what is lowered.
+        recipe: how.
+        quantiser: of the recipe `paper`.
         left_out: tensors that are not stored.
         progress: called with ("learn", done, total).
 
@@ -88,29 +111,38 @@ def learn(
         CheckpointError: the fine-tune cannot be loaded or run as a causal language model.
         InvalidRequestError: the budget is too small for the tiny tensors, or to keep anything beside them.
     """
-    model, tokenizer = load_model(tuned.folder)
+    model, tokenizer = load_model(tuned.folder, remedy="flex-switch learns from it; other codecs need not run it")
     chosen = spread(exemplars, EXEMPLARS + HELD_OUT)
     apart = chosen[:: max(2, len(chosen) // HELD_OUT)][:HELD_OUT] if len(chosen) >= 2 * HELD_OUT else []
     if not (seen := list(dict.fromkeys(prompt for prompt in chosen if prompt not in apart))):
         seen, apart = list(dict.fromkeys(chosen)), []  # they were all the same: none can be kept aside
-    tell = _Steps(progress, 3 + STEPS)
+    steps = paper_course.STEPS if recipe is FlexRecipe.PAPER else STEPS
+    tell = _Steps(progress, 3 + steps)
     lessons = listen(model, tokenizer, seen)
     held_out = listen(model, tokenizer, apart)
     tell.one()
-    student = Student(model, base, tuned, left_out)
+    student: Beginner
+    begin: Callable[[Sequence[Lesson], int, Loss], Course]
+    if recipe is FlexRecipe.PAPER:
+        student = soft = SoftStudent(model, base, tuned, left_out, quantiser)
+        begin = partial(paper_course.PaperCourse, soft)
+    else:
+        student = hard = Student(model, base, tuned, left_out)
+        begin = partial(_Course, hard)
     room = budget - sum(item.nbytes for item in student.tiny.values())
     if room < student.tensors:
         raise InvalidRequestError(
             f"{budget} bytes are too few for this model: its norms and biases alone take {budget - room}; allow more",
             param="bits_per_param",
         )
+    tensors: dict[str, PackedTensor] = {}
     if student.tensors:
-        course = _Course(student, lessons, room, loss)
+        course = begin(lessons, room, loss)
         course.choose(tell.one)
-        for step in range(STEPS):
-            course.step(step / STEPS)
+        for step in range(steps):
+            course.step(step / steps)
             tell.one()
-    tensors = student.pack()
+        tensors = course.finish()
     kl, held_out_kl = mean_kl(model, lessons), mean_kl(model, held_out) if held_out else math.nan
     tell.end()
     return Learned({**student.tiny, **tensors}, kl, held_out_kl)
@@ -138,8 +170,7 @@ class _Course:
 
     def __init__(self, student: Student, lessons: Sequence[Lesson], room: int, loss: Loss) -> None:
         self._student, self._lessons, self._room, self._kind = student, lessons, room, loss
-        self._order: list[Lesson] = []
-        self._shuffle = random.Random(0)
+        self._turns = Turns(lessons)
         self._settled = False
         self._start = max(1.0, float(bits_of(START, student.numel)) / (8 * room))
 
@@ -179,8 +210,7 @@ class _Course:
         for gate, volume in zip(student.gates.values(), self._volumes.tolist(), strict=True):
             gate.volume = volume
         student.write()
-        self._order = self._order or self._shuffle.sample(self._lessons, len(self._lessons))
-        self._loss(self._order.pop()).backward()  # type: ignore[no-untyped-call]
+        self._loss(self._turns.next()).backward()  # type: ignore[no-untyped-call]
         self._volumes.grad = student.volume_slopes()
         self._shifts.grad = torch.zeros_like(self._shifts) if self._settled else student.shift_slopes(WIDTH)
         for group, rate in zip(self._optimizer.param_groups, (VOLUME_RATE, SHIFT_RATE), strict=True):
@@ -190,6 +220,10 @@ class _Course:
         if not self._settled:
             student.shift(self._shifts - before)
             student.credit(SCORE_RATE)
+
+    def finish(self) -> dict[str, PackedTensor]:
+        """What is kept, as it is stored."""
+        return self._student.pack()
 
     def _on_with(self, drop: Callable[[], None]) -> None:
         """Drop candidates; the optimiser goes on with the tensors that are left."""

@@ -13,15 +13,19 @@ from store.codecs.base import Loss
 TEMPERATURE = 2.0
 
 
-def objective(loss: Loss, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The loss of that name, per token."""
-    return {Loss.KL: softened_kl, Loss.MSE: squared_error, Loss.CKA: dissimilarity}[loss](student, teacher)
+def objective(
+    loss: Loss, student: torch.Tensor, teacher: torch.Tensor, temperature: float = TEMPERATURE
+) -> torch.Tensor:
+    """The loss of that name, per token; only the KL has a temperature."""
+    if loss is Loss.KL:
+        return softened_kl(student, teacher, temperature)
+    return {Loss.MSE: squared_error, Loss.CKA: dissimilarity}[loss](student, teacher)
 
 
-def softened_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = TEMPERATURE) -> torch.Tensor:
     """T² · KL(teacher ‖ student) in nats per token, both at the temperature T."""
-    student, teacher = ((part / TEMPERATURE).log_softmax(-1) for part in (student, teacher))
-    return TEMPERATURE**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    student, teacher = ((part / temperature).log_softmax(-1) for part in (student, teacher))
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

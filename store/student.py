@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import random
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from store.codecs.raw import is_raw
 from store.errors import CheckpointError, InvalidRequestError
 from store.packed import PackedTensor
 from store.task_vector import deltas_between, load_float32
+from store.teacher import Lesson
 
 _SAMPLE = 50_000
 """Entries that decide where a tensor's candidates end."""
@@ -25,8 +27,29 @@ _TOLERANCE = 0.002
 _ATTEMPTS = 8
 
 
-class Student:
-    """The state of the learning. Tiny tensors are quantised and written at once; all others get a gate.
+class Turns:
+    """Lessons in an order that is shuffled anew whenever all were had. Deterministic."""
+
+    def __init__(self, lessons: Sequence[Lesson]) -> None:
+        self._lessons = lessons
+        self._order: list[Lesson] = []
+        self._shuffle = random.Random(0)
+
+    def next(self) -> Lesson:
+        self._order = self._order or self._shuffle.sample(self._lessons, len(self._lessons))
+        return self._order.pop()
+
+
+def nothing_fits() -> InvalidRequestError:
+    """The error of a budget that the tiny tensors take."""
+    return InvalidRequestError(
+        "the budget is too small to keep anything of the fine-tune but its norms and biases; allow more",
+        param="bits_per_param",
+    )
+
+
+class Beginner:
+    """What every recipe starts from: the base's weights, but for the tiny tensors, quantised and written at once.
 
     Args:
         model: the fine-tune, in evaluation mode; its weights are overwritten.
@@ -34,7 +57,6 @@ class Student:
 
     Attributes:
         tiny: the tensors that are already packed.
-        gates: of the others, once `choose` was called.
 
     Raises:
         CheckpointError: a tensor is no parameter of the model, or not finite.
@@ -45,8 +67,8 @@ class Student:
         self._base, self._tuned = base, tuned
         self._state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self.tiny: dict[str, PackedTensor] = {}
-        self.gates: dict[str, Gate] = {}
-        self._gated: dict[str, float] = {}
+        self._gated: dict[str, float] = {}  # mean |τ| of the tensors that are learned
+        self._hooks: list[Any] = []
         for name, tau in deltas_between(base, tuned):
             if name not in self._state:
                 raise CheckpointError(f"tensor {name} of the checkpoint is no parameter of the model", param=name)
@@ -72,6 +94,33 @@ class Student:
     def numel(self) -> int:
         """Elements of all tensors with a gate."""
         return sum(self._state[name].numel() for name in self._gated)
+
+    def _hear(self, collectors: dict[str, Callable[[torch.Tensor], None]]) -> None:
+        """From now on, hand each tensor's gradient to its collector after a backward pass, and forget it."""
+
+        def collect(collector: Callable[[torch.Tensor], None], parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            collector(parameter.grad)
+            parameter.grad = None
+
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name, collector in collectors.items():
+            parameter: Any = self._state[name].requires_grad_(True)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(collect, collector)))
+
+
+class Student(Beginner):
+    """The state of the learning: every tensor that is not tiny gets a gate.
+
+    Attributes:
+        gates: once `choose` was called.
+    """
+
+    def __init__(self, model: Any, base: Checkpoint, tuned: Checkpoint, left_out: Collection[str]) -> None:
+        super().__init__(model, base, tuned, left_out)
+        self.gates: dict[str, Gate] = {}
 
     @torch.no_grad()
     def choose(self, candidates: float) -> None:
@@ -108,23 +157,12 @@ class Student:
         """From now on, backward passes leave in `gains` how fast the loss falls as each candidate grows."""
         parts = torch.split(self.gains, np.diff(self._borders).tolist())
 
-        def collect(gate: Gate, gains: torch.Tensor, parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            gains.copy_(gate.gains(parameter.grad))
-            parameter.grad = None
+        def collect(gate: Gate, gains: torch.Tensor, gradient: torch.Tensor) -> None:
+            gains.copy_(gate.gains(gradient))
 
-        for hook in getattr(self, "_hooks", []):
-            hook.remove()
-        self._hooks = self._hook(
+        self._hear(
             {name: partial(collect, gate, part) for (name, gate), part in zip(self.gates.items(), parts, strict=True)}
         )
-
-    def _hook(self, collectors: dict[str, Callable[[torch.Tensor], None]]) -> list[Any]:
-        hooks: list[Any] = []
-        for name, collect in collectors.items():
-            parameter: Any = self._state[name].requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-        return hooks
 
     @property
     def candidates(self) -> int:
@@ -197,10 +235,7 @@ class Student:
         for name in [name for name, gate in self.gates.items() if not gate.kept]:
             del self.gates[name]
         if not self.gates:
-            raise InvalidRequestError(
-                "the budget is too small to keep anything of the fine-tune but its norms and biases; allow more",
-                param="bits_per_param",
-            )
+            raise nothing_fits()
         for gate in self.gates.values():
             gate.narrow()
         self._lay_out()

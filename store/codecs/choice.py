@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from store.codecs.base import Codec, CodecName, Loss
 from store.codecs.bit_delta import BitDelta
 from store.codecs.compeft import ComPEFT
+from store.codecs.flex_recipe import FlexRecipe, Quantiser
 from store.codecs.low_rank import LowRank
 from store.codecs.raw import Raw, is_raw
 from store.codecs.t_switch import Knob, TSwitch
@@ -36,6 +37,8 @@ class Recipe:
         strength: the scale of `compeft`, in standard deviations.
         bits_per_param: what `flex-switch` may spend.
         loss: what it learns by.
+        recipe: how it learns.
+        quantiser: of its recipe `paper`.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
     """
 
@@ -46,13 +49,15 @@ class Recipe:
     strength: float = 1.0
     bits_per_param: float = 0.04
     loss: Loss = Loss.KL
+    recipe: FlexRecipe = FlexRecipe.BUDGET
+    quantiser: Quantiser = Quantiser.SIGNED
     tensor_density: Mapping[str, float] = field(default_factory=dict)
 
     def params(self) -> dict[str, str | int | float | bool]:
         """What the expert's header says of the settings that its codec used."""
         used: dict[CodecName, dict[str, str | int | float | bool]] = {
             CodecName.T_SWITCH: {"knob": self.knob.value, "density": self.density},
-            CodecName.FLEX_SWITCH: {"budget": self.bits_per_param, "loss": self.loss.value},
+            CodecName.FLEX_SWITCH: self._flex_params(),
             CodecName.COMPEFT: {"density": self.density, "strength": self.strength},
             CodecName.BIT_DELTA: {"knob": self.knob.value},
             CodecName.LOW_RANK: {"rank": self.rank},
@@ -60,6 +65,12 @@ class Recipe:
             CodecName.OVERWRITE: {},
         }
         return used[self.codec]
+
+    def _flex_params(self) -> dict[str, str | int | float | bool]:
+        found: dict[str, str | int | float | bool] = {"budget": self.bits_per_param, "loss": self.loss.value}
+        if self.recipe is FlexRecipe.PAPER:
+            found |= {"recipe": self.recipe.value, "quantiser": self.quantiser.value}
+        return found
 
     def left_out(self, names: Iterable[str]) -> set[str]:
         """The tensors that `tensor_density` leaves out.

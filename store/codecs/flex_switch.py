@@ -9,7 +9,8 @@ fine-tune does. What differs most (docs/methods.md has all of it, and what each 
   entry's own what it did, or would have done, for the loss.
 * The mask is hard from the first step, and values are one bit, so no sign can flip.
 
-This module is the arithmetic of one tensor and of the budget; `store.learning` runs the model.
+This module is the arithmetic of one tensor and of the budget; `store.learning` runs the model. The paper's own recipe
+is there as well: `store.lgs`, `store.bas`, `store.soft_student` and `store.paper_course`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 
 from store.codecs.base import ternary
-from store.packed import PackedTernary
+from store.encodings import as_indices, encode_levels
+from store.packed import PackedLevels, PackedTernary
 
 MASS_POWER = 0.8
 """Scale ∝ density^−0.8, between keeping the tensor's L1 norm (−1) and its L2 norm (−0.5). So did the best multipliers
@@ -105,6 +107,34 @@ class Gate:
         mask = self.mask.cpu().numpy()
         indices, positive = self.indices.cpu().numpy()[mask], self.sign.cpu().numpy()[mask] > 0
         return ternary(name, self.shape, indices, positive, self.scale)
+
+
+def multiples(
+    name: str, shape: tuple[int, ...], indices: np.ndarray, levels: np.ndarray, unit: float
+) -> PackedTernary | None:
+    """What is stored of entries that are whole multiples of a unit: ternary where all are of one magnitude.
+
+    Args:
+        name: of the tensor.
+        shape: of the tensor.
+        indices: `[kept]`, flat and ascending.
+        levels: `[kept]` int8, 0 where nothing is to be stored.
+        unit: what a level of 1 is worth.
+
+    Raises:
+        CheckpointError: the unit leaves float32.
+    """
+    indices, levels = indices[levels != 0], levels[levels != 0]
+    if not len(indices):
+        return None
+    magnitudes = np.abs(levels)
+    same = bool((magnitudes == magnitudes[0]).all())
+    packed = ternary(name, shape, indices, levels > 0, unit * float(magnitudes[0]) if same else unit)
+    if same:
+        return packed
+    numel = math.prod(shape)
+    encoded = encode_levels(as_indices(indices, numel), levels, numel)
+    return PackedLevels(shape, len(indices), packed.scale, encoded)
 
 
 def bits_of(share: np.ndarray | float, numel: np.ndarray | float) -> np.ndarray:
