@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import copy
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,13 @@ from server.engine.options import EngineSettings
 from server.engine.types import EngineRequest, FinishReason, SamplingParams
 from store.codecs.raw import Raw
 from store.codecs.t_switch import Knob, TSwitch
-from store.deltas import SparseDelta
+from store.deltas import OverwriteDelta, SparseDelta
 from store.errors import ExpertUnavailableError
 from store.expert_file import ExpertInfo, digest_of, read_deltas, write_expert
 from store.fingerprint import manifest_of
-from store.mix import Mix
+from store.mix import BASE_MIX, Mix
 from store.packed import PackedTensor
+from store.patterns import Half
 from tests.tiny import save_base
 
 SETTINGS = EngineSettings(kv_bytes=4 << 20, feature_layer=2, turn_steps=4, step_tokens=48)
@@ -55,8 +57,12 @@ class Library:
             tensor = codec.compress(name, delta)
             assert tensor is not None
             packed[name] = tensor
-        path = self.folder / f"{seed}.safetensors"
-        write_expert(path, ExpertInfo(codec="t-switch", tool="test"), packed, manifest)
+        return self.keep(str(seed), "t-switch", packed)
+
+    def keep(self, stem: str, codec: str, packed: Mapping[str, PackedTensor]) -> str:
+        """Write an expert of these tensors."""
+        path = self.folder / f"{stem}.safetensors"
+        write_expert(path, ExpertInfo(codec=codec, tool="test"), packed, manifest_of(self.base, None))
         digest = digest_of(path)
         self.files[digest] = path
         return digest
@@ -68,7 +74,10 @@ class Library:
         return self.models[mix]
 
     def _merge(self, mix: Mix) -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        if mix.is_base:
+            base: torch.nn.Module = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+            return base
+        model = copy.deepcopy(self.merged(BASE_MIX))
         manifest = manifest_of(self.base, None)
         parameters = dict(model.named_parameters())
         totals: dict[str, torch.Tensor] = {}
@@ -78,13 +87,19 @@ class Library:
                 if isinstance(delta, SparseDelta):
                     values = torch.from_numpy(delta.levels).float() * torch.tensor(weight * delta.scale)
                     dense.view(-1)[torch.from_numpy(delta.indices).long()] = values
+                elif isinstance(delta, OverwriteDelta):
+                    assert delta.half is Half.BF16
+                    places = torch.from_numpy(delta.indices).long()
+                    old = parameters[name].detach().view(-1)[places].bfloat16()
+                    new = (old.view(torch.int16) + torch.from_numpy(delta.steps)).view(torch.bfloat16)
+                    dense.view(-1)[places] = (new.float() - old.float()) * weight
                 else:
                     dense = torch.from_numpy(delta.values) * weight
                 totals[name] = totals.get(name, torch.zeros_like(dense)) + dense
         with torch.no_grad():
             for name, total in totals.items():
                 parameters[name].add_(total)
-        return model.eval()
+        return model
 
     def greedy(self, mix: Mix, prompt: list[int], max_tokens: int) -> list[int]:
         """What transformers' own `generate` says on the merged model."""
@@ -97,6 +112,13 @@ class Library:
         )
         answer: list[int] = output[0, len(prompt) :].tolist()
         return answer[: answer.index(256)] if 256 in answer else answer
+
+    def lead(self, mix: Mix, prompt: list[int], answer: list[int]) -> float:
+        """How far a greedy answer's tokens, and the one after them, are ahead of the next best: at least so far."""
+        with torch.inference_mode():
+            logits = self.merged(mix)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :]
+        best = logits.topk(2).values
+        return float((best[:, 0] - best[:, 1]).min())
 
 
 @pytest.fixture(scope="session")
