@@ -12,16 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from server import __version__
-from server.cli_files import bytes_of, files, metadata_of
+from server.api.compress_options import CompressOptions
+from server.cli_files import files, metadata_of
 from server.cli_keys import key_verbs
-from server.cli_options import with_settings
+from server.cli_options import bytes_of, with_compression, with_settings
 from server.cli_plan import plan_verb
 from server.cli_routing import exemplars_verb, route_verb
 from server.cli_store import store_verbs
 from server.cli_tenants import tenant_verbs
 from server.client import Client
 from server.settings import Settings
-from store.codecs.base import CodecName
 from store.errors import SwitchyardError
 
 app = typer.Typer(
@@ -60,23 +60,18 @@ app.add_typer(files)
 
 
 @app.command()
+@with_compression("Of a folder")
 def push(
     file: Annotated[Path, typer.Argument(help="An expert file; or the folder of a checkpoint or a PEFT adapter.")],
     name: Annotated[str | None, typer.Option(help="Name to serve it under; default: the name in the file.")] = None,
     exemplars: Annotated[Path | None, typer.Option(help="JSONL of prompts, instead of those in the file.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace what the name points to; needs --name.")] = False,
-    codec: Annotated[CodecName, typer.Option(help="Of a folder: the method.")] = CodecName.T_SWITCH,
-    density: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
-    bits_per_param: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of a folder, as with compress.")] = None,
+    *,
+    asked: CompressOptions,
     relative_to: Annotated[
         str | None, typer.Option(help="Of a folder: the server's expert that it started from, by name or digest.")
     ] = None,
     labelled: Annotated[Path | None, typer.Option(help="Of a folder, as with compress.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
-    min_agreement: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
-    min_retention: Annotated[float | None, typer.Option(help="Of a folder, as with compress.")] = None,
-    widen: Annotated[bool, typer.Option("--widen", help="Of a folder, as with compress.")] = False,
     server: Server = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
@@ -85,24 +80,22 @@ def push(
     A folder is a raw fine-tune: the server compresses it, and Ctrl-C cancels that.
     """
     from server.pushing import push_file
-    from server.raw_pushing import push_folder
+    from server.raw_pushing import outcome, push_folder
 
     if replace and not name:
         raise SwitchyardError("--replace needs --name: which expert is to be replaced")
     if file.is_dir():
         job = push_folder(
-            Client(server, api_key), err, file, exemplars=exemplars, labelled=labelled, codec=codec.value,
-            density=density, bits_per_param=bits_per_param, rank=rank, max_kl=max_kl, min_agreement=min_agreement,
-            min_retention=min_retention, widen=widen, relative_to=relative_to, name=name, replace=replace,
+            Client(server, api_key), err, file, asked, exemplars=exemplars, labelled=labelled, relative_to=relative_to,
+            name=name, replace=replace,
         )  # fmt: skip
-        made, cost = job["expert"], job["report"]
-        out.print(
-            f"[bold]{escape(made['id'])}[/] is live ({cost['bytes']:,} bytes, {cost['bits_per_param']:.3f} bits per "
-            f"parameter, relative error {cost['relative_error']:.3f}, digest {made['digest'][:12]})"
-        )
+        for line in outcome(job):
+            out.print(line, highlight=False)
         return
     if not file.is_file():
         raise SwitchyardError(f"there is no file or folder {file}")
+    if asked.model_fields_set or relative_to or labelled:
+        raise SwitchyardError(f"{file.name} is compressed already: how to compress is asked of a folder only")
     record, created = push_file(Client(server, api_key), err, file, name=name, exemplars=exemplars, replace=replace)
     state = "is live" if created or replace else "was there already"
     out.print(f"[bold]{escape(record['id'])}[/] {state} ({record['bytes']:,} bytes, digest {record['digest'][:12]})")

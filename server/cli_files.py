@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from server.api.compress_options import CompressOptions
+from server.cli_options import with_compression
 from store.card import Card, check_card
-from store.codecs.base import CodecName, Loss
-from store.codecs.t_switch import Knob
-from store.errors import InvalidRequestError, SwitchyardError
+from store.errors import InvalidRequestError
 from store.expert_file import digest_of
 from store.merge_methods import MergeSettings, Method
 from store.signature import fingerprint
@@ -34,44 +33,12 @@ CacheDir = Annotated[Path | None, typer.Option(envvar="SWITCHYARD_CACHE_DIR", he
 
 
 @files.command()
+@with_compression()
 def compress(
     base: Annotated[str, typer.Option(help="The base model: a checkpoint folder, a GGUF file or a hub id.")],
     tuned: Annotated[Path, typer.Option(help="The fine-tune: a checkpoint folder (safetensors), or a PEFT adapter's.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
-    codec: Annotated[CodecName, typer.Option(help="The method.")] = CodecName.T_SWITCH,
-    density: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fraction of the weights that t-switch and compeft keep.")
-    ] = 0.05,
-    bits_per_param: Annotated[
-        float | None, typer.Option(help="What flex-switch may spend per parameter of the base; default: 0.04.")
-    ] = None,
-    max_size: Annotated[str | None, typer.Option(help="The same as a file size: 500KB, 1MB.")] = None,
-    loss: Annotated[Loss, typer.Option(help="What flex-switch learns by.")] = Loss.KL,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(help="Refuse an expert further from its fine-tune than that, in nats per answer token."),
-    ] = None,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Refuse one that gives a smaller share of the fine-tune's greedy answers."),
-    ] = None,
-    min_retention: Annotated[
-        float | None,
-        typer.Option(help="Refuse one that keeps a smaller share of the fine-tune's gain; needs --labelled."),
-    ] = None,
-    widen: Annotated[
-        bool, typer.Option("--widen", help="Where a floor is not met, try again with twice the size, five times.")
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of low-rank; default: 8, of an adapter its own factors as they are.")
-    ] = None,
-    strength: Annotated[float, typer.Option(help="Scale of compeft, in standard deviations.")] = 1.0,
-    tensor_density: Annotated[
-        list[str] | None, typer.Option(help="Another density for some tensors: 'GLOB=DENSITY'; may be repeated.")
-    ] = None,
-    knob: Annotated[
-        Knob | None, typer.Option(help="How magnitude is restored; default: calibrated with exemplars, else l1.")
-    ] = None,
+    asked: CompressOptions,
     exemplars: Annotated[
         Path | None, typer.Option(help="JSONL of prompts the expert is for; calibrates the knob, and routes.")
     ] = None,
@@ -98,13 +65,11 @@ def compress(
     """Compress a fine-tune of the base, full or an adapter, into an expert file, and report what it costs."""
     from server.compressing import compress_with_progress
 
-    densities = _tensor_densities(tensor_density or [])
+    asked.check(exemplars=exemplars is not None, labelled=labelled is not None, stands=bool(relative_to))
     compress_with_progress(
-        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, labelled=labelled, codec=codec,
-        density=density, knob=knob, max_kl=max_kl, min_agreement=min_agreement, min_retention=min_retention,
-        widen=widen, bits_per_param=bits_per_param, rank=rank, max_size=bytes_of(max_size) if max_size else None,
-        loss=loss, strength=strength, tensor_density=densities, name=name, description=description,
-        card=card_of(author, license, tag, parent, meta), relative_to=relative_to or (),
+        out, base, tuned, output, cache_dir=cache_dir, exemplars=exemplars, labelled=labelled, name=name,
+        description=description, card=card_of(author, license, tag, parent, meta), relative_to=relative_to or (),
+        **asked.given(),
     )  # fmt: skip
 
 
@@ -115,7 +80,7 @@ def merge(
     output: Annotated[Path, typer.Option("--out", "-o", help="The expert file to write.")],
     method: Annotated[Method, typer.Option(help="How their deltas become one.")] = Method.TIES,
     strength: Annotated[
-        float | None, typer.Option(help="Multiplier of the result; default: 0.3 for sums, else 1.")
+        float | None, typer.Option(help="Multiplier of the result; default: 0.3 for sums of two or more, else 1.")
     ] = None,
     drop: Annotated[float, typer.Option(help="Share of the entries that dare drops.")] = 0.5,
     dominant: Annotated[
@@ -135,7 +100,10 @@ def merge(
     meta: Meta = None,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Merge experts into one, offline; a negative weight takes a skill away."""
+    """Merge experts into one, or negate one, offline.
+
+    A negative weight takes a skill away (negation, unlearning); task-arithmetic also takes one file: FILE=-1.
+    """
     from server.merging import merge_files
 
     settings = MergeSettings(
@@ -226,28 +194,3 @@ def metadata_of(given: list[str]) -> dict[str, str]:
             raise InvalidRequestError(f"--meta gives {key} twice", param="meta")
         found[key] = value
     return found
-
-
-def _tensor_densities(given: list[str]) -> dict[str, float]:
-    densities: dict[str, float] = {}
-    for text in given:
-        pattern, separator, value = text.rpartition("=")
-        try:
-            densities[pattern] = float(value)
-        except ValueError:
-            separator = ""
-        if not separator or not 0.0 <= densities[pattern] <= 1.0:
-            raise SwitchyardError(f"--tensor-density must be GLOB=DENSITY with a density from 0 to 1, not {text}")
-    return densities
-
-
-def bytes_of(text: str) -> int:
-    """A size such as 500KB.
-
-    Raises:
-        SwitchyardError: it is none.
-    """
-    try:
-        return TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        raise SwitchyardError(f"--max-size must be a size such as 500KB or 1MiB, not {text}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from server.compress_report import remarks
 from server.engine.base_source import resolve_base
-from server.inspecting import measured_facts
+from server.jobs.process import report_of
 from server.settings import Settings
-from store.codecs.base import CodecName
 from store.convert import compress
 from store.errors import InvalidRequestError
 from store.exemplars import parse_exemplars
@@ -100,26 +101,14 @@ def _show(report: Report, output: Path, out: Console) -> None:
             f"({min(found.multipliers.values()):.2f} to {max(found.multipliers.values()):.2f})"
         )
     if (learned := report.learned) is not None:
-        how += f"; KL to the fine-tune in nats/token: {learned.kl:.3f}, {learned.held_out_kl:.3f} on exemplars held out"
+        how += f"; KL to the fine-tune in nats/token: {learned.kl:.3f}"
+        # Of few exemplars none is held out.
+        how += "" if math.isnan(learned.held_out_kl) else f", {learned.held_out_kl:.3f} on exemplars held out"
     out.print(
         f"[bold]{escape(str(output))}[/]: {report.bytes / 1e6:.2f} MB, {report.bits_per_param:.3f} bits per parameter, "
         f"{report.times_smaller:.0f} × smaller than bf16, density {report.density:.4f}\n"
         f"{how}; {report.changed:.1%} of the parameters changed, relative error {report.relative_error:.3f}; "
         f"took {report.seconds:.0f} s"
     )
-    for label, value in measured_facts(report.measured)[1:]:
-        out.print(f"{label}: {value}", highlight=False)
-    if report.unmeasured is not None:
-        out.print(f"not compared with the fine-tune: {escape(report.unmeasured)}")
-    for tried in report.widened:
-        out.print(f"widened: {escape(tried)}")
-    if (bits := report.probe) is not None and bits.is_worth_it and report.codec is not CodecName.OVERWRITE:
-        out.print(
-            f"only {bits.changed:.1%} of the weights changed at all: [bold]--codec overwrite[/] keeps every bit of "
-            f"the fine-tune in about {bits.bytes / 1e6:.2f} MB ({bits.smaller:.0f} × smaller than bf16)"
-        )
-    elif bits is not None and report.codec is CodecName.OVERWRITE:
-        out.print(
-            f"{bits.changed:.1%} of the weights changed; alone and at weight 1 this expert is the fine-tune bit by bit"
-            + ("" if bits.is_worth_it else "; another codec would be far smaller")
-        )
+    for line in remarks(report_of(report)):
+        out.print(line, highlight=False)

@@ -221,7 +221,9 @@ class Generation:
         self._metrics.routing.decided(decision)
         for watch in self._routed_watchers:
             watch(decision, by)
-        return compose(self._registry.lineage, decision.parts, decision.code, decision.distance)
+        return compose(
+            self._registry.lineage, self._engine.base.dtype, decision.parts, decision.code, decision.distance
+        )
 
     async def _called(self, request: GenerationRequest, by: Caller) -> Route:
         """The route of a request that says itself who answers."""
@@ -235,14 +237,17 @@ class Generation:
         if request.model == self._engine.base.name:
             return Route(BASE_MIX, (), "base_requested")
         expert = await self._expert(request.model, "model", by)
-        return compose(self._registry.lineage, [(expert.name, expert.digest, 1.0)], EXPERT_REQUESTED)
+        return self._composed([(expert.name, expert.digest, 1.0)], EXPERT_REQUESTED)
 
     async def _explicit(self, experts: Sequence[tuple[str, float]], by: Caller) -> Route:
         chosen: list[tuple[str, str, float]] = []
         for i, (name, weight) in enumerate(experts):
             expert = await self._expert(name, f"experts[{i}].id", by)
             chosen.append((expert.name, expert.digest, round(weight, WEIGHT_DECIMALS)))
-        return compose(self._registry.lineage, chosen, "mix_requested")
+        return self._composed(chosen, "mix_requested")
+
+    def _composed(self, chosen: Iterable[tuple[str, str, float]], reason: str, distance: float | None = None) -> Route:
+        return compose(self._registry.lineage, self._engine.base.dtype, chosen, reason, distance)
 
     async def _expert(self, name: str, param: str, by: Caller) -> ExpertRecord:
         try:

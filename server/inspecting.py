@@ -44,7 +44,8 @@ def show_expert(file: Path, out: Console, keys: str = "") -> None:
 
 
 def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
-    params = ", ".join(f"{key}={value}" for key, value in header.codec_params.items())
+    params = ", ".join(f"{key}={value}" for key, value in header.codec_params.items() if key != "widened")
+    tried = header.codec_params.get("widened")
     facts = [
         ("name", header.name or "(none)"),
         ("description", header.description or "(none)"),
@@ -54,6 +55,7 @@ def _facts(file: Path, header: ExpertHeader) -> list[tuple[str, str]]:
         ("size", f"{file.stat().st_size:,} bytes, {header.bits_per_param:.4f} bits per parameter of the base"),
         ("stands on", header.relative_to or "(the base)"),
         ("codec", f"{header.codec} ({params})" if params else header.codec),
+        *([] if tried is None else [("widened", f"{tried}: each ended below a floor")]),
         ("density", f"{header.density:.4f}"),
         *([] if header.measured is None else measured_facts(header.measured)),
         ("exemplars", str(len(header.exemplars))),

@@ -1,4 +1,4 @@
-"""`switchyard merge`: several expert files as one."""
+"""`switchyard merge`: several expert files as one, or one negated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def merge_files(
             name=name, description=description, card=card, weights=open_checkpoint(folder), progress=tell,
         )  # fmt: skip
     out.print(
-        f"[bold]{escape(str(output))}[/]: {len(sources)} experts by {settings.method}, "
+        f"[bold]{escape(str(output))}[/]: {len(sources)} expert{'s' * (len(sources) > 1)} by {settings.method}, "
         f"{output.stat().st_size / 1e6:.2f} MB, {header.bits_per_param:.3f} bits per parameter"
     )
     if settings.method is Method.ATLAS:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from server.api.compress_options import CompressOptions
 from server.client import Client, Json, ServerError
+from server.compress_report import remarks
 from server.pushing import upload_file
 from store.errors import SwitchyardError
 from store.exemplars import parse_exemplars
@@ -21,30 +25,46 @@ def push_folder(
     client: Client,
     out: Console,
     folder: Path,
+    asked: CompressOptions,
     *,
     exemplars: Path | None,
     labelled: Path | None = None,
-    **options: Any,
+    relative_to: str | None = None,
+    **said: Any,
 ) -> Json:
     """Upload a fine-tune and have the server compress and publish it. Returns the job; Ctrl-C cancels it.
 
     Args:
+        asked: how it is to be compressed.
         exemplars: JSON lines of prompts.
         labelled: JSON lines of prompts with their answers.
-        options: further fields of the job: name, replace, codec, density, ...
+        relative_to: the server's expert that the fine-tune started from.
+        said: further fields of the job: name, replace, ...
 
     Raises:
+        InvalidRequestError: the options do not go together; nothing has been sent.
         ServerError: the server refused, or the job has failed.
         SwitchyardError: there is no fine-tune in the folder, or a file cannot be read.
     """
+    asked.check(exemplars=exemplars is not None, labelled=labelled is not None, stands=relative_to is not None)
     try:
         prompts = None if exemplars is None else parse_exemplars(exemplars.read_bytes())
         rows = None if labelled is None else [vars(row) for row in parse_labelled(labelled.read_bytes())]
         uploads = [upload_file(client, out, file) for file in files_of(folder)]
     except OSError as error:
         raise SwitchyardError(f"cannot read {error.filename or folder}: {error.strerror}") from None
-    job = client.create_job({"uploads": uploads, "exemplars": prompts, "labelled": rows} | options)
-    return _follow(client, out, job)
+    body = {"uploads": uploads, "exemplars": prompts, "labelled": rows, "relative_to": relative_to}
+    return _follow(client, out, client.create_job(body | asked.given() | said))
+
+
+def outcome(job: Json) -> Iterator[str]:
+    """What came of a job that succeeded, line by line, in rich's markup."""
+    made, cost = job["expert"], job["report"]
+    yield (
+        f"[bold]{escape(made['id'])}[/] is live ({cost['bytes']:,} bytes, {cost['bits_per_param']:.3f} bits per "
+        f"parameter, relative error {cost['relative_error']:.3f}, digest {made['digest'][:12]})"
+    )
+    yield from remarks(cost)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -171,8 +171,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
     """Read the headers of an adapter and find out what of the base it changes. Its weights are not read yet.
 
     Raises:
-        CheckpointError: it cannot be read, does not fit the base, or is of a kind that cannot be merged exactly;
-            `param` names the tensor or setting.
+        CheckpointError: it cannot be read, does not fit the base, or is of a kind that is not supported; `param` names
+            the tensor or setting.
     """
     try:
         adapter = Adapter(base, read_config(folder))

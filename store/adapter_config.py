@@ -16,7 +16,7 @@ CONFIG = "adapter_config.json"
 
 
 class AdapterKind(StrEnum):
-    """PEFT's methods that can be merged into the weights from their own files alone."""
+    """PEFT's methods whose files are read here; PEFT itself can merge others, too."""
 
     LORA = "LORA"
     ADALORA = "ADALORA"
@@ -87,7 +87,9 @@ def read_config(folder: Path) -> AdapterConfig:
     method = given.get("peft_type")
     if method not in list(AdapterKind):
         raise _fault(
-            f"the method {str(method)[:40]} cannot be merged into weights; {', '.join(AdapterKind)} can", "peft_type"
+            f"the method {str(method)[:40]} is not supported here ({', '.join(AdapterKind)} are): where PEFT can merge "
+            "it into the base, do that with merge_and_unload and give the folder of the merged checkpoint",
+            "peft_type",
         )
     for key, value in given.items():
         if key not in _WITHOUT_EFFECT | _USED and value not in (None, False, {}, [], ""):

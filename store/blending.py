@@ -71,7 +71,7 @@ def learn_blend(
         CheckpointError: the base cannot be run as a causal language model.
     """
     tell = progress or (lambda _done, _total: None)
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, "the base", "atlas runs it; the other methods do without")
     student = _Student(model, base, experts)
     lessons: list[list[Lesson]] = []
     for own, prompts in enumerate(exemplars):

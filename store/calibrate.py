@@ -73,7 +73,7 @@ def calibrate(
     Raises:
         CheckpointError: the fine-tune cannot be loaded or run as a causal language model.
     """
-    model, tokenizer = load_model(tuned_folder)
+    model, tokenizer = load_model(tuned_folder, remedy="calibration runs it; the knob l1 does without, and rms")
     prompts = spread(exemplars, CALIBRATION_EXEMPLARS)
     tell = _Steps(progress)
     lessons = listen(model, tokenizer, prompts)

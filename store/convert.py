@@ -220,7 +220,8 @@ def _measured(
         return measure(base, under, tuned, packed, apart.measured, **options), None  # type: ignore[arg-type]
     except CheckpointError as failure:
         if floors.any or scored:
-            raise
+            why = "it is run because a floor or labelled prompts ask how close the expert comes"
+            raise CheckpointError(f"{failure.message}; {why}", param=failure.param) from failure
         return rounded(Measured(distance)), failure.message
 
 

@@ -101,8 +101,14 @@ class ExpertHeader(ExpertInfo):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the expert, alone and at weight 1, is its fine-tune bit by bit."""
+        """Whether the expert, alone and at weight 1, is its fine-tune bit by bit, in a type that holds it."""
         return self.codec == OVERWRITE and all(isinstance(entry, OverwriteEntry) for entry in self.tensors.values())
+
+    @property
+    def half(self) -> Half | None:
+        """The one 16-bit type of all that is overwritten; None where nothing is, or several are there."""
+        halves = {entry.half for entry in self.tensors.values() if isinstance(entry, OverwriteEntry)}
+        return halves.pop() if len(halves) == 1 else None
 
 
 def check_info(info: ExpertInfo) -> None:

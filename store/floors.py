@@ -68,8 +68,8 @@ class Floors:
 
     def _fail(self, name: str, what: str) -> None:
         raise InvalidRequestError(
-            f"{what}, and {name} allows {getattr(self, name)}: give it a higher density or budget, or take a codec "
-            "that keeps more",
+            f"{what}, and {name} allows {getattr(self, name)}: give it a higher density, budget or rank, or take a "
+            "codec that keeps more",
             param=name,
             code=BELOW_FLOOR,
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from store.access import Caller
 from store.errors import ConflictError, ExpertRemovedError, ExpertUnavailableError, InvalidRequestError
+from store.patterns import Half
 from store.record import KEPT_VERSIONS, ExpertRecord
 
 MAX_DEPTH = 8
@@ -88,8 +89,12 @@ class Lineage:
         return self.chain(self._versions[digest].relative_to)
 
     def is_exact(self, digest: str) -> bool:
-        """Whether the expert of that digest, alone and at weight 1, is its fine-tune bit by bit."""
+        """Whether the expert of that digest, alone and at weight 1, is its fine-tune bit by bit, in some type."""
         return digest in self._versions and self._versions[digest].exact
+
+    def half(self, digest: str) -> Half | None:
+        """The 16-bit type of the weights that the expert of that digest overwrites, where that is known."""
+        return self._versions[digest].half if digest in self._versions else None
 
     def is_whole(self, record: ExpertRecord) -> bool:
         """Whether everything that an expert stands on is here."""

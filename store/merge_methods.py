@@ -39,7 +39,7 @@ class MergeSettings:
 
     Attributes:
         method: which.
-        strength: multiplier of the result; None is 0.3 for the methods that add up, else 1.
+        strength: multiplier of the result; None is 0.3 for the methods that add up two or more, else 1.
         drop: share of the entries that `dare` drops, 0 ≤ drop < 1.
         raised: factor of `ram-plus` and `ram-plus-changed` on what only one expert changed, where all is shared.
         seed: of `dare`.
@@ -56,11 +56,11 @@ class MergeSettings:
     two_sided: bool = False
     shots: int = 16
 
-    @property
-    def factor(self) -> float:
+    def factor_of(self, experts: int) -> float:
+        """What the result of so many experts is multiplied by."""
         if self.strength is not None:
             return self.strength
-        return _SUM_STRENGTH if self.method in _SUMS else 1.0
+        return _SUM_STRENGTH if self.method in _SUMS and experts > 1 else 1.0
 
 
 def merger(

@@ -39,14 +39,15 @@ def merge_experts(
     tool: str = "switchyard",
     progress: Callable[[int, int], None] | None = None,
 ) -> ExpertHeader:
-    """Merge expert files of one base into one. Equal arguments give equal bytes.
+    """Merge expert files of one base into one, or negate one. Equal arguments give equal bytes.
 
     Matrices are stored as levels of up to 127 times a scale, norms and biases in bfloat16. The experts are in memory
     decoded, and one tensor of each in float32; of `opcm` only one expert and the sum so far, in float32; for `atlas`
     all experts in float32, and a model.
 
     Args:
-        experts: files and the weights that their deltas are multiplied by first; two or more.
+        experts: files and the weights that their deltas are multiplied by first; two or more, or one with a weight
+            other than 1 for task arithmetic, whose strength is 1 then unless it is given.
         base: what they were made for.
         out: the expert file to write.
         card: what to say about the result; its parents are the experts.
@@ -59,8 +60,12 @@ def merge_experts(
         ExpertFileError, WrongBaseError: an expert is damaged or made for another base.
         InvalidRequestError: a setting is out of range.
     """
-    if len(experts) < 2:
-        raise InvalidRequestError("give two experts or more to merge", param="experts")
+    if not experts or (len(experts) == 1 and (settings.method is not Method.TASK_ARITHMETIC or experts[0][1] == 1.0)):
+        raise InvalidRequestError(
+            "give two experts or more to merge; one alone can be negated or scaled, by the method "
+            f"{Method.TASK_ARITHMETIC} and a weight: FILE=-1 takes its skill away",
+            param="experts",
+        )
     if not 0.0 <= settings.drop < 1.0:
         raise InvalidRequestError(f"drop must be at least 0 and below 1, not {settings.drop}", param="drop")
     if not 0.0 <= settings.dominant <= 1.0:
@@ -72,6 +77,7 @@ def merge_experts(
                 "against the base, and merge that",
                 param="experts",
             )
+    factor = settings.factor_of(len(experts))
     figures: dict[str, float] = {}
     if settings.method is Method.ATLAS:
         merged, figures = _blended(experts, base, settings, weights, progress)
@@ -81,12 +87,12 @@ def merge_experts(
     for tensor, values in merged:
         shape = base.tensors[tensor]
         codec = Raw() if is_raw(shape) else Quantised(MAX_LEVEL)
-        scaled = torch.from_numpy(np.float32(settings.factor) * values).view(shape)
+        scaled = torch.from_numpy(np.float32(factor) * values).view(shape)
         if (item := codec.compress(tensor, scaled)) is not None:
             packed[tensor] = item
     info = ExpertInfo(
         codec="merge",
-        codec_params={"method": settings.method.value, "strength": settings.factor, "experts": len(experts), **figures},
+        codec_params={"method": settings.method.value, "strength": factor, "experts": len(experts), **figures},
         tool=tool,
         name=name,
         description=description,

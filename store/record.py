@@ -14,6 +14,7 @@ from store.errors import ConflictError, InvalidRequestError
 from store.expert_header import ExpertHeader
 from store.expert_info import DIGEST_PATTERN, MAX_DESCRIPTION_BYTES, NAME_PATTERN
 from store.measured import Measured, measured_from_json, measured_to_json
+from store.patterns import Half
 from store.strict_json import FieldError, Fields, parse_json
 
 KEPT_VERSIONS = 8
@@ -37,7 +38,9 @@ class ExpertRecord:
         signature: of its file (`store.signature`), as it came; whose it is, and whether it counts, `store.trust` says.
         exemplars_digest: blob of the exemplars uploaded beside the file, or None where those of its header count.
         relative_to: digest of the expert that it is added on top of; None for the base.
-        exact: whether it is its fine-tune bit by bit, alone and at weight 1.
+        exact: whether it is its fine-tune bit by bit, alone and at weight 1, in a type that holds it.
+        half: the 16-bit type of the weights that it overwrites; None where there is none, or the record is from before
+            that was kept.
         measured: from its header: how close it comes to its fine-tune; None where that says nothing.
         access: whose it is: of the name, whatever version it points to.
         earlier: what the name pointed to before, the latest first; at most `KEPT_VERSIONS`, whose bytes are kept.
@@ -58,6 +61,7 @@ class ExpertRecord:
     signature: str | None = None
     relative_to: str | None = None
     exact: bool = False
+    half: Half | None = None
     measured: Measured | None = None
     access: Access = field(default_factory=Access)
     earlier: tuple[ExpertRecord, ...] = ()
@@ -147,6 +151,7 @@ def record_of(
         signature=signature,
         relative_to=header.relative_to,
         exact=header.is_exact,
+        half=header.half,
         measured=header.measured,
         access=access,
     )
@@ -192,7 +197,7 @@ def record_to_json(record: ExpertRecord) -> bytes:
 
 
 def _version_to_json(version: ExpertRecord) -> dict[str, object]:
-    apart = ("access", "card", "signature", "relative_to", "exact", "measured", "earlier")
+    apart = ("access", "card", "signature", "relative_to", "exact", "half", "measured", "earlier")
     plain = (item.name for item in dataclasses.fields(version) if item.name not in apart)
     # Left out where they say nothing: records from before they were known stay as they are, byte for byte.
     report = None if version.measured is None else measured_to_json(version.measured)
@@ -200,6 +205,7 @@ def _version_to_json(version: ExpertRecord) -> dict[str, object]:
         "signature": version.signature,
         "relative_to": version.relative_to,
         "exact": version.exact or None,
+        "half": version.half,
         "report": report,
     }
     said = {name: value for name, value in extra.items() if value is not None}
@@ -260,5 +266,6 @@ def _version(name: str, fields: Fields) -> ExpertRecord:
         signature=fields.text("signature", max_bytes=200) if fields.has("signature") else None,
         relative_to=fields.text("relative_to", max_bytes=64, pattern=digest) if fields.has("relative_to") else None,
         exact=fields.has("exact") and fields.get("exact") is True,
+        half=next((half for half in Half if fields.has("half") and fields.get("half") == half), None),
         measured=measured_from_json(fields.child("report")) if fields.has("report") else None,
     )

@@ -57,10 +57,14 @@ class Lesson:
         return F.kl_div(self.log_probs(model), self.teacher, log_target=True, reduction="sum")
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
+def load_model(folder: Path, what: str = "the fine-tune", remedy: str = "") -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer): in bfloat16 on what multiplies it natively, else in float32.
 
     On processors with AVX-512 BF16 a step takes less than half the time, and rounding moves the fine-tune by 1e-5 nats.
+
+    Args:
+        what: what the folder holds, and `remedy`, how to do without running it: for the message, since the folder may
+            be a copy that nobody has named.
 
     Raises:
         CheckpointError: the folder cannot be loaded or run as a causal language model.
@@ -72,10 +76,8 @@ def load_model(folder: Path) -> tuple[Any, Any]:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{folder.name} cannot be loaded for calibration: {error}; without exemplars, or with --knob l1, "
-            "the fine-tune need not run"
-        ) from error
+        message = f"{what} cannot be loaded as a causal language model: {error}"
+        raise CheckpointError(f"{message}; {remedy}" if remedy else message) from error
     return model.to(device).eval(), tokenizer
 
 

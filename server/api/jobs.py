@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from typing_extensions import TypedDict
 
-from server.api.conditions import GIVEN, TRUE, Rules, has, when
+from server.api.compress_options import CompressOptions
+from server.api.conditions import GIVEN, NOT_GIVEN, TRUE, Rules, has, lacks, when
 from server.api.errors import ErrorDetail
 from server.api.services import Asker, ReadyServices, Services
 from server.api.streaming import Events, EventStream
-from server.api.wire import Text, Wire, fault
+from server.api.wire import Text, Wire
 from server.api.words import METADATA, Author, Exemplar, License, MetadataValue, Name, Parents, Tags, not_too_many
 from server.generation import AUTO
 from server.jobs.inputs import inputs_of
@@ -22,6 +23,7 @@ from server.jobs.naming import check_name
 from store.access import Caller
 from store.card import Card, card_to_json, check_card
 from store.codecs.base import CodecName
+from store.codecs.t_switch import Knob
 from store.errors import InvalidRequestError
 from store.labelled import MAX_LABELLED
 from store.strict_json import FieldError
@@ -29,6 +31,7 @@ from store.strict_json import FieldError
 router = APIRouter(prefix="/v1/jobs")
 
 _MAX_FILES = 256
+_NO_DENSITIES = {"anyOf": [NOT_GIVEN, {"type": "object", "maxProperties": 0}]}
 
 
 class LabelledPrompt(Wire):
@@ -38,8 +41,8 @@ class LabelledPrompt(Wire):
     answer: Text = Field(min_length=1)
 
 
-class JobBody(Wire):
-    """The body of `POST /v1/jobs`: which uploads make up the fine-tune, and how it is compressed."""
+class FineTuneBody(Wire):
+    """Which uploads make up a fine-tune, and what the expert is called and for."""
 
     uploads: list[Text] = Field(
         fail_fast=True,
@@ -77,43 +80,42 @@ class JobBody(Wire):
         max_length=MAX_LABELLED,
         description="Prompts with their answers, not stored: they tell how much of the fine-tune's gain is kept.",
     )
-    codec: Annotated[CodecName, Field(strict=False)] = Field(
-        CodecName.T_SWITCH, description="The method, as `switchyard compress --codec`."
-    )
-    density: float | None = Field(None, gt=0, le=1, description="Of t-switch and compeft; default: 0.05.")
-    rank: Annotated[int, Field(ge=1, le=65536)] | None = Field(
-        None, description="Of low-rank; default: 8, of an adapter its own factors as they are."
-    )
-    strength: float | None = Field(None, gt=0, le=1000, description="Of compeft; default: 1.")
-    knob: Literal["calibrated", "l1", "rms"] | None = Field(None, description="How scales are chosen.")
-    bits_per_param: float | None = Field(None, gt=0, le=16, description="What flex-switch may spend; default: 0.04.")
-    max_size: Annotated[int, Field(ge=1)] | None = Field(None, description="The same as bytes of the file.")
-    max_kl: float | None = Field(None, gt=0, description="Fail where the expert ends further from its fine-tune.")
-    min_agreement: float | None = Field(
-        None, ge=0, le=1, description="Fail where it gives a smaller share of the fine-tune's greedy answers."
-    )
-    min_retention: float | None = Field(
-        None, description="Fail where it keeps a smaller share of the fine-tune's gain; needs `labelled`."
-    )
-    widen: bool = Field(False, description="Where a floor is not met, try again with twice the size, five times.")
+
+
+class JobBody(CompressOptions, FineTuneBody):
+    """The body of `POST /v1/jobs`: which uploads make up the fine-tune, and how it is compressed."""
 
     between: ClassVar[Rules] = (
         when(has(replace=TRUE), has(name=GIVEN)),
         when(has(min_retention=GIVEN), has(labelled=GIVEN)),
+        when(has(knob={"const": Knob.CALIBRATED}), has(exemplars=GIVEN)),
+        when(has(max_kl=GIVEN), has(exemplars=GIVEN)),
+        when(has(min_agreement=GIVEN), has(exemplars=GIVEN)),
+        when(has(bits_per_param=GIVEN), lacks(max_size=NOT_GIVEN)),
+        when(
+            has(codec={"const": CodecName.FLEX_SWITCH}),
+            has(exemplars=GIVEN),
+            lacks(bits_per_param=NOT_GIVEN, max_size=NOT_GIVEN),
+        ),
+        when(has(codec={"const": CodecName.OVERWRITE}), lacks(relative_to=NOT_GIVEN, tensor_density=_NO_DENSITIES)),
+        when(
+            has(codec={"not": {"const": CodecName.T_SWITCH}}),
+            lacks(tensor_density={"additionalProperties": {"const": 0}}),
+        ),
     )
-
-    @model_validator(mode="after")
-    def _check_floor(self) -> Self:
-        if self.min_retention is not None and self.labelled is None:
-            raise fault("min_retention", "is measured on `labelled`, prompts with their answers: give some")
-        return self
 
     def options(self) -> dict[str, Any]:
         """What `store.convert.compress` is given; the card as JSON has it.
 
         Raises:
-            InvalidRequestError: what is said about the expert breaks a rule of the format.
+            InvalidRequestError: what is said about the expert breaks a rule of the format, or options do not go
+                together.
         """
+        self.check(
+            exemplars=self.exemplars is not None,
+            labelled=self.labelled is not None,
+            stands=self.relative_to is not None,
+        )
         said = Card(self.author, self.license, tuple(self.tags), tuple(self.parents), self.metadata)
         try:
             check_card(said)
@@ -166,9 +168,10 @@ class JobList(TypedDict):
 @router.post("", status_code=202)
 async def create_job(body: JobBody, response: Response, services: ReadyServices, asker: Asker) -> JobAnswer:
     """Compress uploaded files into an expert and publish it, in the background."""
+    options = body.options()
     await _check_name(body, services, asker)
     below = () if body.relative_to is None else await services.library.stack(body.relative_to, asker)
-    request = JobRequest(name=body.name, replace=body.replace, options=body.options(), stands_on=below)
+    request = JobRequest(name=body.name, replace=body.replace, options=options, stands_on=below)
     async with services.inbox.gathered(body.uploads, asker) as files:
         job = await services.jobs.submit(request, asker, inputs_of(files))
     response.headers["Location"] = f"{router.prefix}/{job.id}"

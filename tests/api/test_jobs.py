@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from server.api.jobs import JobBody
 from server.jobs import book, jobs
 from server.jobs.job import Job, JobRequest, JobState, next_of
+from server.jobs.process import work
 from store.access import OPERATOR, Caller
 from store.card import Card
 from store.convert import compress
 from store.errors import QueueFullError
-from store.expert_file import digest_of
+from store.expert_file import digest_of, read_header
 from store.fingerprint import manifest_of
 from store.measured import figures
 from tests.api.dummy_engine import DummyEngine
@@ -381,6 +383,18 @@ async def test_old_ones_are_forgotten(strange: House, monkeypatch: pytest.Monkey
         ("model.safetensors", {"replace": True}, "name"),
         ("model.safetensors", {"min_retention": 0.9}, "min_retention"),
         ("model.safetensors", {"exemplars": []}, "exemplars"),
+        ("model.safetensors", {"codec": "flex-switch"}, "exemplars"),
+        ("model.safetensors", {"codec": "flex-switch", "exemplars": ["x"], "bits_per_param": 1.6}, "bits_per_param"),
+        ("model.safetensors", {"codec": "flex-switch", "exemplars": ["x"], "loss": "hinge"}, "loss"),
+        ("model.safetensors", {"bits_per_param": 0.1}, "bits_per_param"),
+        ("model.safetensors", {"max_size": 1000}, "max_size"),
+        ("model.safetensors", {"max_kl": 0.1}, "max_kl"),
+        ("model.safetensors", {"min_agreement": 0.1}, "min_agreement"),
+        ("model.safetensors", {"knob": "calibrated"}, "knob"),
+        ("model.safetensors", {"tensor_density": {"*": 1.5}}, "tensor_density.*"),
+        ("model.safetensors", {"tensor_density": {"*": 0.5}, "codec": "compeft"}, "tensor_density"),
+        ("model.safetensors", {"tensor_density": {"*": 0}, "codec": "overwrite"}, "tensor_density"),
+        ("model.safetensors", {"relative_to": "x", "codec": "overwrite"}, "relative_to"),
         ("model.safetensors", {"out": "/etc/passwd"}, "out"),
     ],
 )
@@ -391,6 +405,20 @@ async def test_jobs_that_cannot_be(strange: House, filename: str, body: Any, par
     assert answer.json()["error"]["param"] == param
     await strange.http.delete(f"/v1/uploads/{there}")
     assert (await strange.http.get("/v1/jobs")).json()["data"] == []
+
+
+def test_what_a_job_asks_is_what_compress_takes(base: Path, tmp_path: Path) -> None:
+    """With an exact size, a loss and a tensor left out, through the JSON that reaches the job's process."""
+    tuned = save_tuned(base, tmp_path / "tuned")
+    given = {"codec": "flex-switch", "max_size": 16000, "loss": "mse", "tensor_density": {"*.q_proj.*": 0}}
+    asked = JobBody.model_validate({"uploads": ["x"], "exemplars": ["a river", "a house"], **given}).options()
+    task = {"base": str(base), "input": str(tuned), "out": str(tmp_path / "e"), "cache": str(tmp_path)}
+    said = work(task | {"options": json.loads(json.dumps(asked)), "relative_to": []})
+    assert "report" in said, said
+    header = read_header(tmp_path / "e")
+    assert (header.codec_params["loss"], said["report"]["bytes"] <= 16000) == ("mse", True)
+    assert header.tensors
+    assert not any(".q_proj." in name for name in header.tensors)
 
 
 async def test_killed_between_the_last_byte_and_its_digest(strange: House) -> None:

@@ -144,17 +144,25 @@ async def test_a_mix_is_the_float_sum(trained: tuple[Library, str, Path]) -> Non
     assert tokens == greedy(model.eval(), PROMPT, 12)
 
 
-async def test_over_http(trained: tuple[Library, str, Path], tmp_path: Path) -> None:
-    """Uploaded to a server with the real engine: alone exact, mixed or scaled not, and both are said."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+async def test_over_http(trained: tuple[Library, str, Path], tmp_path: Path, dtype: str) -> None:
+    """Uploaded to a server with the real engine: alone exact, in a type that holds bfloat16; mixed or scaled not, and
+    both are said."""
     library, digest, tuned = trained
-    wanted = weights_digest(dict(fine_tune(tuned, "float32").named_parameters()))
+    wanted = weights_digest(dict(fine_tune(tuned, dtype).named_parameters()))
+    rounded = fine_tune(tuned, dtype).float().state_dict()
+    is_exact = all(
+        torch.equal(rounded[name], value) for name, value in fine_tune(tuned, "float32").state_dict().items()
+    )
+    assert is_exact == (dtype != "float16"), "it has weights that float16 lacks"
     other = library.add(6)
     files = dict(library.files)
 
     def read(digest: str) -> bytes:
         return files[digest].read_bytes()
 
-    engine: Any = TransformersEngine(library.base, name=BASE, settings=SETTINGS, read_expert=read)
+    given = replace(SETTINGS, dtype=dtype)
+    engine: Any = TransformersEngine(library.base, name=BASE, settings=given, read_expert=read)
     async with open_house(tmp_path, engine=engine, base_folder=library.base) as house:
         for name, which in (("rl", digest), ("plain", other)):
             sent = await house.http.post(
@@ -164,8 +172,8 @@ async def test_over_http(trained: tuple[Library, str, Path], tmp_path: Path) -> 
             assert sent.json()["exact"] is (name == "rl")
         alone = await house.chat(model="rl", max_tokens=4, temperature=0)
         assert engine._worker.executor.merged.fingerprint() == wanted
-        assert alone.headers["x-switchyard-exact"] == "true"
-        assert alone.json()["usage"]["switchyard"]["exact"] is True
+        assert alone.headers["x-switchyard-exact"] == str(is_exact).lower()
+        assert alone.json()["usage"]["switchyard"]["exact"] is is_exact
         for experts in (
             [{"id": "rl", "weight": 0.5}],
             [{"id": "rl", "weight": 1}, {"id": "plain", "weight": 1}],
@@ -178,4 +186,4 @@ async def test_over_http(trained: tuple[Library, str, Path], tmp_path: Path) -> 
         assert "x-switchyard-exact" not in plain.headers
         assert "exact" not in plain.json()["usage"]["switchyard"]
         streamed = await house.chat(model="rl", max_tokens=4, stream=True)
-        assert streamed.headers["x-switchyard-exact"] == "true"
+        assert streamed.headers["x-switchyard-exact"] == str(is_exact).lower()

@@ -12,6 +12,23 @@ from pathlib import Path
 
 from server.jobs import process
 
+REPORT = {
+    "bytes": 1,
+    "bits_per_param": 0.1,
+    "relative_error": 0.5,
+    "kl": 0.25,
+    "agreement": 0.75,
+    "prompts": 16,
+    "held_out": True,
+    "score": 0.7,
+    "base_score": 0.2,
+    "fine_tune_score": 0.9,
+    "labelled": 100,
+    "unmeasured": None,
+    "widened": ["density=0.02: it would be far away"],
+    "probe": {"changed": 0.02, "bytes": 5_000_000, "smaller": 48.0},
+}
+
 
 def main() -> None:
     process.set_apart()
@@ -35,7 +52,7 @@ def main() -> None:
     [given] = Path(task["input"]).iterdir()
     shutil.copy(given, task["out"])
     more = {"much": "x" * (1 << 17)} if word == "chatty" else {}
-    process._say({"report": {"bytes": 1, "codec": task["options"]["codec"]} | more})
+    process._say({"report": REPORT | {"codec": task["options"]["codec"], "asked": task["options"]} | more})
 
 
 if __name__ == "__main__":

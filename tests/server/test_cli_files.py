@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,22 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
+from rich.console import Console
 
+from deploy.tables import cli_commands
+from server import compressing
+from server.api.compress_options import CompressOptions
+from server.api.jobs import JobBody
 from server.cli import main
 from server.cli_files import card_of
 from server.signing import sign_file
 from store.card import Card
+from store.codecs.base import CodecName
 from store.errors import InvalidRequestError
 from store.expert_file import digest_of, read_header
+from store.learning import Learned
 from store.measured import Measured
+from store.report import Report
 from tests.store.builders import write_sample
 from tests.tiny import save_base, save_tuned
 
@@ -74,6 +83,66 @@ def test_compress_says_how_close_it_comes_and_what_it_tried(tmp_path: Path, caps
     assert "widened: density=0.3: the expert would answer" in " ".join(capsys.readouterr().out.split())
     assert run(*words, "--labelled", str(tmp_path / "gone")) == 1
     assert "cannot read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_inspect_shows_what_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"density": 0.08, "widened": "density=0.02, density=0.04"}
+    assert run("inspect", str(write_sample(tmp_path / "e", codec="t-switch", codec_params=params))) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "codec t-switch (density=0.08)" in said
+    assert "widened density=0.02, density=0.04: each ended below a floor" in said
+
+
+@pytest.mark.parametrize(("held_out", "said"), [(math.nan, "0.250;"), (0.5, "0.250, 0.500 on exemplars held out;")])
+def test_no_kl_is_made_up_where_no_exemplar_was_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: float, said: str
+) -> None:
+    learned = Learned({}, 0.25, held_out)
+    report = Report(
+        bytes=1, bits_per_param=0.1, times_smaller=160.0, density=0.1, relative_error=0.5, changed=1.0, probe=None,
+        codec=CodecName.FLEX_SWITCH, knob=None, measured=Measured(0.5), unmeasured=None, calibration=None,
+        learned=learned, rows=(), seconds=1.0,
+    )  # fmt: skip
+    compressing._show(report, tmp_path / "e", Console(width=200))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"nats/token: {said}" in shown
+    assert "nan" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--bits-per-param", "2", "--codec", "flex-switch"], "--bits-per-param: Input should be less than or equal"),
+        (["--density", "0"], "--density: Input should be greater than 0"),
+        (["--tensor-density", "*a_b*=1.5"], "--tensor-density *a_b*: Input should be less than or equal to 1"),
+        (["--tensor-density", "*"], "--tensor-density must be GLOB=DENSITY, not *"),
+        (["--max-size", "big"], "--max-size must be a size"),
+        (["--max-kl", "nan"], "--max-kl: Input should be a finite number"),
+        (["--max-kl", "1"], "max_kl is measured on exemplars: give some"),
+        (["--codec", "flex-switch"], "flex-switch learns from exemplars"),
+        (["--max-size", "1MB"], "only flex-switch fits a budget"),
+        (["--codec", "raw", "--tensor-density", "*=0.5"], "raw has no density of its own per tensor"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], said: str
+) -> None:
+    """By `compress` before it looks at the base, and by `push` before it sends anything: in the same words."""
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "tuned").mkdir()
+    nowhere = ["--server", "http://127.0.0.1:9"]
+    for verb in (
+        ["compress", "--base", str(tmp_path / "gone"), "--tuned", str(tmp_path / "gone"), "--out", str(tmp_path / "e")],
+        ["push", str(tmp_path / "tuned"), *nowhere],
+    ):
+        assert run(*verb, *given) == 1
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_both_verbs_have_every_option_of_compressing() -> None:
+    verbs = {name: {option.name for option in command.params} for name, command in cli_commands().items()}
+    assert CompressOptions.model_fields.keys() <= verbs["compress"] & verbs["push"]
+    assert CompressOptions.model_fields.keys() <= JobBody.model_fields.keys()
 
 
 @pytest.mark.parametrize("measured", [None, Measured(0.25)])

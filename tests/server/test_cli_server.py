@@ -9,6 +9,7 @@ import pytest
 
 from server.cli import main
 from server.client import Client
+from server.jobs import jobs
 from store.card import Card
 from store.expert_file import digest_of
 from tests.api.house import make_expert
@@ -73,3 +74,34 @@ def test_an_expert_under_many_names(run: Run, server: str, tmp_path: Path) -> No
     run("alias", "schedule", "cron")
     assert run("rm", "cron", "--force") == (0, "removed cron")
     assert Client(server).experts() == []
+
+
+def test_a_pushed_folder_is_compressed_as_asked_and_told_of(
+    run: Run, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_MODULE", "tests.server.strange_job")
+    (tmp_path / "tuned").mkdir()
+    file = make_expert(tmp_path / "tuned" / "model.safetensors", value=7)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"a river"\n"a house"\n')
+    options = {"codec": "flex-switch", "max_size": 500_000, "loss": "mse", "strength": 2.0, "knob": "l1"}
+    options |= {"tensor_density": {"*.norm.*": 0.0, "*": 0}, "max_kl": 0.5, "min_agreement": 0.1, "widen": True}
+    words = ["--codec", "flex-switch", "--max-size", "500KB", "--loss", "mse", "--strength", "2", "--knob", "l1"]
+    words += ["--tensor-density", "*.norm.*=0", "--tensor-density", "*=0", "--max-kl", "0.5", "--min-agreement", "0.1"]
+    code, said = run("push", str(tmp_path / "tuned"), "--name", "raw", "--exemplars", str(prompts), *words, "--widen")
+    assert code == 0, said
+    for part in (
+        "raw is live (1 bytes, 0.100 bits per parameter, relative error 0.500",
+        "KL to the fine-tune: 0.2500 nats/token on 16 exemplars held out",
+        "same answers: 75.0% of the fine-tune's greedy ones",
+        "retention: 71.4% (exact match 0.700",
+        "widened: density=0.02: it would be far away",
+        "only 2.0% of the weights changed at all: --codec overwrite keeps every bit",
+    ):
+        assert part in said
+    job = Client(server)._send("GET", "/v1/jobs").json()["data"][0]
+    assert options.items() <= job["report"]["asked"].items()
+    code, said = run("push", str(file), "--density", "0.1")
+    assert code == 1
+    assert "is compressed already" in said
+    assert run("rm", "raw")[0] == 0

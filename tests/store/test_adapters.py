@@ -100,6 +100,33 @@ KINDS = {
 }
 
 
+MERGED_BY_PEFT = {
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=6, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "ln tuning": lambda: peft.LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", MERGED_BY_PEFT)
+def test_what_only_peft_merges_is_refused_with_a_way_that_works(
+    bases: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    base = bases["llama"]
+    train(base, tmp_path / "adapter", MERGED_BY_PEFT[kind]())
+    with pytest.raises(CheckpointError, match=r"is not supported here .* merge_and_unload and give") as caught:
+        compress(base, tmp_path / "adapter", tmp_path / "e", codec="raw")
+    assert caught.value.param == "peft_type"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+    report = compress(base, tmp_path / "merged", tmp_path / "e", codec="raw")
+    assert report.changed > 0
+    assert report.relative_error < 0.01
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merges_as_peft_does(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     architecture, config = KINDS[kind]

@@ -14,7 +14,7 @@ from store.blending import Blend, _Student, learn_blend
 from store.card import Card
 from store.checkpoint import open_checkpoint
 from store.convert import compress
-from store.errors import InvalidRequestError
+from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import digest_of, read_deltas
 from store.fingerprint import manifest_of
 from store.merge_methods import MergeSettings, Method
@@ -134,3 +134,10 @@ def test_what_atlas_cannot_do_is_said(base: Path, experts: list[Path], tmp_path:
     compress(base, experts[0].parent / "tuned-1", tmp_path / "mute", codec="raw")
     with pytest.raises(InvalidRequestError, match="mute holds no exemplars"):
         merge_experts([pairs[0], (tmp_path / "mute", 1.0)], manifest, tmp_path / "m", SETTINGS, weights=weights)
+
+
+def test_a_base_that_cannot_run_is_named(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    pair = [(path, 1.0) for path in experts]
+    with pytest.raises(CheckpointError, match=r"(?s)the base cannot be loaded .* the other methods do without"):
+        merge_experts(pair, manifest_of(base, None), tmp_path / "m", SETTINGS, weights=open_checkpoint(tmp_path))

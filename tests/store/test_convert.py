@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -297,7 +298,8 @@ def test_an_unchanged_model_gives_an_empty_expert(folders: tuple[Path, Path], tm
         ({"knob": "calibrated"}, "knob"),
         ({"knob": "loud"}, "knob"),
         ({"tensor_density": {"no.such.*": 0.1}}, "tensor_density"),
-        ({"tensor_density": {"*": 1.5}}, "density"),
+        ({"tensor_density": {"*": 1.5}}, "tensor_density"),
+        ({"loss": "hinge"}, "loss"),
         ({"name": "Not A Name"}, "name"),
         ({"exemplars": ["x"] * 1025}, "exemplars"),
     ],
@@ -311,12 +313,25 @@ def test_settings_are_checked_before_the_work(
     assert not (tmp_path / "e").exists()
 
 
-def test_a_fine_tune_that_cannot_run_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({}, "calibration runs it; the knob l1 does without"),
+        ({"codec": "flex-switch"}, "flex-switch learns from it; other codecs"),
+        ({"knob": "l1", "max_kl": 9.0}, "it is run because a floor or labelled prompts ask"),
+    ],
+)
+def test_a_fine_tune_that_cannot_run_is_named_and_what_does_without_it(
+    folders: tuple[Path, Path], tmp_path: Path, options: dict[str, Any], remedy: str
+) -> None:
     base, tuned = folders
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "model.safetensors").write_bytes((tuned / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="cannot be loaded for calibration"):
-        compress(base, tmp_path / "bare", tmp_path / "e", exemplars=EXEMPLARS)
+    with pytest.raises(CheckpointError, match="the fine-tune cannot be loaded as a causal language model") as caught:
+        compress(base, tmp_path / "bare", tmp_path / "e", exemplars=EXEMPLARS, **options)
+    assert caught.value.message.count("; ") >= 1
+    assert remedy in caught.value.message.replace("\n", " ")
+    assert "--" not in caught.value.message.rpartition("model: ")[2].rpartition("; ")[2], "jobs have no flags"
 
 
 def test_golden_section_finds_the_minimum() -> None:

@@ -124,10 +124,26 @@ def dense(delta: object) -> np.ndarray:
     return values
 
 
+@pytest.mark.parametrize(("weight", "strength", "factor"), [(-1.0, None, -1.0), (-0.5, None, -0.5), (-1.0, 0.3, -0.3)])
+def test_one_expert_is_negated(tmp_path: Path, weight: float, strength: float | None, factor: float) -> None:
+    """Unlearning: base − τ, with no other expert, and with the weight as it was given."""
+    path = write_sample(tmp_path / "a", seed=1)
+    given = MergeSettings(Method.TASK_ARITHMETIC, strength=strength)
+    header = merge_experts([(path, weight)], base_manifest(), tmp_path / "m", given)
+    assert (header.codec_params["experts"], header.card.parents) == (1, (digest_of(path),))
+    own, merged = dict(read_deltas(path, base_manifest())), dict(read_deltas(tmp_path / "m", base_manifest()))
+    for name in SHAPES:
+        expected = factor * dense(own[name])
+        np.testing.assert_allclose(dense(merged[name]), expected, atol=np.abs(expected).max() / 200)
+
+
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     sample = write_sample(tmp_path / "a")
-    with pytest.raises(InvalidRequestError, match="two experts"):
-        merge_experts([(sample, 1.0)], base_manifest(), tmp_path / "m", MergeSettings())
+    sum_of = MergeSettings(Method.TASK_ARITHMETIC)
+    for one, how in (([(sample, 1.0)], sum_of), ([(sample, -1.0)], MergeSettings()), ([], sum_of)):
+        with pytest.raises(InvalidRequestError, match=r"two experts or more .* FILE=-1 takes") as caught:
+            merge_experts(one, base_manifest(), tmp_path / "m", how)
+        assert caught.value.param == "experts"
     with pytest.raises(InvalidRequestError, match="drop"):
         merge_experts([(sample, 1.0)] * 2, base_manifest(), tmp_path / "m", MergeSettings(Method.DARE, drop=1.0))
     with pytest.raises(WrongBaseError):

@@ -139,12 +139,19 @@ def same_bits(merged: dict[str, torch.Tensor], tuned: Path) -> bool:
     return merged.keys() == wanted.keys() and all(torch.equal(bits(merged[n]), bits(wanted[n])) for n in wanted)
 
 
+def half_of(folder: Path) -> str:
+    """What the numbers of a checkpoint are, whatever they are stored in."""
+    values = load_file(folder / "model.safetensors").values()
+    return "BF16" if all(torch.equal(value.bfloat16().to(value.dtype), value) for value in values) else "F16"
+
+
 def test_end_to_end(run: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = run
     out = tmp_path / "expert"
     report = compress(base, tuned, out, codec="overwrite", name="rl")
     header = validate(out, manifest_of(base, None))
     assert header.is_exact
+    assert header.half == half_of(tuned)
     assert header.required_features[0] == "overwrite"
     assert header.codec_params == {"fine_tune": manifest_of(tuned, None).fingerprint}
     assert same_bits(apply_expert(out, base, tmp_path / "merged"), tuned)

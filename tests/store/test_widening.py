@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.api.compress_options import CompressOptions
 from store import widening
 from store.convert import compress
 from store.errors import InvalidRequestError
@@ -38,8 +39,41 @@ def test_the_density_grows_until_the_floor_is_met(monkeypatch: pytest.MonkeyPatc
     report = compress_widening(base, tuned, tmp_path / "e", density=0.02)
     assert report.widened == ("density=0.02: it would be far away", "density=0.04: it would be far away")
     assert report.density == pytest.approx(0.08, abs=0.01)
-    assert read_header(tmp_path / "e").codec_params["density"] == 0.08
+    assert read_header(tmp_path / "e").codec_params == {
+        "density": 0.08, "knob": "l1", "widened": "density=0.02, density=0.04",
+    }  # fmt: skip
     assert compress_widening(base, tuned, tmp_path / "e", density=0.08).widened == ()
+    assert "widened" not in read_header(tmp_path / "e").codec_params
+
+
+def test_the_header_of_a_budget_has_room_for_what_was_tried(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    tuned = save_tuned(base, tmp_path / "tuned")
+    tried = [f"max_size={size}" for size in (1000, 2000, 4000, 8000)]
+    options: dict[str, Any] = {"codec": "flex-switch", "exemplars": ["a river", "a house"], "max_size": 16000}
+    report = compress(base, tuned, tmp_path / "e", **options, widened=tried)
+    assert report.bytes <= 16000
+    assert read_header(tmp_path / "e").codec_params["widened"] == ", ".join(tried)
+
+
+def test_an_adapter_s_own_factors_have_nothing_to_widen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    seen: list[int | None] = []
+
+    def never(*_: Path, rank: int | None = None, **__: Any) -> None:
+        seen.append(rank)
+        raise InvalidRequestError("too far away, as ever", param="max_kl", code="below_floor")
+
+    monkeypatch.setattr(widening, "compress", never)
+    for given in ({}, {"rank": 40000}):
+        with pytest.raises(InvalidRequestError, match="too far away"):
+            compress_widening(tmp_path, tmp_path, tmp_path, codec="low-rank", **given)
+    assert seen == [None, 40000, 65536]
+
+
+def test_what_is_said_of_the_tries_is_true() -> None:
+    assert "five tries in all" in str(CompressOptions.model_fields["widen"].description)
+    assert TRIES == 5
 
 
 @pytest.mark.parametrize(
@@ -51,6 +85,8 @@ def test_the_density_grows_until_the_floor_is_met(monkeypatch: pytest.MonkeyPatc
         ({"codec": "flex-switch", "max_size": 10}, [10, 20, 40, 80, 160]),
         ({"codec": "flex-switch", "bits_per_param": 0.2}, [0.2, 0.4, 0.8, 1.5]),
         ({"codec": "flex-switch", "bits_per_param": 1.5}, [1.5]),
+        ({"codec": "low-rank"}, [8, 16, 32, 64, 128]),
+        ({"codec": "low-rank", "rank": 40000}, [40000, 65536]),
         ({"codec": "bit-delta"}, [None]),
     ],
 )
@@ -61,7 +97,10 @@ def test_what_is_widened_and_how_often(
     key = "density"
     if options.get("codec") == "flex-switch":
         key = "max_size" if "max_size" in options else "bits_per_param"
-    defaults = {"density": None if options.get("codec") == "bit-delta" else 0.05, "bits_per_param": 0.04}
+    elif options.get("codec") == "low-rank":
+        key = "rank"
+    density = None if options.get("codec") == "bit-delta" else 0.05
+    defaults = {"density": density, "bits_per_param": 0.04, "rank": 8}
 
     def never(*_: Path, **given: Any) -> None:
         seen.append(given.get(key, defaults.get(key)))

@@ -5,7 +5,7 @@ import { field, h, options, show } from "./dom.js";
 import { load } from "./experts.js";
 import { bytes, count, digits, percent } from "./format.js";
 import { refusal } from "./notices.js";
-import { measuredFacts } from "./report.js";
+import { jobFacts, measuredFacts } from "./report.js";
 import { sendFile } from "./uploader.js";
 
 const CODECS = ["t-switch", "flex-switch", "compeft", "bit-delta", "low-rank", "raw", "overwrite"];
@@ -237,7 +237,7 @@ function jobReport(report) {
     ["Knob", report.knob],
     ["Retention", report.retention !== undefined && percent(report.retention)],
     ...measuredFacts(report),
-    ["Not compared", report.unmeasured],
+    ...jobFacts(report),
     ["Took", `${digits(report.seconds)} s`],
   ].filter(([, value]) => value);
 }
