@@ -31,6 +31,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "store.bits",
         "store.checkpoint",
         "store.deltas",
+        "store.encodings",
         "store.errors",
         "store.expert_file",
         "store.fingerprint",

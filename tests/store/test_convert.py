@@ -317,7 +317,7 @@ def test_settings_are_checked_before_the_work(
     ("options", "remedy"),
     [
         ({}, "calibration runs it; the knob l1 does without"),
-        ({"codec": "flex-switch"}, "flex-switch learns from it; other codecs"),
+        ({"codec": "flex-switch", "max_size": 100_000}, "flex-switch learns from it; other codecs"),
         ({"knob": "l1", "max_kl": 9.0}, "it is run because a floor or labelled prompts ask"),
     ],
 )
