@@ -56,7 +56,7 @@ _SIZES = ((0, 1), (1, 4), (5, 38), (40, 240))
 _STEP_SIZE = Size(4096, 14336, 2, 32, 8, 1024, 512)
 """Two of the layers that are timed."""
 _STEP_TOLERANCE = 4e-2
-"""Relative error of a row's logits after some layers in bfloat16; without its expert it would be a multiple."""
+"""Relative error of a row's logits after some layers in bfloat16; with another's expert it would be ten times that."""
 _STEP_SCALE = 0.05
 """Of the first expert's deltas, next to base weights of 0.02: the expert decides what comes out."""
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from store.codecs.base import CodecName, Loss
+from store.codecs.flex_recipe import FlexRecipe, Quantiser
 from store.codecs.t_switch import Knob
 from store.errors import InvalidRequestError
 from store.floors import Floors
@@ -67,6 +68,24 @@ def loss_of(word: str) -> Loss:
         InvalidRequestError: there is none.
     """
     return _one_of(Loss, word, "loss")
+
+
+def recipe_of(word: str) -> FlexRecipe:
+    """How flex-switch learns, by name.
+
+    Raises:
+        InvalidRequestError: there is no such way.
+    """
+    return _one_of(FlexRecipe, word, "recipe")
+
+
+def quantiser_of(word: str) -> Quantiser:
+    """The quantiser of that name.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    return _one_of(Quantiser, word, "quantiser")
 
 
 def knob_of(word: str | None, *, exemplars: bool) -> Knob:

@@ -14,8 +14,9 @@ from store.card import Card
 from store.checkpoint import Checkpoint, open_checkpoint
 from store.codecs.base import CodecName, Loss
 from store.codecs.choice import CALIBRATED, Recipe
+from store.codecs.flex_recipe import FlexRecipe, Quantiser
 from store.codecs.t_switch import Knob
-from store.compress_rules import check_together, codec_of, knob_of, loss_of
+from store.compress_rules import check_together, codec_of, knob_of, loss_of, quantiser_of, recipe_of
 from store.errors import CheckpointError, InvalidRequestError
 from store.expert_file import digest_of, validate, write_expert
 from store.expert_header import check_info
@@ -49,6 +50,8 @@ def compress(
     bits_per_param: float | None = None,
     max_size: int | None = None,
     loss: Loss | Literal["kl", "mse", "cka"] = Loss.KL,
+    recipe: FlexRecipe | Literal["budget", "paper"] = FlexRecipe.BUDGET,
+    quantiser: Quantiser | Literal["signed", "paper"] = Quantiser.SIGNED,
     max_kl: float | None = None,
     min_agreement: float | None = None,
     min_retention: float | None = None,
@@ -78,6 +81,8 @@ def compress(
         bits_per_param: what flex-switch may spend on the file, per parameter of the base; None is 0.04.
         max_size: the same in bytes.
         loss: what flex-switch learns by.
+        recipe: how it learns.
+        quantiser: of its recipe `paper`.
         max_kl, min_agreement, min_retention: refuse to write an expert further from its fine-tune; see `store.floors`.
         tensor_density: glob over tensor names → density of those, the first match counts; 0 leaves a tensor out.
         exemplars: example prompts, kept in the file. Calibration and learning run on them, and the expert is compared
@@ -105,20 +110,22 @@ def compress(
         floors=floors, exemplars=bool(exemplars), labelled=bool(rows), stands=bool(relative_to),
     )  # fmt: skip
     tell = progress or (lambda _stage, _done, _total: None)
-    recipe = Recipe(
+    chosen = Recipe(
         codec=codec_of(codec),
         density=density,
         knob=knob_of(knob, exemplars=bool(exemplars)),
         rank=Recipe.rank if rank is None else rank,
         strength=strength,
         loss=loss_of(loss),
+        recipe=recipe_of(recipe),
+        quantiser=quantiser_of(quantiser),
         tensor_density=densities,
     )
     chain = chain_of(relative_to) if relative_to else []
     tried = {"widened": ", ".join(widened)} if widened else {}
     info = ExpertInfo(
-        codec=recipe.codec.value,
-        codec_params=recipe.params() | tried,
+        codec=chosen.codec.value,
+        codec_params=chosen.params() | tried,
         tool=_tool(),
         created=created,
         name=name,
@@ -133,7 +140,7 @@ def compress(
         raise InvalidRequestError(f"{error.field} {error.message}", param=error.field) from None
     base = open_checkpoint(base_folder)
     sizes = {name: tensor.span.numel for name, tensor in base.tensors.items()}
-    learns = recipe.codec is CodecName.FLEX_SWITCH
+    learns = chosen.codec is CodecName.FLEX_SWITCH
     shapes = {name: tensor.span.shape for name, tensor in base.tensors.items()}
     parameters = max(1, sum(sizes.values()))
     allowed = _allowed(bits_per_param, max_size, parameters) if learns else 0
@@ -146,18 +153,18 @@ def compress(
     tell("fingerprint", 0, 1)
     manifest = manifest_of(base_folder, cache_dir)
     with standing_on(base, manifest, chain) as under, FineTune(under, tuned_folder) as fine_tune:
-        if recipe.codec is CodecName.LOW_RANK and rank is None and fine_tune.adapter is not None:
+        if chosen.codec is CodecName.LOW_RANK and rank is None and fine_tune.adapter is not None:
             fine_tune.check_low_rank()
             info = replace(info, codec_params={"method": fine_tune.adapter.config.kind.lower()})
             kept = fine_tune.adapter
         else:
             kept = None
         found_bits = None if fine_tune.adapter is not None else probe(under, fine_tune.own())
-        if recipe.codec is CodecName.OVERWRITE:
+        if chosen.codec is CodecName.OVERWRITE:
             info = replace(info, codec_params={"fine_tune": fingerprint_of(fine_tune.own())})
-        apart = apart_for(recipe, exemplars or ())
+        apart = apart_for(chosen, exemplars or ())
         scored = unseen_rows(rows, apart.seen)
-        done = pack(recipe, under, fine_tune, list(exemplars or ()) if learns else apart.seen, budget, kept, tell)
+        done = pack(chosen, under, fine_tune, list(exemplars or ()) if learns else apart.seen, budget, kept, tell)
         packed, found, learned = done.tensors, done.calibration, done.learned
         distance = relative_error(done.overlaps, packed)
         measured, unmeasured = _measured(base, under, fine_tune, packed, apart, distance, scored, floors, tell)
@@ -167,7 +174,7 @@ def compress(
         figures = {"kl": learned.kl} | ({} if math.isnan(learned.held_out_kl) else {"kl_held_out": learned.held_out_kl})
         info = replace(
             info,
-            codec_params={"loss": recipe.loss.value, "budget": 8 * allowed / parameters, **figures, **tried},
+            codec_params=chosen.params() | {"budget": 8 * allowed / parameters, **figures, **tried},
         )
     if found is not None:
         info = replace(info, codec_params={**info.codec_params, "multiplier": found.multiplier})
@@ -185,8 +192,8 @@ def compress(
         relative_error=distance,
         measured=measured,
         unmeasured=unmeasured,
-        codec=recipe.codec,
-        knob=recipe.knob if recipe.codec in CALIBRATED else None,
+        codec=chosen.codec,
+        knob=chosen.knob if chosen.codec in CALIBRATED else None,
         calibration=found,
         learned=learned,
         rows=kind_rows(sizes, packed),

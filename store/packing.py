@@ -62,7 +62,10 @@ def pack(
     if recipe.codec is CodecName.FLEX_SWITCH:
         left_out = recipe.left_out(sizes)
         tuned = fine_tune.checkpoint()
-        learned = learn(base, tuned, exemplars, budget, loss=recipe.loss, left_out=left_out, progress=tell)
+        learned = learn(
+            base, tuned, exemplars, budget, loss=recipe.loss, recipe=recipe.recipe, quantiser=recipe.quantiser,
+            left_out=left_out, progress=tell,
+        )  # fmt: skip
         packed = learned.tensors
     overlaps: dict[str, Overlap] = {}
     changed = 0

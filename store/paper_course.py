@@ -46,6 +46,8 @@ WEIGHT_RATE = 2.0
 _FIRST_SCALES, _LAST_FACTORS = (math.log(0.01), math.log(10.0)), (math.log(0.5), math.log(8.0))
 _EVALUATIONS = 8
 _HALVINGS = 10
+_LARGEST_MOVE = 0.5
+"""Of the threshold logits, that λ follows: a jump over a gap in the entries says nothing of it."""
 _LEVELS_ROOM = 6
 """Bytes that the header may take more for a tensor of levels than for a ternary one."""
 _TOLERANCE = 0.002
@@ -126,7 +128,7 @@ class PaperCourse:
         total.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         moved = self._hold(8.0 * self._room * self._dense ** (1 - min(1.0, done / FALLEN)))
-        self._weight *= math.exp(-WEIGHT_RATE * moved)
+        self._weight *= math.exp(-WEIGHT_RATE * max(-_LARGEST_MOVE, min(moved, _LARGEST_MOVE)))
 
     @torch.no_grad()
     def _hold(self, bits: float) -> float:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from server.api.wire import Text, Wire
 from store.codecs.base import CodecName, Loss
+from store.codecs.flex_recipe import FlexRecipe, Quantiser
 from store.codecs.t_switch import Knob
 from store.compress_rules import MOST_BITS, MOST_RANK, check_together
 from store.floors import Floors
@@ -36,6 +37,12 @@ class CompressOptions(Wire):
     )
     max_size: Annotated[int, Field(ge=1)] | None = Field(None, description="The same as a size of the file in bytes.")
     loss: Annotated[Loss, Field(strict=False)] = Field(Loss.KL, description="What flex-switch learns by.")
+    recipe: Annotated[FlexRecipe, Field(strict=False)] = Field(
+        FlexRecipe.BUDGET, description="How flex-switch learns: by masks within an exact budget, or as published."
+    )
+    quantiser: Annotated[Quantiser, Field(strict=False)] = Field(
+        Quantiser.SIGNED, description="Of the recipe paper; that of the paper may change signs at few bits."
+    )
     rank: Annotated[int, Field(ge=1, le=MOST_RANK)] | None = Field(
         None, description="Of low-rank; default: 8, of an adapter its own factors as they are."
     )

@@ -99,7 +99,12 @@ class TransformersEngine:
         self._grammars = Grammars(lambda: self._tokenizer.for_grammars(self._model.vocabulary, self._stop_tokens))
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._outbox = Outbox()
-        host = HostTier(_host_bytes(settings, device), page_locked=device.type == "cuda")
+        is_gpu = device.type == "cuda"
+        host = HostTier(
+            _host_bytes(settings, device),
+            page_locked=is_gpu,
+            on_thread=partial(make_current, device) if is_gpu else None,
+        )
         kernels = backend(settings.kernels, device, cache_dir)
         kernels.prepare(dtype, device)
         transcode = kernels.transcode if device.type == "cuda" or kernels.name == "cpu" else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,12 +32,15 @@ class HostTier:
     Args:
         limit_bytes: most bytes in it, those being read included; 0 keeps nothing.
         page_locked: whether the device is a GPU, which copies fast from page-locked memory only.
+        on_thread: run on that thread before all else, which begins on the first GPU.
     """
 
-    def __init__(self, limit_bytes: int, *, page_locked: bool = False) -> None:
+    def __init__(
+        self, limit_bytes: int, *, page_locked: bool = False, on_thread: Callable[[], None] | None = None
+    ) -> None:
         self.limit_bytes = limit_bytes
         self.meter = TierMeter(Tier.HOST)
-        self._locker = ThreadPoolExecutor(1, thread_name_prefix="page-locker") if page_locked else None
+        self._locker = ThreadPoolExecutor(1, "page-locker", initializer=on_thread) if page_locked else None
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._used = 0

@@ -189,7 +189,7 @@ class Worker:
                 self.end(sequence, ExpertUnavailableError(_NEEDS_MERGING, param="model"))
                 self.residency.release(sequence.mix)
 
-        ticket = self.residency.request(sequence.mix, ready)
+        ticket = self.residency.request(sequence.mix, ready, sequence.request.tenant)
         if sequence in self._held:
             self._held[sequence] = ticket
 

@@ -137,7 +137,7 @@ def test_the_base_survives_two_hundred_random_patches_and_failures(dtype: torch.
             alone.apply(mix, library)
             assert merged.fingerprint() == alone.fingerprint()
             alone.apply(BASE_MIX, {})
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             failures += 1
             assert merged.current == BASE_MIX
             assert merged.fingerprint() == at_load

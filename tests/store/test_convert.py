@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from store.checkpoint import open_checkpoint
 from store.convert import Report, compress
 from store.deltas import DenseDelta
 from store.errors import CheckpointError, InvalidRequestError
-from store.expert_file import read_deltas, validate
+from store.expert_file import read_deltas, read_header, validate
 from store.fingerprint import manifest_of
 from store.task_vector import load_float32, task_vector
 from store.teacher import listen, load_model, mean_kl
@@ -206,6 +206,19 @@ def test_a_maximal_size_is_kept(folders: tuple[Path, Path], tmp_path: Path) -> N
     assert 0.9 * 11_000 < report.bytes <= 11_000
 
 
+@pytest.mark.parametrize("quantiser", ["signed", "paper"])
+def test_flex_switch_by_the_papers_recipe(
+    folders: tuple[Path, Path], tmp_path: Path, quantiser: Literal["signed", "paper"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.paper_course.STEPS", 4)
+    base, tuned = folders
+    options = {"codec": "flex-switch", "max_size": 11_000, "exemplars": PROMPTS, "recipe": "paper"}
+    report = compress(base, tuned, tmp_path / "e", quantiser=quantiser, **options)  # type: ignore[arg-type]
+    assert report.bytes <= 11_000
+    params = read_header((tmp_path / "e").read_bytes()).codec_params
+    assert (params["recipe"], params["quantiser"]) == ("paper", quantiser)
+
+
 def test_flex_switch_of_norms_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """There is nothing to learn then. Exemplars that are all the same leave none to be kept aside."""
     base, _ = folders
@@ -284,6 +297,8 @@ def test_an_unchanged_model_gives_an_empty_expert(folders: tuple[Path, Path], tm
     [
         ({"codec": "zip"}, "codec"),
         ({"codec": "flex-switch"}, "exemplars"),
+        ({"codec": "flex-switch", "exemplars": ["x"], "recipe": "guess"}, "recipe"),
+        ({"codec": "flex-switch", "exemplars": ["x"], "quantiser": "guess"}, "quantiser"),
         ({"codec": "flex-switch", "exemplars": ["x"], "bits_per_param": 0.0}, "bits_per_param"),
         ({"codec": "flex-switch", "exemplars": ["x"], "bits_per_param": 1.0, "max_size": 9}, "max_size"),
         ({"codec": "flex-switch", "exemplars": ["x"], "max_size": 9}, "max_size"),

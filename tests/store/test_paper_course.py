@@ -166,7 +166,7 @@ def test_it_starts_at_one_density_and_ends_with_what_is_stored(folders: tuple[Pa
     model, tokenizer = load_model(folders[1])
     lessons = listen(model, tokenizer, PROMPTS)
     student = SoftStudent(model, base, tuned, (), Quantiser.SIGNED)
-    room = 6000
+    room = 2000
     course = PaperCourse(student, lessons, room, Loss.KL)
     mask = hard_mask(student.centres, course._gates, student.ranges)
     found = (student.counts * mask).sum(1) / student.counts.sum(1)
@@ -176,7 +176,7 @@ def test_it_starts_at_one_density_and_ends_with_what_is_stored(folders: tuple[Pa
         for step in range(4):
             course.step(step / 4)
     packed = course.finish()
-    assert 0.98 * room < sum(item.nbytes for item in packed.values()) <= room
+    assert 0.97 * room < sum(item.nbytes for item in packed.values()) <= room
     for name, item in packed.items():
         expected = load_float32(base.tensors[name]) + decoded(item, name)
         assert torch.equal(model.get_parameter(name), expected.to(model.dtype)), name
