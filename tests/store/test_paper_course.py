@@ -17,8 +17,9 @@ from store.checkpoint import Checkpoint, open_checkpoint
 from store.codecs.base import CodecName, Loss
 from store.codecs.choice import Recipe
 from store.codecs.flex_recipe import FlexRecipe, Quantiser
+from store.convert import compress
 from store.errors import InvalidRequestError
-from store.expert_file import validate, write_expert
+from store.expert_file import read_header, validate, write_expert
 from store.expert_info import ExpertInfo
 from store.fingerprint import manifest_of
 from store.learning import Learned, learn
@@ -180,3 +181,18 @@ def test_it_starts_at_one_density_and_ends_with_what_is_stored(folders: tuple[Pa
     for name, item in packed.items():
         expected = load_float32(base.tensors[name]) + decoded(item, name)
         assert torch.equal(model.get_parameter(name), expected.to(model.dtype)), name
+
+
+@pytest.mark.parametrize("quantiser", ["signed", "paper"])
+def test_it_is_a_recipe_of_compress(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantiser: Any
+) -> None:
+    monkeypatch.setattr(paper_course, "STEPS", 3)
+    options: dict[str, Any] = {"codec": "flex-switch", "max_size": 17_000, "exemplars": PROMPTS}
+    report = compress(*folders, tmp_path / "e", recipe="paper", quantiser=quantiser, **options)
+    assert 0.9 * 17_000 < report.bytes <= 17_000
+    said = read_header(tmp_path / "e").codec_params
+    assert (said["recipe"], said["quantiser"], said["loss"]) == ("paper", quantiser, "kl")
+    with pytest.raises(InvalidRequestError) as caught:
+        compress(*folders, tmp_path / "e", recipe="mine", **options)  # type: ignore[arg-type]
+    assert caught.value.param == "recipe"
