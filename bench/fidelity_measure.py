@@ -18,7 +18,7 @@ from examples.evaluate import evaluate
 from examples.finetune import load_base
 from examples.tasks import TASKS
 from examples.tasks.task import EXEMPLARS
-from store import learning
+from store import learning, paper_course
 from store.apply import apply_expert
 from store.convert import compress
 from store.expert_file import read_header
@@ -68,6 +68,8 @@ class Bench:
             settings.append("bfloat16")
         if cell.method.options.get("codec") == "flex-switch":
             settings.append({name: value for name, value in sorted(vars(learning).items()) if name.isupper()})
+        if "recipe" in cell.method.options:
+            settings.append({name: value for name, value in sorted(vars(paper_course).items()) if name.isupper()})
         return hashlib.sha256(trained + repr(settings).encode()).hexdigest()[:16]
 
     def measure(self, cell: Cell) -> dict[str, Any]:
