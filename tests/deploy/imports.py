@@ -216,6 +216,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server.tracing",
         "server.local_files",
         "store.codecs.base",
+        "store.codecs.flex_recipe",
         "store.codecs.t_switch",
         "store.compress_rules",
         "store.floors",
