@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.kernels import LoadedDelta
+from server.engine.load_thread import GoOn
 from server.engine.parcel import Parcel
 
 
@@ -31,7 +32,10 @@ class DecodedExpert:
 
 
 class ExpertSource(Protocol):
-    """Where decoded experts come from. The first three are called on a thread of their own, and may block."""
+    """Where decoded experts come from. The first three and `fetch` are called on a thread of their own, and may block.
+
+    Bytes that `decoded_bytes` had to read may be kept for the `load` that follows.
+    """
 
     def decoded_bytes(self, digest: str) -> int:
         """Bytes that `load` will take on the device, known without decoding."""
@@ -52,3 +56,19 @@ class ExpertSource(Protocol):
 
     def drop(self, digest: str) -> None:
         """Nobody is to be given this expert any more. Called on the engine's thread; must not block."""
+
+    def fetch(self, digest: str, go_on: GoOn, spared: Collection[str]) -> bool:
+        """Bring an expert to host memory; False if there is no room for it there, or no use. Called where `load` is.
+
+        Args:
+            go_on: to be asked now and then.
+            spared: experts that must not go for it.
+
+        Raises:
+            server.engine.fetching.CalledOff: it was not to go on.
+            ExpertUnavailableError: as `load`.
+        """
+
+    def let_go(self, digest: str) -> None:
+        """No load will follow soon: bytes that were read for it need not be kept. Called on the engine's thread; must
+        not block."""

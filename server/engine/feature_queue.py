@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from server.engine.model import BaseModel
 from server.engine.outbox import Outbox
 from server.engine.prefill_budget import PrefillBudget
+from server.engine.tenant_lines import TenantLines
 from store.errors import SwitchyardError
 
 log = logging.getLogger(__name__)
@@ -33,36 +33,33 @@ class _Waiting:
     """Jobs of several callers, who have one of theirs computed in turn. What nobody waits for any more is left out."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str | None, deque[Job]] = {}
-        """Whose → jobs; the first one is next."""
+        self._lines: TenantLines[Job] = TenantLines()
 
     def __bool__(self) -> bool:
-        return bool(self._jobs)
+        return self._lines.first() is not None
 
     def add(self, jobs: Iterable[Job], whose: str | None) -> None:
-        self._jobs.setdefault(whose, deque()).extend(jobs)
+        for job in jobs:
+            self._lines.add(job, whose)
 
     def take(self, room: int) -> list[Job]:
         """Jobs of so many tokens together, but one at least, if anybody waits for one."""
         taken: list[Job] = []
-        while self._jobs:
-            whose, jobs = next(iter(self._jobs.items()))
-            while jobs and jobs[0][1].done():
-                jobs.popleft()
-            if jobs and taken and len(jobs[0][0]) > room:
+        while (first := self._lines.first()) is not None:
+            job, whose = first
+            is_wanted = not job[1].done()
+            if is_wanted and taken and len(job[0]) > room:
                 break
-            del self._jobs[whose]
-            if jobs:
-                taken.append(jobs.popleft())
-                room -= len(taken[-1][0])
-            if jobs:
-                self._jobs[whose] = jobs  # behind the others
+            self._lines.remove(job, whose, ends_turn=is_wanted)
+            if is_wanted:
+                taken.append(job)
+                room -= len(job[0])
         return taken
 
     def clear(self) -> list[Job]:
         """All of them, which wait no more."""
-        cleared = [job for jobs in self._jobs.values() for job in jobs]
-        self._jobs.clear()
+        cleared = [*self._lines]
+        self._lines = TenantLines()
         return cleared
 
 

@@ -5,35 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Protocol
 
 from server.engine.expert import ExpertSource
-from server.engine.load_thread import GoOn, Job, LoadThread
+from server.engine.load_thread import Job, LoadThread
 
 
 class CalledOff(Exception):
     """What was being fetched has been given up: something else is more urgent, or nobody waits for it any more."""
-
-
-class FetchingSource(ExpertSource, Protocol):
-    """A source that can be told what will be asked for. The bytes that `decoded_bytes` had to read it may keep for the
-    `load` that follows."""
-
-    def fetch(self, digest: str, go_on: GoOn, spared: Collection[str]) -> bool:
-        """Bring an expert to host memory; False if there is no room for it there, or no use. Called where `load` is.
-
-        Args:
-            go_on: to be asked now and then.
-            spared: experts that must not go for it.
-
-        Raises:
-            CalledOff: it was not to go on.
-            ExpertUnavailableError: as `load`.
-        """
-
-    def let_go(self, digest: str) -> None:
-        """No load will follow soon: bytes that were read for it need not be kept. Called on the engine's thread; must
-        not block."""
 
 
 class Ahead:
@@ -45,7 +23,7 @@ class Ahead:
     has had his turn or gone.
     """
 
-    def __init__(self, source: FetchingSource, thread: LoadThread, ended: Callable[[], None]) -> None:
+    def __init__(self, source: ExpertSource, thread: LoadThread, ended: Callable[[], None]) -> None:
         """Args:
         ended: is called on the engine's thread whenever another one can be fetched.
         """

@@ -40,7 +40,7 @@ _HALVES = {Half.BF16: torch.bfloat16, Half.F16: torch.float16}
 
 
 class ExpertLoader:
-    """`FetchingSource` over expert files and a tier in host memory.
+    """`ExpertSource` over expert files and a tier in host memory.
 
     The files were validated when they came in and are checked again here: bytes can rot between upload and load. What
     comes from host memory is checked on the device, piece by piece as it arrives, by the checksum made when it was
@@ -153,7 +153,7 @@ class ExpertLoader:
                 self.host.put(copy, seconds + time.perf_counter() - began)
 
     def fetch(self, digest: str, go_on: GoOn, spared: Collection[str]) -> bool:
-        """See `FetchingSource.fetch`. Where a device apart decodes, there is no use in it: the host takes many times as
+        """See `ExpertSource.fetch`. Where a device apart decodes, there is no use in it: the host takes many times as
         long, most of it holding the interpreter's lock, which the steps of others need."""
         if self.host.bytes_of(digest) is not None:
             return True
@@ -176,7 +176,7 @@ class ExpertLoader:
             return self.host.put(parcel, time.perf_counter() - began, spared)
 
     def let_go(self, digest: str) -> None:
-        """See `FetchingSource.let_go`."""
+        """See `ExpertSource.let_go`."""
         self._files.drop(digest)
 
     def claim(self, digest: str) -> None:

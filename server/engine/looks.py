@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from functools import partial
 
+from server.engine.expert import ExpertSource
 from server.engine.fairness import Tenant
-from server.engine.fetching import FetchingSource
 from server.engine.load_thread import Errand, Job, LoadThread
 
 Then = Callable[[str, BaseException | None], None]
@@ -23,7 +23,7 @@ class Looks:
     """
 
     def __init__(
-        self, source: FetchingSource, thread: LoadThread, clock: Callable[[], float], keep_seconds: float
+        self, source: ExpertSource, thread: LoadThread, clock: Callable[[], float], keep_seconds: float
     ) -> None:
         """Args:
         keep_seconds: for so long a source may keep what it has read for a load that waits for room.

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
-from server.engine.expert import DecodedExpert
+from server.engine.expert import DecodedExpert, ExpertSource
 from server.engine.fairness import Tenant
-from server.engine.fetching import Ahead, FetchingSource
+from server.engine.fetching import Ahead
 from server.engine.load_thread import Errand, Job, LoadThread
 from server.engine.looks import Looks
 from server.engine.tickets import Ready, Ticket, Tickets
@@ -55,7 +55,7 @@ class Residency:
 
     def __init__(
         self,
-        source: FetchingSource,
+        source: ExpertSource,
         budget_bytes: int,
         post: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.monotonic,
