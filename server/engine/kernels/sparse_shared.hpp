@@ -1,4 +1,4 @@
-// Lists that several batch rows share, with AVX-512: one gather fetches what an entry takes of two rows.
+// Lists that several batch rows share, with AVX-512: one word holds what an entry takes of two rows.
 //
 // Rows of x are rounded to 16 bits of their largest numbers, and two of them lie in a word, as they are at even places
 // and negated at odd ones: an entry, column and sign, is the place that it takes.
@@ -45,10 +45,9 @@ inline void sum_lists(const Term& term, int64_t first, int64_t lists, const uint
     __m512i totals[2 * P] = {};
     __m512 scaled[2 * P] = {};
     each_mask(term, first, lists, [&](int32_t place, __mmask16 mask) INLINE {
-        __m512i chosen = entries_at(term, place, mask);
         __m512 level = LEVELS ? levels_at(term, place, mask) : _mm512_setzero_ps();
         each<P>([&](auto p) INLINE {
-            __m512i both = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, chosen, words + p * apart, 4);
+            __m512i both = taken(term, place, mask, words + p * apart);
             __m512i one = _mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16), other = _mm512_srai_epi32(both, 16);
             if (LEVELS) {
                 scaled[2 * p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(one), level, scaled[2 * p]);

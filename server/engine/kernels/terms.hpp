@@ -62,7 +62,8 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
         }
         for (const Term* term = terms; term < end; term++) {
             if (term->form != PLANES) {
-                (term->levels ? add_sparse_row<true> : add_sparse_row<false>)(*term, first * BLOCK, rows, call.out, x, y);
+                auto add = term->levels ? add_sparse_row<true> : add_sparse_row<false>;
+                add(*term, first * BLOCK, rows, call.out, x, call.in, y);
                 continue;
             }
             if (tiled) continue;

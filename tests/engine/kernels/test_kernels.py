@@ -48,7 +48,7 @@ MAKERS: dict[str, Callable[[Path], Kernels]] = {
     "triton": triton,
     "cpu": CpuKernels,
     # The other widths, on any machine: what is an instruction elsewhere is a loop here.
-    "cpu, 16 entries": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=16")),
+    "cpu, 16 entries": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=16", "-DGATHERS=0")),
     "cpu, no permutation": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=0", "-DPORTABLE")),
 }
 
