@@ -117,19 +117,17 @@ def conformance_table() -> str:
 
 
 def fidelity_table() -> str:
-    """The means of `bench.fidelity`, method by size, of as many tasks as are measured; a star where an earlier run has
-    measured some of them."""
+    """The means of `bench.fidelity`, method by size, of as many tasks as are measured, and of how many prompts each."""
     rows = [row for row in load("fidelity")["rows"] if row.get("tasks")]
     names = "method", "bits/param", "× smaller than bf16", "share of the gain kept", "KL, nats/token", "CPU minutes"
-    head = f"| {' | '.join(names)} | tasks |"
+    head = f"| {' | '.join(names)} | tasks × prompts |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["bits_per_param"] or 0.0):
         if row["retention"] is None or row["bits_per_param"] is None:
             continue
-        star = "\\*" if row.get("runs") else ""
         lines.append(
             f"| {row['method']} | {row['bits_per_param']:.3f} | {row['times_smaller']:.0f} | {row['retention']:.3f} | "
-            f"{row['kl']:.3f} | {row['cpu_seconds'] / 60:.1f} | {row['tasks']}{star} |"
+            f"{row['kl']:.3f} | {row['cpu_seconds'] / 60:.1f} | {row['tasks']} × {row['prompts']} |"
         )
     return "\n".join(lines)
 

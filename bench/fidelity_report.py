@@ -45,6 +45,7 @@ def _row(column: Sequence[Cell], found: Found) -> dict[str, Any]:
     known = [value for value in each.values() if value is not None]
     row: dict[str, Any] = {"method": column[0].method.name, "size": column[0].size, "tasks": len(measured)}
     row["runs"] = sorted({measurement["run"]["commit"][:7] for measurement in measured if "run" in measurement})
+    row["prompts"] = min((measurement["rows"] for measurement in measured), default=0)
     for figure in FIGURES:
         values = [measurement[figure] for measurement in measured if figure in measurement]
         row[figure] = mean(values) if values else None

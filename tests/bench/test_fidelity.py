@@ -37,7 +37,7 @@ class FakeBench:
         size = {"bits_per_param": cell.size, "bytes": 1, "times_smaller": 2.0}
         figures = size | {"cpu_seconds": 1.0} if cell.size else {}
         return (
-            {"task": cell.task, "method": cell.method.name, "size": cell.size, "kl": 0.1}
+            {"task": cell.task, "method": cell.method.name, "size": cell.size, "kl": 0.1, "rows": 200}
             | figures
             | {"score": SCORES.get(cell.method.name, 0.5)}
         )
@@ -94,7 +94,7 @@ def test_the_report_is_of_what_is_there(tmp_path: Path) -> None:
     found = {cell: FakeBench().measure(cell) for cell in (flex, Cell("cron", BASE, 0.0), Cell("cron", TUNED, 0.0))}
     assert retention(flex, found) == pytest.approx(0.5)
     row = next(row for row in rows_of(wanted, found) if row["method"] == FLEX and row["size"] == flex.size)
-    assert (row["tasks"], row["cron"], row["spam"]) == (1, 0.5, MISSING)
+    assert (row["tasks"], row["prompts"], row["cron"], row["spam"]) == (1, 200, 0.5, MISSING)
     assert not bars_of(wanted, found)  # not before all tasks are measured
     everything = {cell: FakeBench().measure(cell) for cell in wanted}
     bars = {bar["id"]: bar for bar in bars_of(wanted, everything)}
@@ -123,7 +123,7 @@ def test_what_an_earlier_run_measured_stays_in_the_report(tmp_path: Path) -> Non
     before = earlier(path, wanted)
     assert before.keys() == {flex, *ends}
     # The fine-tune is trained again and scores otherwise; the expert of the old one is not compared with it.
-    found = before | {Cell("cron", TUNED, 0.0): {"score": 1.0}}
+    found = before | {Cell("cron", TUNED, 0.0): {"score": 1.0, "rows": 100}}
     assert retention(flex, found) == pytest.approx(0.5)
     row = next(row for row in rows_of(wanted, found) if row["method"] == FLEX and row["size"] == flex.size)
     assert row["runs"] == ["abcdef0"]
