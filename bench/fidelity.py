@@ -118,9 +118,9 @@ def main() -> None:
     show(smallest, title="the smallest expert that keeps 0.99 of the gain")
     missing = [cell.key for cell in wanted if cell not in found]
     print(f"{len(found)} of {len(wanted)} cells are measured" + (f"; the next is {missing[0]}" if missing else ""))
-    draw(rows, PLOT)
     command = f"python -m bench.fidelity --base {args.base} --tuned {args.tuned}"
     write("fidelity", command, [*rows, *smallest, *found.values()], bars)
+    draw(rows, PLOT)  # last: a changed picture would make the JSON's commit a changed one
 
 
 if __name__ == "__main__":
