@@ -5,7 +5,8 @@
 #include "native.hpp"
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && \
-    defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__linux__) && !defined(PORTABLE)
+    defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__linux__) &&             \
+    !defined(PORTABLE)
 #define AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,12 +16,12 @@
 
 namespace {
 
-constexpr int64_t SIDE = 16;  // rows of a tile
+constexpr int64_t SIDE = 16;             // rows of a tile
+constexpr int64_t NEAR_TILED = 1 << 20;  // bytes of x that stay in the second cache while all weights go by
 
 #if AMX
 
-constexpr int64_t ACROSS = 32;           // columns of a tile, in bfloat16
-constexpr int64_t NEAR_TILED = 1 << 20;  // bytes of x that stay in the second cache while all weights go by
+constexpr int64_t ACROSS = 32;  // columns of a tile, in bfloat16
 
 // Whether the kernel lets this process use tiles: it must be asked once.
 inline bool tiles_allowed() {

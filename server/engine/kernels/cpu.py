@@ -44,10 +44,11 @@ _TERM = struct.Struct("<qqiifi5Q")
 
 Fields = tuple[int, int, int, int, float, int, int, int, int, int, int]
 
-_LISTS_BELOW_TILES = 0.06
-"""Where planes become tiles they are faster from here on (two cores of a Xeon, SmolLM2, eight rows): at density 0.08
-with one expert for all rows, 0.86 of the base's tokens per second against 0.67 by lists, with one each 0.55 against
-0.47; at 0.05 0.85 against 0.74, but with one each 0.53 against 0.59. Experts in between take up to twice the memory."""
+_LISTS_BELOW_BYTES = 0.06
+"""Where planes become bytes they are faster from here on. Eight rows of SmolLM2 on two cores: of a Xeon with AMX, at
+density 0.08 with one expert for all rows 0.86 of the base's tokens per second against 0.67 by lists, with one each 0.55
+against 0.47; at 0.05 0.85 against 0.74, but with one each 0.53 against 0.59. Of a Zen 4 with one each 0.64 against 0.57
+at 0.07, as much at 0.05. Experts in between take up to twice the memory."""
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
 """What `merge.cpp` merges into; the others are left to torch."""
@@ -84,8 +85,8 @@ class CpuKernels:
         self.masks = bool(library.switchyard_merge_masks())
         """Whether merging takes words of planes as masks of vector instructions."""
         self.parallel = bool(library.switchyard_parallel())
-        self.tiles = bool(library.switchyard_tiles())
-        """Whether planes are multiplied as tiles where x may be rounded."""
+        self.plane_bytes = bool(library.switchyard_plane_bytes())
+        """Whether planes are multiplied as bytes where x may be rounded."""
         self.permute = int(library.switchyard_permute())
         """Entries of the table that one vector instruction looks up; 0 where there is none."""
         self._step = library.switchyard_step
@@ -102,8 +103,8 @@ class CpuKernels:
             raise BuildError("what the compiler made computes wrongly on this machine")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ARG002 (there is but one)
-        if self.tiles and dtype is not torch.float32:
-            self.lists_below = _LISTS_BELOW_TILES
+        if self.plane_bytes and dtype is not torch.float32:
+            self.lists_below = _LISTS_BELOW_BYTES
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         if y.dtype is torch.float32:

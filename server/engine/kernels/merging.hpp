@@ -102,7 +102,7 @@ void merge_planes(T* out, const T* pristine, int64_t first, int64_t last, int64_
         const T* from = pristine + r * columns;
         for (int64_t j = 0; j < words; j++, word += 2 * BLOCK) {
             // Who calls multiplies with these before it comes back for the next: memory is to be read meanwhile.
-            if (!EXACT) __builtin_prefetch(from + (last - first) * columns + j * BLOCK);
+            if (!EXACT) __builtin_prefetch(from + ROWS_AHEAD * columns + j * BLOCK, 0, 2);
             merge_word<EXACT>(out + j * BLOCK, from + j * BLOCK, word[0], word[BLOCK], factor, columns - j * BLOCK);
         }
     }
@@ -164,7 +164,7 @@ void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_
     for (int64_t r = first; r < last; r++, out += columns) {
         const T* from = pristine + r * columns;
         if (!EXACT)
-            for (int64_t j = 0; j < columns; j += BLOCK) __builtin_prefetch(from + (last - first) * columns + j);
+            for (int64_t j = 0; j < columns; j += BLOCK) __builtin_prefetch(from + ROWS_AHEAD * columns + j, 0, 2);
         if (lists.levels == nullptr)
             merge_list<EXACT>(out, from, columns, lists, place[r - block], factor);
         else

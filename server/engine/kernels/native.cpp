@@ -23,8 +23,8 @@ void switchyard_add_linear(float* y, const float* x, int64_t out, int64_t in, co
 // What the tables of the few-rows path hold: 16, 8, or 0 where it is not built.
 int switchyard_permute(void) { return PERMUTE; }
 
-// Whether planes are multiplied as tiles where x may be rounded.
-int switchyard_tiles(void) { return tiles_allowed(); }
+// Whether planes are multiplied as bytes where x may be rounded.
+int switchyard_plane_bytes(void) { return PLANE_BYTES; }
 
 int switchyard_parallel(void) {
 #ifdef _OPENMP

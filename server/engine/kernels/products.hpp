@@ -22,6 +22,7 @@ constexpr int MOST_ROWS = 6;
 constexpr int MOST_ROWS = 2;
 #endif
 constexpr int64_t NEAR = 384 << 10;
+constexpr int64_t ROWS_AHEAD = 16;  // of weights, to be in the second cache by then: asking the first one waits for room in it
 constexpr int64_t PADDING = 64;  // rows of x are padded to a multiple of so many
 
 inline int64_t padded(int64_t width) { return (width + PADDING - 1) / PADDING * PADDING; }
@@ -50,7 +51,7 @@ template <int W, int X> struct Tile {
             each<W>([&](auto i) INLINE {
                 weights[i] = load16(w + i * in + c);
                 KEEP(weights[i]);
-                __builtin_prefetch(w + (i + W) * in + c);  // the next rows'
+                __builtin_prefetch(w + (i + ROWS_AHEAD) * in + c, 0, 2);
             });
             each<X>([&](auto j) INLINE {
                 Floats16 values = load16(x + j * stride + c);
@@ -73,7 +74,7 @@ template <int W, int X> struct Tile {
             __mmask32 there = c + 32 <= in ? ~__mmask32(0) : (__mmask32(1) << (in - c)) - 1;
             each<W>([&](auto i) INLINE {
                 weights[i] = (__m512bh)_mm512_maskz_loadu_epi16(there, w + i * in + c);
-                __builtin_prefetch(w + (i + W) * in + c);  // the next rows'
+                __builtin_prefetch(w + (i + ROWS_AHEAD) * in + c, 0, 2);
             });
             each<X>([&](auto j) INLINE {
                 __m512bh values = (__m512bh)_mm512_loadu_si512(x + j * stride + c);

@@ -3,7 +3,8 @@
 // No delta is ever decoded to numbers. What the nonzeros select is summed by table: all sums of a few neighbouring
 // activations are computed once per row, and the bits of a plane look up which of them a weight row takes.
 //
-//   tiles       with AMX, where x may be rounded: planes become bytes, see planes_amx.hpp
+//   bytes       where x may be rounded and there are instructions for it: planes become bytes, see planes_bytes.hpp, or
+//               with AMX tiles of them, see planes_amx.hpp
 //   few rows    a vector permutation is a table of 8 (AVX2: 3 activations) or 16 (AVX-512: 4) entries, looked up for
 //               as many weight rows at once
 //   more rows   the lanes of a vector are 8 batch rows, and one byte of a plane looks up a sum of 8 activations
@@ -38,13 +39,14 @@ inline bool all_abreast(const Term* term, const Term* end) {
     return term == end;
 }
 
-// Whether planes are multiplied as tiles.
-inline bool by_tiles(const Call& call) { return call.coarse && tiles_allowed(); }
+// Whether planes are multiplied as bytes, and these as tiles.
+inline bool by_bytes(const Call& call) { return PLANE_BYTES && call.coarse; }
+inline bool by_tiles(const Call& call) { return by_bytes(call) && tiles_allowed(); }
 
-// Rows [start, stop), few, of one group: one after the other; `tiled`: without what their planes add.
+// Rows [start, stop), few, of one group: one after the other; `done`: without what their planes add.
 void few_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
-              int64_t last, bool tiled) {
-    bool planes = !tiled && any_planes(terms, end);
+              int64_t last, bool done) {
+    bool planes = !done && any_planes(terms, end);
     int64_t size = (call.words + 1) * BLOCK, rows = smaller(last * BLOCK, call.out);
     for (int64_t row = start; row < stop; row++) {
         const float* x = call.x + row * call.in;
@@ -66,7 +68,7 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
                 add(*term, first * BLOCK, rows, call.out, x, call.in, y);
                 continue;
             }
-            if (tiled) continue;
+            if (done) continue;
 #if PERMUTE
             float power = 1;
             for (int32_t k = 0; k < term->count; k++, power *= 3)
@@ -85,7 +87,7 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
 
 // The same for at most LANES rows: one per lane.
 void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
-                  int64_t last, bool tiled) {
+                  int64_t last, bool done) {
     int64_t padded = call.words * BLOCK, rows = stop - start;
     Row8* x = reinterpret_cast<Row8*>(inputs.floats(padded * LANES));
     std::memset(x, 0, padded * sizeof(Row8));
@@ -101,7 +103,7 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
         for (const Term* term = terms; term < end; term++) {
             if (term->form != PLANES)
                 (term->levels ? add_sparse_lanes<true> : add_sparse_lanes<false>)(*term, tile * BLOCK, top, call.out, x, sum);
-            else if (!tiled)
+            else if (!done)
                 add_planes<Row8>(*term, call.words, tile, until, x, sum);
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -114,22 +116,29 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
 
 void some_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
                int64_t last) {
-    bool tiled = by_tiles(call);
+    bool done = !any_planes(terms, end);
+#if PLANE_BYTES
+    if (!done && by_bytes(call)) {
 #if AMX
-    if (tiled && any_planes(terms, end)) planes_by_tiles(call, terms, end, start, stop, first, last);
-    if (tiled && !any_lists(terms, end)) return;
+        (by_tiles(call) ? planes_by_tiles : planes_by_bytes)(call, terms, end, start, stop, first, last);
+#else
+        planes_by_bytes(call, terms, end, start, stop, first, last);
 #endif
+        done = true;
+    }
+#endif
+    if (done && !any_lists(terms, end)) return;
 #if VECTOR_LISTS
-    if (call.coarse && stop - start > 1 && (tiled || !any_planes(terms, end)) && all_abreast(terms, end)) {
+    if (call.coarse && stop - start > 1 && done && all_abreast(terms, end)) {
         for (int64_t row = start; row < stop; row += LANES)
             add_lists_shared(call, terms, end, row, smaller(row + LANES, stop), first, last);
         return;
     }
 #endif
-    int64_t few = !tiled && any_planes(terms, end) ? FEW_DENSE : FEW_SPARSE;
+    int64_t few = done ? FEW_SPARSE : FEW_DENSE;
     for (int64_t row = start; row < stop; row += LANES) {
         int64_t until = smaller(row + LANES, stop);
-        (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last, tiled);
+        (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last, done);
     }
 }
 
@@ -144,12 +153,18 @@ inline int64_t list_cost(const Call& call, int64_t rows) {
     return rows <= FEW_SPARSE ? 8 * rows : 40;
 }
 
+inline int64_t plane_cost(const Call& call, int64_t rows) {
+    if (by_tiles(call)) return 200;
+    if (by_bytes(call)) return 300 + 130 * rows;
+    return rows <= FEW_DENSE ? 720 * rows : 2000;
+}
+
 // About how long one block of 32 weight rows takes for a chunk of batch rows, in 1/16 ns. Only ratios matter.
 int64_t cost_of(const Call& call, const Term* terms, const Term* end, int64_t rows) {
     int64_t cost = 64;
     for (const Term* term = terms; term < end; term++) {
         if (term->form == PLANES)
-            cost += (by_tiles(call) ? 200 : rows <= FEW_DENSE ? 720 * rows : 2000) * call.words * term->count;
+            cost += plane_cost(call, rows) * call.words * term->count;
         else
             cost += list_cost(call, rows) * (term->count / call.blocks + BLOCK);
     }

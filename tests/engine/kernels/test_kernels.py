@@ -260,14 +260,14 @@ def test_what_is_not_finite_spoils_its_own_row_only(kernels: Kernels) -> None:
         assert not torch.cat([y[:3], y[4:]]).isnan().any()
 
 
-def test_planes_begin_earlier_where_they_are_tiles(folder: Path) -> None:
+def test_planes_begin_earlier_where_they_become_bytes(folder: Path) -> None:
     """But not for a base in float32, whose rows may not be rounded."""
     kernels = CpuKernels(folder)
     assert kernels.lists_below == SPARSE_BELOW
     kernels.prepare(torch.float32, CPU)
     assert kernels.lists_below == SPARSE_BELOW
     kernels.prepare(torch.bfloat16, CPU)
-    assert kernels.lists_below == (0.06 if kernels.tiles else SPARSE_BELOW)
+    assert kernels.lists_below == (0.06 if kernels.plane_bytes else SPARSE_BELOW)
     tensor = stored(sparse_delta(1, (64, 96), 0.08))
-    assert isinstance(kernels.transcode("t", tensor, CPU), BitPlanes if kernels.tiles else SparseRows)
+    assert isinstance(kernels.transcode("t", tensor, CPU), BitPlanes if kernels.plane_bytes else SparseRows)
     check_transcode(kernels, tensor)
