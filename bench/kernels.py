@@ -22,6 +22,7 @@ import torch
 
 from bench.report import ROOT, Row, show, write
 from server.engine.kernels import Group, Kernels, PackedDelta, available, backend, pack
+from server.engine.kernels.packing import SPARSE_BELOW
 from server.engine.kernels.types import BitPlanes, SparseRows
 from store.deltas import SparseDelta
 
@@ -57,13 +58,15 @@ FULL = Effort(SHAPES, DENSITIES, ROWS, 30, 11, BEYOND_CACHES)
 QUICK = Effort(SHAPES[2:3], (0.012, 0.4), (1, 8, 64), 6, 5, 4 << 20)
 
 
-def random_delta(shape: Shape, density: float, seed: int = 0, top: int = 1, lanes: int = 1) -> PackedDelta:
+def random_delta(
+    shape: Shape, density: float, seed: int = 0, top: int = 1, lanes: int = 1, lists_below: float = SPARSE_BELOW
+) -> PackedDelta:
     """A delta of exactly that density and of levels up to `top`, packed."""
     rng = np.random.default_rng(seed)
     numel = shape[0] * shape[1]
     kept = np.sort(rng.choice(numel, round(density * numel), replace=False)).astype(np.int32)
     levels = rng.choice(np.array([-1, 1], np.int8), len(kept)) * rng.integers(1, top, len(kept), np.int8, endpoint=True)
-    return pack(SparseDelta(shape, kept, levels, 0.01), CPU, lanes)
+    return pack(SparseDelta(shape, kept, levels, 0.01), CPU, lanes, lists_below)
 
 
 def copies(delta: PackedDelta, count: int) -> list[PackedDelta]:

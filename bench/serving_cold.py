@@ -97,6 +97,7 @@ def decode_seconds(stored: Stock, engine: TransformersEngine, digest: str, round
         HostTier(0),
         transcode=transcode,
         lists_below=kernels.lists_below,
+        lanes=kernels.lanes,
     )
     taken = []
     for _ in range(rounds + 1):

@@ -26,7 +26,6 @@ from examples.fetch import CACHE
 from server.engine.expert import DecodedExpert
 from server.engine.host_tier import HostTier
 from server.engine.kernels import Kernels, available, backend
-from server.engine.kernels.decoding import LANES
 from server.engine.loader import ExpertLoader
 from server.engine.merged import MergedWeights
 from server.engine.model import BaseModel
@@ -48,20 +47,28 @@ Pair = Sequence[Sequence[DecodedExpert]]
 """The experts of two mixes."""
 
 
-def random_expert(model: BaseModel, density: float, seed: int, top: int = 1) -> DecodedExpert:
-    """One that moves every matrix of the decoder's layers."""
+def random_expert(model: BaseModel, own: Kernels, density: float, seed: int, top: int = 1) -> DecodedExpert:
+    """One that moves every matrix of the decoder's layers, as these kernels read it fastest."""
     shapes = {name: p.shape for name, p in model.parameters.items() if p.ndim == 2 and ".layers." in name}
     deltas = {
-        name: random_delta((shape[0], shape[1]), density, seed + place, top, LANES)
+        name: random_delta((shape[0], shape[1]), density, seed + place, top, own.lanes, own.lists_below)
         for place, (name, shape) in enumerate(shapes.items())
     }
     return DecodedExpert(f"random-{density}-{top}-{seed}", deltas)
 
 
-def demo_experts(model: BaseModel, folder: Path) -> list[DecodedExpert]:
-    """Two of the demo's experts, decoded."""
+def demo_experts(model: BaseModel, own: Kernels, folder: Path) -> list[DecodedExpert]:
+    """Two of the demo's experts, decoded as the engine does it."""
     files = {digest_of(path): path for path in sorted(folder.glob("*.safetensors"))[:2]}
-    loader = ExpertLoader(model.manifest, CPU, lambda digest: files[digest].read_bytes(), HostTier(0))
+    loader = ExpertLoader(
+        model.manifest,
+        CPU,
+        lambda digest: files[digest].read_bytes(),
+        HostTier(0),
+        transcode=own.transcode,
+        lists_below=own.lists_below,
+        lanes=own.lanes,
+    )
     return [loader.load(digest) for digest in files]
 
 
@@ -97,16 +104,16 @@ def switches(model: BaseModel, kernels: Mapping[str, Kernels], pair: Pair, round
     return taken
 
 
-def _pairs(model: BaseModel, folder: Path, *, quick: bool) -> Iterator[tuple[str, Pair]]:
+def _pairs(model: BaseModel, own: Kernels, folder: Path, *, quick: bool) -> Iterator[tuple[str, Pair]]:
     """What is switched between, one after the other, so that not all are in memory at a time."""
-    yield "demo", [[expert] for expert in demo_experts(model, folder)]
+    yield "demo", [[expert] for expert in demo_experts(model, own, folder)]
     for density in (0.08, 0.4) if quick else DENSITIES:
-        yield f"density {density}", [[random_expert(model, density, seed)] for seed in (0, 1000)]
+        yield f"density {density}", [[random_expert(model, own, density, seed)] for seed in (0, 1000)]
     for density in (0.08,) if quick else MIXED:
-        experts = [random_expert(model, density, seed) for seed in (0, 1000, 2000)]
+        experts = [random_expert(model, own, density, seed) for seed in (0, 1000, 2000)]
         yield f"two of density {density}", [experts[:2], experts[1:]]
     for density in (0.012, 0.4):
-        some = [random_expert(model, density, seed, LEVELS) for seed in (0, 1000)]
+        some = [random_expert(model, own, density, seed, LEVELS) for seed in (0, 1000)]
         yield f"density {density}, levels to {LEVELS}", [[expert] for expert in some]
 
 
@@ -123,7 +130,9 @@ def main() -> None:
     worst = 0.0
     for dtype in ["bfloat16"] if arguments.quick else DTYPES:
         model = BaseModel(arguments.base, dtype=DTYPES[dtype], device=CPU, feature_layer=1, cache_dir=CACHE.parent)
-        for what, pair in _pairs(model, arguments.experts, quick=arguments.quick):
+        for kernel in kernels.values():
+            kernel.prepare(DTYPES[dtype], CPU)
+        for what, pair in _pairs(model, kernels[names[0]], arguments.experts, quick=arguments.quick):
             taken = switches(model, kernels, pair, 4 if arguments.quick else 15)
             names_moved = {name for expert in pair[0] for name in expert.tensors}
             patched = sum(model.parameters[name].nbytes for name in names_moved)

@@ -16,11 +16,11 @@ from server.engine.attention import Segment
 from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import Kernels, LoadedDelta
-from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
+from server.engine.kernels.types import BitPlanes, ByteLists, DenseValues, Overwrites, SparseRows
 from server.engine.layout import Layout, Span
 from server.engine.model import BaseModel
 from server.engine.native_steps import NativeSteps
-from server.engine.synthetic import FORMS, synthetic_expert
+from server.engine.synthetic import forms_of, synthetic_expert
 from store.mix import BASE_MIX, Mix
 
 _ROWS = (1, 8, 32)
@@ -74,9 +74,9 @@ class Costs:
 
 
 def units(delta: LoadedDelta) -> int:
-    """What the time beside the weights is proportional to: elements, once for every digit, or nonzeros of lists."""
-    if isinstance(delta, SparseRows):
-        return len(delta.entries)
+    """What the time beside the weights is proportional to: elements, once for every digit, or what lists have."""
+    if isinstance(delta, SparseRows | ByteLists):
+        return delta.entries.numel()
     return math.prod(delta.shape) * (delta.digits if isinstance(delta, BitPlanes) else 1)
 
 
@@ -101,7 +101,7 @@ def calibrate(model: BaseModel, executor: Executor, kernels: Kernels, most_rows:
     steps = _curve(lambda rows: _step_seconds(executor, model.device, rows, None), measured, _STEP_SECONDS)
     delta: dict[Form, Curve] = {}
     patch: dict[Form, float] = {}
-    for form in FORMS:
+    for form in forms_of(kernels):
         expert = synthetic_expert(form, shapes, model.device, kernels)
         count = max(1, sum(units(own) for own in expert.tensors.values()))
         beside = partial(_beside_seconds, executor, model.device, expert=expert, base=steps)

@@ -116,6 +116,7 @@ class TransformersEngine:
             open_checkpoint(folder),
             transcode,
             kernels.lists_below,
+            kernels.lanes,
             kernels.decode_overwrite if isinstance(kernels, CpuKernels) else None,
         )
         self._worker = Worker(self._model, kernels, loader, self._outbox, settings)

@@ -38,7 +38,7 @@ class ExpertSource(Protocol):
     """
 
     def decoded_bytes(self, digest: str) -> int:
-        """Bytes that `load` will take on the device, known without decoding."""
+        """Bytes that `load` will take on the device at most, known without decoding."""
 
     def load(self, digest: str) -> DecodedExpert: ...
 

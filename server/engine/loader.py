@@ -55,7 +55,7 @@ class ExpertLoader:
         base: the base's weights as they are on disk; experts that overwrite weights need them.
         transcode: `Kernels.transcode`, where the device decodes, or the host in native code; None decodes in NumPy. A
             GPU's temporary tensors take memory besides the expert's: where there is none, the host decodes.
-        lists_below: `Kernels.lists_below`.
+        lists_below, lanes: of `Kernels`.
         decode_overwrite: `CpuKernels.decode_overwrite`, where the host decodes in native code.
 
     Attributes:
@@ -71,6 +71,7 @@ class ExpertLoader:
         base: Checkpoint | None = None,
         transcode: Transcode | None = None,
         lists_below: float = SPARSE_BELOW,
+        lanes: int = 1,
         decode_overwrite: DecodeOverwrite | None = None,
     ) -> None:
         self._manifest = manifest
@@ -79,7 +80,7 @@ class ExpertLoader:
         """Types that all of the base's weights are known to be numbers of."""
         self._device = device
         self._transcode = transcode
-        self._lists_below = lists_below
+        self._lists_below, self._lanes = lists_below, lanes
         self._decode_overwrite = decode_overwrite
         self._read = read
         self.host = host
@@ -257,8 +258,8 @@ class ExpertLoader:
             self.is_decoding = False
 
     def _bytes_of(self, data: bytes) -> int:
-        """What an expert file takes once it is decoded."""
-        return _decoded_bytes(read_header(data), self._lists_below)
+        """What an expert file takes at most once it is decoded."""
+        return _decoded_bytes(read_header(data), self._lists_below, self._lanes)
 
     def _overwrites(self, name: str, delta: OverwriteDelta) -> Overwrites:
         if self._base is None:
@@ -282,7 +283,7 @@ class ExpertLoader:
         return moved
 
 
-def _decoded_bytes(header: ExpertHeader, lists_below: float) -> int:
+def _decoded_bytes(header: ExpertHeader, lists_below: float, lanes: int) -> int:
     fields: list[int] = []
     for entry in header.tensors.values():
         if isinstance(entry, OverwriteEntry):
@@ -290,5 +291,5 @@ def _decoded_bytes(header: ExpertHeader, lists_below: float) -> int:
         elif isinstance(entry, DenseEntry):
             fields += packed_fields(entry.shape, None)
         else:
-            fields += packed_fields(entry.shape, entry.nnz, entry.params.get("top", 1), lists_below)
+            fields += packed_fields(entry.shape, entry.nnz, entry.params.get("top", 1), lists_below, lanes)
     return parcel_bytes(fields)

@@ -269,6 +269,8 @@ class Residency:
         error = done.exception()
         if error is None:
             slot.expert = self._experts[digest] = done.result()
+            self.used_bytes += slot.expert.nbytes - slot.nbytes  # at most so many had been announced
+            slot.nbytes = self._looks.sizes[digest] = slot.expert.nbytes
             self.meter.loaded(time.perf_counter() - started)
             self._thread.submit(self._source.keep, Errand.KEEP, digest, tenant)
             for ticket in waiters:

@@ -10,16 +10,22 @@ import torch
 
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import Kernels, PackedDelta, pack
-from server.engine.kernels.types import BLOCK, BitPlanes, DenseValues, SparseRows
+from server.engine.kernels.packing import ABREAST, IN_BYTES
+from server.engine.kernels.types import BLOCK, BitPlanes, ByteLists, DenseValues, SparseRows
 from store.deltas import DenseDelta, SparseDelta
 
-FORMS: tuple[type[PackedDelta], ...] = (BitPlanes, SparseRows, DenseValues)
-DENSITIES = {BitPlanes: 0.3, SparseRows: 0.03}
+DENSITIES = {BitPlanes: 0.3, SparseRows: 0.03, ByteLists: 0.03}
 """Of forms that have one: what lies well within those that take them."""
 _DRAWN = 1 << 20
 """Most elements that are drawn at random; larger matrices repeat them."""
 
 Shape = tuple[int, int]
+
+
+def forms_of(kernels: Kernels) -> tuple[type[PackedDelta], ...]:
+    """What experts of such kernels may be made of."""
+    lists: tuple[type[PackedDelta], ...] = (ByteLists, SparseRows) if kernels.lanes == IN_BYTES else (SparseRows,)
+    return (BitPlanes, *lists, DenseValues)
 
 
 def synthetic_expert(
@@ -50,9 +56,8 @@ def _delta(form: type[PackedDelta], shape: Shape, device: torch.device, kernels:
     numel = drawn * width
     kept = np.unique(rng.integers(0, numel, math.ceil(DENSITIES[form] * numel))).astype(np.int32)
     levels = rng.choice(np.array([-1, 1], np.int8), len(kept))
-    delta = pack(
-        SparseDelta((drawn, width), kept, levels, 0.01), device, kernels.lanes, 1.0 if form is SparseRows else 0.0
-    )
+    lanes = IN_BYTES if form is ByteLists else min(kernels.lanes, ABREAST)
+    delta = pack(SparseDelta((drawn, width), kept, levels, 0.01), device, lanes, 0.0 if form is BitPlanes else 1.0)
     return delta if times == 1 else _repeated(delta, times, shape)
 
 
@@ -61,12 +66,19 @@ def _repeated(delta: PackedDelta, times: int, shape: Shape) -> PackedDelta:
     if isinstance(delta, BitPlanes):
         words = delta.words.repeat(times, 1, 1, 1, 1)[: shape[0] // BLOCK].contiguous()
         return BitPlanes(shape, delta.scale, words)
-    if not isinstance(delta, SparseRows):
+    if isinstance(delta, DenseValues):
         return delta
     (rows, _), count = delta.shape, len(delta.entries)
     turns = torch.arange(times, dtype=torch.int32, device=delta.device)[:, None]
-    order = (delta.order[None] + turns * rows).view(-1)[: shape[0]]
     starts = torch.cat([(delta.starts[None, :-1] + turns * count).view(-1), delta.starts.new_tensor([times * count])])
+    if isinstance(delta, ByteLists):
+        starts = starts[: 2 * shape[0] // BLOCK + 1].contiguous()
+        vectors = int(starts[-1])
+        places = delta.places.repeat(times)[: shape[0]].contiguous()
+        pieces = delta.pieces.repeat(times)[:vectors].contiguous()
+        entries = delta.entries.repeat(times, 1, 1)[:vectors].contiguous()
+        return ByteLists(shape, delta.scale, places, starts, pieces, entries, None)
+    order = (delta.order[None] + turns * rows).view(-1)[: shape[0]]
     starts = starts[: shape[0] + 1]
     entries = delta.entries.repeat(times)[: int(starts[-1])]
     return SparseRows(

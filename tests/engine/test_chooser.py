@@ -15,15 +15,15 @@ from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import backend
 from server.engine.kernels.merging import merge_tensor
-from server.engine.kernels.packing import gather_rows
+from server.engine.kernels.packing import ABREAST, IN_BYTES, gather_rows
 from server.engine.kernels.reference import ReferenceKernels
-from server.engine.kernels.types import BitPlanes, DenseValues, Overwrites, SparseRows
+from server.engine.kernels.types import BitPlanes, ByteLists, DenseValues, Overwrites, SparseRows
 from server.engine.kv_cache import KVCache
 from server.engine.layout import Layout
 from server.engine.model import BaseModel
 from server.engine.options import Mode
 from server.engine.scheduler import Demand
-from server.engine.synthetic import FORMS, synthetic_expert
+from server.engine.synthetic import forms_of, synthetic_expert
 from store.mix import BASE_MIX, Mix
 from tests.engine.conftest import Library
 
@@ -108,18 +108,20 @@ def test_deltas_cost_what_is_read_of_them() -> None:
     order = torch.zeros(9, dtype=torch.int32)
     assert units(BitPlanes((8, 8), 1.0, words)) == 3 * 64, "every digit is read"
     assert units(SparseRows((8, 1000), 1.0, order[:8], order, lists, None)) == 7
+    vectors = torch.zeros(3, 16, 4, dtype=torch.uint8)
+    assert units(ByteLists((8, 1000), 1.0, vectors[0, :8, 0], order, vectors[:, 0, 0], vectors, None)) == 3 * 64
     assert units(DenseValues(torch.zeros(8, 8))) == 64
 
 
 @pytest.mark.parametrize("shape", [(96, 70), (70, 96), (33, 40), (128, 5), (1, 64)])
-@pytest.mark.parametrize("lanes", [1, 16])
+@pytest.mark.parametrize("lanes", [1, ABREAST, IN_BYTES])
 def test_synthetic_experts_are_of_one_form_and_repeat_what_was_drawn(
     shape: tuple[int, int], lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.engine.synthetic._DRAWN", 32 * shape[1])
     kernels = ReferenceKernels()
     monkeypatch.setattr(kernels, "lanes", lanes)
-    for form in FORMS:
+    for form in forms_of(kernels):
         expert = synthetic_expert(form, {"a": shape, "b": shape, "c": (3, 7)}, torch.device("cpu"), kernels)
         assert {type(delta) for delta in expert.tensors.values()} == {form}
         delta = expert.tensors["b"]

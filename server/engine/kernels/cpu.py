@@ -14,12 +14,13 @@ import torch
 
 from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
-from server.engine.kernels.decoding import LANES, Decoder
-from server.engine.kernels.packing import SPARSE_BELOW, pack
+from server.engine.kernels.decoding import Decoder
+from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW, pack
 from server.engine.kernels.reference import ReferenceKernels, multiply_merged
 from server.engine.kernels.trial import computes_rightly
 from server.engine.kernels.types import (
     BitPlanes,
+    ByteLists,
     DenseValues,
     Group,
     LoadedDelta,
@@ -44,16 +45,16 @@ _TERM = struct.Struct("<qqiifi5Q")
 
 Fields = tuple[int, int, int, int, float, int, int, int, int, int, int]
 
-_LISTS_BELOW_BYTES = 0.06
-"""Where planes become bytes they are faster from here on. Eight rows of SmolLM2 on two cores: of a Xeon with AMX, at
-density 0.08 with one expert for all rows 0.86 of the base's tokens per second against 0.67 by lists, with one each 0.55
-against 0.47; at 0.05 0.85 against 0.74, but with one each 0.53 against 0.59. Of a Zen 4 with one each 0.64 against 0.57
-at 0.07, as much at 0.05. Experts in between take up to twice the memory."""
+_LISTS_BELOW_BYTES, _LISTS_BELOW_TILES = 0.15, 0.06
+"""Where lists are in bytes they are read faster than planes up to there, and take no more memory. Eight rows of
+SmolLM2 on two cores of a Zen 4 take 5.5 ms more than the base's step at density 0.1 on eight experts, with planes 9.8,
+and 8.5 and 10.7 at 0.16; all on one 3.1 and 7.5, and 4.8 and 7.4. Planes that become tiles begin earlier: lists in
+bytes have not been measured beside them."""
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
 """What `merge.cpp` merges into; the others are left to torch."""
-_DENSE, _OVERWRITES = 3, 4
-"""Forms of terms that it merges beside those of `CpuKernels.term`."""
+_PLANES, _SPARSE, _ABREAST, _DENSE, _OVERWRITES, _IN_BYTES = range(6)
+"""`Form` of native.hpp; two of them are merged only."""
 
 
 class CpuKernels:
@@ -67,7 +68,7 @@ class CpuKernels:
 
     name = "cpu"
     fuse_rows: int | None = None
-    lanes = LANES
+    lanes = ABREAST
     lists_below = SPARSE_BELOW
 
     def __init__(self, cache_dir: Path, *, flags: tuple[str, ...] = ()) -> None:
@@ -87,6 +88,8 @@ class CpuKernels:
         self.parallel = bool(library.switchyard_parallel())
         self.plane_bytes = bool(library.switchyard_plane_bytes())
         """Whether planes are multiplied as bytes where x may be rounded."""
+        self.tiles = bool(library.switchyard_tiles())
+        """Whether these planes become tiles."""
         self.permute = int(library.switchyard_permute())
         """Entries of the table that one vector instruction looks up; 0 where there is none."""
         self._step = library.switchyard_step
@@ -104,7 +107,8 @@ class CpuKernels:
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ARG002 (there is but one)
         if self.plane_bytes and dtype is not torch.float32:
-            self.lists_below = _LISTS_BELOW_BYTES
+            self.lists_below = _LISTS_BELOW_TILES if self.tiles else _LISTS_BELOW_BYTES
+            self.lanes = IN_BYTES
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         if y.dtype is torch.float32:
@@ -137,16 +141,20 @@ class CpuKernels:
                 dense = tuple(term for term in group.terms if isinstance(term[1], DenseValues))
                 self._plain.add_linear(y, x, [Group(group.start, group.stop, dense)])
 
-    def term(self, delta: BitPlanes | SparseRows) -> Fields:
+    def term(self, delta: BitPlanes | SparseRows | ByteLists) -> Fields:
         """A `TERM` of a delta alone, for no rows; its addresses are good as long as the delta is."""
         known = self._terms.get(delta)
         if known is None:
             if isinstance(delta, BitPlanes):
-                known = (0, 0, 0, 1, delta.scale, delta.digits, delta.words.data_ptr(), 0, 0, 0, 0)
+                known = (0, 0, _PLANES, 1, delta.scale, delta.digits, delta.words.data_ptr(), 0, 0, 0, 0)
             else:
                 levels = 0 if delta.levels is None else delta.levels.data_ptr()
-                lists = (delta.order.data_ptr(), delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
-                known = (0, 0, 1 if delta.lanes == 1 else 2, 1, delta.scale, len(delta.entries), 0, *lists)
+                lists = (delta.starts.data_ptr(), delta.entries.data_ptr(), levels)
+                if isinstance(delta, ByteLists):
+                    form, first = _IN_BYTES, (delta.pieces.data_ptr(), delta.places.data_ptr())
+                else:
+                    form, first = _SPARSE if delta.lanes == 1 else _ABREAST, (0, delta.order.data_ptr())
+                known = (0, 0, form, 1, delta.scale, len(delta.entries), *first, *lists)
             self._terms[delta] = known
         return known
 
@@ -181,7 +189,7 @@ class CpuKernels:
         multiply_merged(self.merge, y, x, weight, bias, groups)
 
     def transcode(self, name: str, tensor: PackedTernary, device: torch.device) -> PackedDelta:
-        made = self._decoder.decode(tensor, self.lists_below) if device.type == "cpu" else None
+        made = self._decoder.decode(tensor, self.lists_below, self.lanes) if device.type == "cpu" else None
         return pack(tensor.decode(name), device, self.lanes, self.lists_below) if made is None else made
 
     def decode_overwrite(self, name: str, tensor: PackedOverwrite) -> OverwriteDelta:
@@ -201,7 +209,7 @@ class CpuKernels:
         self._merge(*where, records, len(terms), torch.get_num_threads())
 
     def _merged_term(self, weight: float, delta: LoadedDelta) -> bytes:
-        if isinstance(delta, BitPlanes | SparseRows):
+        if isinstance(delta, BitPlanes | SparseRows | ByteLists):
             start, stop, form, opens, scale, *others = self.term(delta)
             return _TERM.pack(start, stop, form, opens, _single(weight * scale), *others)
         if isinstance(delta, DenseValues):

@@ -7,16 +7,14 @@ import ctypes
 import numpy as np
 import torch
 
-from server.engine.kernels.packing import SPARSE_BELOW, form_of
-from server.engine.kernels.types import BLOCK, BitPlanes, SparseRows, rows_and_columns
+from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW, form_beside, form_of, most_vectors
+from server.engine.kernels.types import BLOCK, PIECE, BitPlanes, ByteLists, SparseRows, rows_and_columns
 from store.deltas import OverwriteDelta
 from store.encodings import MAX_LEVEL
 from store.packed import LARGEST, PackedLevels, PackedOverwrite, PackedTernary
 from store.positions import BITMAP, MAX_K, MIN_K, RICE, RICE_ZEROS
 
 _LAYOUTS = {BITMAP: 0, RICE: 1, RICE_ZEROS: 2}
-LANES = 16
-"""Lists that `decode.cpp` lays abreast."""
 _MOST = 2**31
 """Elements of a tensor, exclusive: places in lists are int32."""
 
@@ -29,13 +27,20 @@ class Decoder:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         common = (ctypes.c_char_p, size, number, number, size)
         self._planes, self._sparse = library.switchyard_decode_planes, library.switchyard_decode_sparse
-        self._steps = library.switchyard_decode_steps
+        self._bytes, self._steps = library.switchyard_decode_bytes, library.switchyard_decode_steps
         self._planes.argtypes = (*common, size, size, size, number, number, pointer)
         self._sparse.argtypes = (*common, size, size, size, number, *[pointer] * 4)
+        self._bytes.argtypes = (*common, size, size, size, number, size, *[pointer] * 5)
+        self._bytes.restype = size
         self._steps.argtypes = (*common, size, size, size, pointer, pointer)
 
-    def decode(self, tensor: PackedTernary, lists_below: float = SPARSE_BELOW) -> BitPlanes | SparseRows | None:
-        """`pack(tensor.decode(...), lanes=LANES, lists_below=lists_below)`, bit for bit.
+    def decode(
+        self, tensor: PackedTernary, lists_below: float = SPARSE_BELOW, lanes: int = ABREAST
+    ) -> BitPlanes | SparseRows | ByteLists | None:
+        """`pack(tensor.decode(...), lanes=lanes, lists_below=lists_below)`, bit for bit.
+
+        Args:
+            lanes: `ABREAST` or `IN_BYTES`.
 
         Returns:
             None where only `tensor.decode` will do: vectors, layouts that are not known here, and whatever is damaged,
@@ -51,6 +56,11 @@ class Decoder:
             return None
         rows, columns = rows_and_columns(shape)
         form = form_of(shape, tensor.nnz, top, lists_below)
+        if form is SparseRows and lanes == IN_BYTES:
+            made = self._in_bytes(tensor, payload, (rows, columns), values, top)
+            if made is not None:
+                return made
+            form = form_beside(shape, tensor.nnz, top, lists_below)
         if form is BitPlanes:
             digits = next(digits for digits in range(1, 7) if 3**digits // 2 >= top)
             words = torch.empty(-(-rows // BLOCK), digits, -(-columns // BLOCK), 2, BLOCK, dtype=torch.int32)
@@ -60,11 +70,33 @@ class Decoder:
             order, starts = torch.empty(rows, dtype=torch.int32), torch.empty(rows + 1, dtype=torch.int32)
             entries = torch.empty(tensor.nnz, dtype=torch.int16)
             levels = torch.empty(tensor.nnz, dtype=torch.uint8) if top > 1 else None
-            made = (order, starts, entries, levels)
-            addresses = [None if part is None else part.data_ptr() for part in made]
-            good = self._sparse(*payload, rows, columns, values, top, *addresses)
-            return SparseRows(shape, tensor.scale, *made, LANES) if good else None
+            parts = (order, starts, entries, levels)
+            good = self._sparse(*payload, rows, columns, values, top, *_addresses(parts))
+            return SparseRows(shape, tensor.scale, *parts, ABREAST) if good else None
         return None
+
+    def _in_bytes(
+        self,
+        tensor: PackedTernary,
+        payload: tuple[bytes, int, int, int, int],
+        size: tuple[int, int],
+        values: int,
+        top: int,
+    ) -> ByteLists | None:
+        """None where `pack` makes none, or the payload is damaged."""
+        (rows, columns), most = size, most_vectors(size[0], tensor.nnz)
+        if columns > 256 * PIECE:
+            return None
+        blocks = -(-rows // BLOCK)
+        places, starts = torch.empty(BLOCK * blocks, dtype=torch.uint8), torch.empty(2 * blocks + 1, dtype=torch.int32)
+        pieces, entries = torch.empty(most, dtype=torch.uint8), torch.empty(most, ABREAST, 4, dtype=torch.uint8)
+        levels = torch.empty_like(entries) if top > 1 else None
+        parts = (places, starts, pieces, entries, levels)
+        vectors = self._bytes(*payload, rows, columns, values, top, most, *_addresses(parts))
+        if vectors <= 0:
+            return None
+        used = (pieces[:vectors], entries[:vectors], None if levels is None else levels[:vectors])
+        return ByteLists(tensor.shape, tensor.scale, places, starts, *used)
 
     def decode_overwrite(self, tensor: PackedOverwrite) -> OverwriteDelta | None:
         """`tensor.decode(...)`, bit for bit; None where only that will do, as `decode` says."""
@@ -75,6 +107,10 @@ class Decoder:
         indices, steps = np.empty(tensor.nnz, np.int32), np.empty(tensor.nnz, np.int16)
         good = self._steps(*payload, tensor.numel, high, low, indices.ctypes.data, steps.ctypes.data)
         return OverwriteDelta(tensor.shape, indices, steps, tensor.half, tensor.sha256) if good else None
+
+
+def _addresses(parts: tuple[torch.Tensor | None, ...]) -> list[int | None]:
+    return [None if part is None else part.data_ptr() for part in parts]
 
 
 def _payload(

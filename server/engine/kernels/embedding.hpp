@@ -11,10 +11,7 @@ namespace {
 inline void add_delta_row(const Term& term, int64_t row, int64_t rows, int64_t width, float* out) {
     int64_t block = row / BLOCK * BLOCK;
     if (term.form != PLANES) {
-        int64_t i = block;
-        while (term.order[i] != row) i++;
-        each_entry(term.starts, i, rows, term.form == ABREAST, [&](int64_t place) {
-            uint16_t entry = term.entries[place];
+        each_nonzero(term, list_of(term, row), rows, width, [&](uint32_t entry, int64_t place) {
             float value = term.levels ? term.factor * term.levels[place] : term.factor;
             out[entry >> 1] += entry & 1 ? -value : value;
         });

@@ -141,6 +141,8 @@ def term_fields(weight: float, delta: PackedDelta, first_row: int = 0) -> tuple[
     if isinstance(delta, BitPlanes):
         offset = 4 * (first_row // 32) * delta.words.stride(0)
         return (0, factor, delta.digits, delta.words.data_ptr() + offset, 0, 0, 0, 0)
+    if not isinstance(delta, SparseRows):
+        raise TypeError("lists in bytes are for CPUs")
     levels = 0 if delta.levels is None else delta.levels.data_ptr()
     lists = (delta.order.data_ptr() + 4 * first_row, delta.starts.data_ptr() + 4 * first_row)
     return (1, factor, 0, 0, *lists, delta.entries.data_ptr(), levels)

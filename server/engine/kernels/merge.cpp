@@ -13,10 +13,8 @@ void merge_rows(T* out, const T* pristine, int64_t first, int64_t last, int64_t 
     const Term& term = *terms;
     if (count == 1 && term.form == PLANES && term.count == 1)
         merge_planes<true>(out, pristine, first, last, columns, term.words, term.factor);
-    else if (count == 1 && (term.form == SPARSE || term.form == ABREAST))
-        merge_sparse<true>(out, pristine, first, last, columns,
-                           {rows, term.form == ABREAST, term.order, term.starts, term.entries, term.levels},
-                           term.factor);
+    else if (count == 1 && (term.form == SPARSE || term.form == ABREAST || term.form == IN_BYTES))
+        merge_sparse<true>(out, pristine, first, last, rows, columns, term);
     else if (count == 1 && term.form == OVERWRITES && term.factor == 1)
         overwrite(out, pristine, first, last, columns, term);
     else

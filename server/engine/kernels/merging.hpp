@@ -108,67 +108,57 @@ void merge_planes(T* out, const T* pristine, int64_t first, int64_t last, int64_
     }
 }
 
-// The lists of a delta, one per row.
-struct Lists {
-    int64_t count;
-    bool abreast;
-    const int32_t *order, *starts;
-    const uint16_t* entries;
-    const uint8_t* levels;  // or none
-};
-
 // The signs of 32 columns: those of +1, those of -1.
 typedef uint32_t Bits[2];
 
 // A list of signs, as masks: setting a bit takes a fraction of the time that changing a number does.
-inline void list_bits(Bits* bits, int64_t list, int64_t lists, int64_t columns, bool abreast, const int32_t* starts,
-                      const uint16_t* entries) {
+inline void list_bits(Bits* bits, const Term& term, int64_t list, int64_t lists, int64_t columns) {
     std::memset(bits, 0, blocks_of(columns) * sizeof *bits);
-    each_entry(starts, list, lists, abreast, [&](int64_t place) {
-        uint32_t entry = entries[place];
+    each_nonzero(term, list, lists, columns, [&](uint32_t entry, int64_t) {
         bits[entry >> 6][entry & 1] |= 1u << ((entry >> 1) & 31);
     });
 }
 
 // One row of signs.
 template <bool EXACT, typename T>
-inline void merge_list(T* out, const T* pristine, int64_t columns, const Lists& lists, int64_t i, float factor) {
+inline void merge_list(T* out, const T* pristine, int64_t columns, const Term& term, int64_t i, int64_t lists) {
     Bits bits[MOST_COLUMNS / BLOCK];
-    list_bits(bits, i, lists.count, columns, lists.abreast, lists.starts, lists.entries);
+    list_bits(bits, term, i, lists, columns);
     for (int64_t j = 0; j < blocks_of(columns); j++)
-        merge_word<EXACT>(out + j * BLOCK, pristine + j * BLOCK, bits[j][0], bits[j][1], factor, columns - j * BLOCK);
+        merge_word<EXACT>(out + j * BLOCK, pristine + j * BLOCK, bits[j][0], bits[j][1], term.factor,
+                          columns - j * BLOCK);
 }
 
 // One row of several magnitudes, worth `values` each.
 template <typename T>
-inline void merge_levels(T* out, const T* pristine, int64_t columns, const Lists& lists, int64_t i, const float* values) {
+inline void merge_levels(T* out, const T* pristine, int64_t columns, const Term& term, int64_t i, int64_t lists,
+                         const float* values) {
     std::memcpy(out, pristine, columns * sizeof(T));
-    each_entry(lists.starts, i, lists.count, lists.abreast, [&](int64_t place) {
-        uint16_t entry = lists.entries[place];
-        float value = values[lists.levels[place]];
+    each_nonzero(term, i, lists, columns, [&](uint32_t entry, int64_t place) {
+        float value = values[term.levels[place]];
         int64_t column = entry >> 1;
         narrow(widened(pristine[column]) + (entry & 1 ? -value : value), out + column);
     });
 }
 
-// The same for lists; all rows lie in one block of 32.
+// The same for the lists of a delta, one per row of so many; all rows lie in one block of 32.
 template <bool EXACT, typename T>
-void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const Lists& lists,
-                  float factor) {
+void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t rows, int64_t columns,
+                  const Term& term) {
     // Rounded here, so that no product is fused with its addition.
     float values[256];
-    for (int level = 0; lists.levels != nullptr && level < 256; level++) values[level] = float(level) * factor;
+    for (int level = 0; term.levels != nullptr && level < 256; level++) values[level] = float(level) * term.factor;
     // Lists are sorted by length within a block. Weights are walked through as they lie: memory is read ahead.
-    int64_t block = first / BLOCK * BLOCK, place[BLOCK];
-    for (int64_t i = block; i < smaller(block + BLOCK, lists.count); i++) place[lists.order[i] - block] = i;
+    int64_t block = first / BLOCK * BLOCK, own[BLOCK];
+    lists_of_block(term, block, rows, own);
     for (int64_t r = first; r < last; r++, out += columns) {
         const T* from = pristine + r * columns;
         if (!EXACT)
             for (int64_t j = 0; j < columns; j += BLOCK) __builtin_prefetch(from + ROWS_AHEAD * columns + j, 0, 2);
-        if (lists.levels == nullptr)
-            merge_list<EXACT>(out, from, columns, lists, place[r - block], factor);
+        if (term.levels == nullptr)
+            merge_list<EXACT>(out, from, columns, term, own[r - block], rows);
         else
-            merge_levels(out, from, columns, lists, place[r - block], values);
+            merge_levels(out, from, columns, term, own[r - block], rows, values);
     }
 }
 

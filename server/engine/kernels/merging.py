@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from server.engine.kernels.packing import dense, places
+from server.engine.kernels.packing import byte_places, dense, places
 from server.engine.kernels.types import (
     BLOCK,
     BitPlanes,
+    ByteLists,
     DenseValues,
     LoadedTerm,
     Overwrites,
@@ -35,7 +36,7 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Load
         out.copy_(pristine)
         out.view(-1).index_put_((delta.places.long(),), delta.values.to(out.dtype))
         return
-    if len(terms) == 1 and isinstance(delta, SparseRows):
+    if len(terms) == 1 and isinstance(delta, SparseRows | ByteLists):
         at, values = _nonzeros(delta, weight)
         out.copy_(pristine)
         flat = out.view(-1)
@@ -50,7 +51,7 @@ def merge_tensor(out: torch.Tensor, pristine: torch.Tensor, terms: Sequence[Load
         return
     total = torch.zeros(out.numel(), dtype=torch.float32, device=out.device)
     for weight, delta in terms:
-        if isinstance(delta, SparseRows):
+        if isinstance(delta, SparseRows | ByteLists):
             total.index_add_(0, *_nonzeros(delta, weight))
         elif isinstance(delta, Overwrites):
             at = delta.places.long()
@@ -114,8 +115,11 @@ def _levels(delta: BitPlanes) -> torch.Tensor:
     return total.view(blocks * BLOCK, columns * BLOCK)[:rows, :size].reshape(delta.shape)
 
 
-def _nonzeros(delta: SparseRows, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _nonzeros(delta: SparseRows | ByteLists, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat positions, int64, and weighted values, float32, of a sparse delta's nonzeros, each once."""
+    if isinstance(delta, ByteLists):
+        row, column, levels = byte_places(delta, torch.arange(rows_and_columns(delta.shape)[0], device=delta.device))
+        return row * delta.shape[-1] + column, levels * (weight * delta.scale)
     owner, chosen = places(delta, torch.arange(len(delta.order), device=delta.device))
     entries = delta.entries[chosen].long() & 0xFFFF
     levels = (1 - 2 * (entries & 1)).float()

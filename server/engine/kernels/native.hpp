@@ -36,8 +36,8 @@ constexpr int64_t FEW_SPARSE = 3;
 
 typedef float Row8 __attribute__((vector_size(4 * LANES)));
 
-// The last two are merged only: values for every element, and new values for some.
-enum Form : int32_t { PLANES = 0, SPARSE = 1, ABREAST = 2, DENSE = 3, OVERWRITES = 4 };
+// DENSE and OVERWRITES are merged only: values for every element, and new values for some.
+enum Form : int32_t { PLANES = 0, SPARSE = 1, ABREAST = 2, DENSE = 3, OVERWRITES = 4, IN_BYTES = 5 };
 
 // One term of one group. Mirrors `TERM` in cpu.py.
 struct Term {
@@ -45,11 +45,11 @@ struct Term {
     int32_t form;
     int32_t opens;        // 1: first term of its group
     float factor;         // weight of the mix * scale
-    int32_t count;        // planes: of digits; lists and overwrites: of entries
-    const uint32_t* words;    // planes; dense: float values; overwrites: int32 places, ascending
-    const int32_t* order;     // sparse, and the following
+    int32_t count;        // planes: of digits; lists and overwrites: of entries; in bytes: of vectors
+    const uint32_t* words;    // planes; dense: float values; overwrites: int32 places, ascending; in bytes: pieces
+    const int32_t* order;     // sparse, and the following; in bytes: uint8 places
     const int32_t* starts;
-    const uint16_t* entries;  // overwrites: bfloat16 values
+    const uint16_t* entries;  // overwrites: bfloat16 values; in bytes: uint8
     const uint8_t* levels;
 };
 static_assert(sizeof(Term) == 72, "cpu.py packs 72 bytes");

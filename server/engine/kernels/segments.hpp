@@ -35,9 +35,7 @@ template <typename T> void merge_rows(T* out, const Operation& op, const Term& t
     if (term.form == PLANES)
         merge_planes<false>(out, weights, first, last, op.in_size, term.words, term.factor);
     else
-        merge_sparse<false>(out, weights, first, last, op.in_size,
-                            {op.out_size, term.form == ABREAST, term.order, term.starts, term.entries, term.levels},
-                            term.factor);
+        merge_sparse<false>(out, weights, first, last, op.out_size, op.in_size, term);
 }
 
 struct Range {

@@ -29,6 +29,54 @@ template <typename F> inline void each_entry(const int32_t* starts, int64_t i, i
     }
 }
 
+// What there is of lists in bytes; see `ByteLists` in types.py.
+constexpr int64_t PIECE = 127, VECTOR = 64, TOGETHER_BYTES = VECTOR / ABREAST_LISTS;
+inline int64_t piece_width(int64_t columns) {
+    int64_t pieces = (columns + PIECE - 1) / PIECE;
+    return (columns + pieces - 1) / pieces;
+}
+struct ByteLists {
+    const uint8_t *places, *pieces, *entries, *levels;
+    const int32_t* starts;
+
+    explicit ByteLists(const Term& term)
+        : places(reinterpret_cast<const uint8_t*>(term.order)), pieces(reinterpret_cast<const uint8_t*>(term.words)),
+          entries(reinterpret_cast<const uint8_t*>(term.entries)), levels(term.levels), starts(term.starts) {}
+};
+
+// The list of a row, of a term that is lists.
+inline int64_t list_of(const Term& term, int64_t row) {
+    int64_t first = row / BLOCK * BLOCK;
+    if (term.form == IN_BYTES) return first + ByteLists(term).places[row];
+    while (term.order[first] != row) first++;
+    return first;
+}
+
+// The lists of the rows of a block, of which there are so many in all.
+inline void lists_of_block(const Term& term, int64_t block, int64_t rows, int64_t (&lists)[BLOCK]) {
+    for (int64_t i = block; i < smaller(block + BLOCK, rows); i++)
+        if (term.form == IN_BYTES)
+            lists[i - block] = block + ByteLists(term).places[i];
+        else
+            lists[term.order[i] - block] = i;
+}
+
+// Calls take(2 * column + sign, where its level is) for the entries of list i of `lists` in all, of any form.
+template <typename F>
+inline void each_nonzero(const Term& term, int64_t i, int64_t lists, int64_t columns, F take) {
+    if (term.form != IN_BYTES) {
+        each_entry(term.starts, i, lists, term.form == ABREAST, [&](int64_t place) { take(term.entries[place], place); });
+        return;
+    }
+    const ByteLists own(term);
+    const int64_t width = piece_width(columns), group = i / ABREAST_LISTS;
+    for (int64_t v = own.starts[group]; v < own.starts[group + 1]; v++) {
+        int64_t place = v * VECTOR + i % ABREAST_LISTS * TOGETHER_BYTES;
+        for (int64_t k = place; k < place + TOGETHER_BYTES && (own.entries[k] & PIECE) != PIECE; k++)
+            take(uint32_t(2 * (own.pieces[v] * width + (own.entries[k] & PIECE)) + (own.entries[k] >> 7)), k);
+    }
+}
+
 // Calls take(k-th entries of the first `left` lists, left) for every k, of lists that lie abreast from `first` on.
 template <typename F> inline void each_rank(const Term& term, int64_t first, int64_t lists, F take) {
     const int32_t* starts = term.starts + first;
@@ -114,7 +162,7 @@ INLINE inline __m512 levels_at(const Term& term, int32_t place, __mmask16 mask) 
 #define VECTOR_LISTS 0
 #endif
 
-inline float signed_value(const float* x, uint16_t entry) { return entry & 1 ? -x[entry >> 1] : x[entry >> 1]; }
+inline float signed_value(const float* x, uint32_t entry) { return entry & 1 ? -x[entry >> 1] : x[entry >> 1]; }
 
 // y[order] += factor * what the entries select of x, for the lists from `first` on that lie abreast, of `lists` in all.
 // Where nothing is gathered, vectors read x `signed_twice`.
@@ -159,7 +207,7 @@ inline void add_lists(const Term& term, int64_t first, int64_t lists, const floa
 // y[order] += factor * (x @ rows^T) for the rows of the blocks [first, last), of `lists` in all; x is [in].
 template <bool LEVELS>
 void add_sparse_row(const Term& term, int64_t first, int64_t last, int64_t lists, const float* x,
-                    [[maybe_unused]] int64_t in, float* y) {
+                    int64_t in, float* y) {
     if (term.form == ABREAST) {
 #if VECTOR_LISTS && !GATHERS
         x = signed_twice(x, in);
@@ -167,30 +215,32 @@ void add_sparse_row(const Term& term, int64_t first, int64_t last, int64_t lists
         for (int64_t i = first; i < last; i += ABREAST_LISTS) add_lists<LEVELS>(term, i, lists, x, y);
         return;
     }
-    for (int64_t i = first; i < last; i++) {
+    for (int64_t row = first; row < last; row++) {
         float sum = 0;
-        each_entry(term.starts, i, lists, false, [&](int64_t place) {
-            float value = signed_value(x, term.entries[place]);
+        each_nonzero(term, list_of(term, row), lists, in, [&](uint32_t entry, int64_t place) {
+            float value = signed_value(x, entry);
             sum += LEVELS ? value * term.levels[place] : value;
         });
-        y[term.order[i]] += term.factor * sum;
+        y[row] += term.factor * sum;
     }
 }
 
 // The same for LANES rows at once; sums start at the row `first`.
 template <bool LEVELS>
-void add_sparse_lanes(const Term& term, int64_t first, int64_t last, int64_t lists, const Row8* x, Row8* sums) {
+void add_sparse_lanes(const Term& term, int64_t first, int64_t last, int64_t lists, const Row8* x, int64_t in,
+                      Row8* sums) {
     constexpr float SIGNS[] = {1.0f, -1.0f};
-    auto value = [&](int64_t place) {
-        uint16_t entry = term.entries[place];
+    auto value_of = [&](uint32_t entry, int64_t place) {
         float sign = SIGNS[entry & 1];
         return x[entry >> 1] * (LEVELS ? sign * term.levels[place] : sign);
     };
-    if (term.form == SPARSE) {
-        for (int64_t i = first; i < last; i++) {
+    auto value = [&](int64_t place) { return value_of(term.entries[place], place); };
+    if (term.form != ABREAST) {
+        for (int64_t row = first; row < last; row++) {
             Row8 sum = {};
-            each_entry(term.starts, i, lists, false, [&](int64_t place) { sum += value(place); });
-            sums[term.order[i] - first] += sum * term.factor;
+            each_nonzero(term, list_of(term, row), lists, in,
+                         [&](uint32_t entry, int64_t place) { sum += value_of(entry, place); });
+            sums[row - first] += sum * term.factor;
         }
         return;
     }

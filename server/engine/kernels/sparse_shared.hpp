@@ -117,7 +117,7 @@ inline void add_lists_shared(const Call& call, const Term* terms, const Term* en
                : pairs == 3 ? add_shared_term<3>
                             : add_shared_term<4>;
     for (const Term* term = terms; term < end; term++)
-        if (term->form != PLANES)
+        if (term->form == ABREAST)
             add(*term, first * BLOCK, smaller(last * BLOCK, call.out), call.out, words, apart, units, rows,
                 call.y + start * call.out, call.out);
 }

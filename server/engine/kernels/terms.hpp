@@ -9,7 +9,8 @@
 //               as many weight rows at once
 //   more rows   the lanes of a vector are 8 batch rows, and one byte of a plane looks up a sum of 8 activations
 //   sparse      entries name (column, sign); those of sixteen weight rows lie abreast, see sparse.hpp; where x may be
-//               rounded, several rows share them, see sparse_shared.hpp
+//               rounded, several rows share them, see sparse_shared.hpp, or 64 entries in bytes are looked up at once, see
+//               sparse_bytes.hpp
 //
 // Work is cut into blocks of 32 weight rows, or into chunks of batch rows where there are many; no two threads ever
 // write to the same element. The layouts are those of server/engine/kernels/types.py.
@@ -19,6 +20,7 @@
 #include "planes.hpp"
 #include "planes_amx.hpp"
 #include "sparse.hpp"
+#include "sparse_bytes.hpp"
 #include "sparse_shared.hpp"
 
 namespace {
@@ -28,22 +30,27 @@ inline bool any_planes(const Term* term, const Term* end) {
     return term < end;
 }
 
-inline bool any_lists(const Term* term, const Term* end) {
-    while (term < end && term->form == PLANES) term++;
+inline bool any_byte_lists(const Term* term, const Term* end) {
+    while (term < end && term->form != IN_BYTES) term++;
     return term < end;
 }
 
-// Whether all lists lie abreast.
-inline bool all_abreast(const Term* term, const Term* end) {
-    while (term < end && term->form != SPARSE) term++;
+// Whether there are lists that nobody reads as bytes.
+inline bool any_lists(const Term* term, const Term* end) {
+    while (term < end && (term->form == PLANES || term->form == IN_BYTES)) term++;
+    return term < end;
+}
+// Whether all lists lie abreast; `done`: but those in bytes.
+inline bool all_abreast(const Term* term, const Term* end, bool done) {
+    while (term < end && term->form != SPARSE && (done || term->form != IN_BYTES)) term++;
     return term == end;
 }
 
-// Whether planes are multiplied as bytes, and these as tiles.
+// Whether planes, and lists in bytes, are computed with as bytes, and these planes as tiles.
 inline bool by_bytes(const Call& call) { return PLANE_BYTES && call.coarse; }
 inline bool by_tiles(const Call& call) { return by_bytes(call) && tiles_allowed(); }
 
-// Rows [start, stop), few, of one group: one after the other; `done`: without what their planes add.
+// Rows [start, stop), few, of one group: one after the other; `done`: without what is added by bytes.
 void few_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
               int64_t last, bool done) {
     bool planes = !done && any_planes(terms, end);
@@ -63,12 +70,12 @@ void few_rows(const Call& call, const Term* terms, const Term* end, int64_t star
 #endif
         }
         for (const Term* term = terms; term < end; term++) {
+            if (done && (term->form == PLANES || term->form == IN_BYTES)) continue;
             if (term->form != PLANES) {
                 auto add = term->levels ? add_sparse_row<true> : add_sparse_row<false>;
                 add(*term, first * BLOCK, rows, call.out, x, call.in, y);
                 continue;
             }
-            if (done) continue;
 #if PERMUTE
             float power = 1;
             for (int32_t k = 0; k < term->count; k++, power *= 3)
@@ -101,9 +108,11 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
         Row8* sum = reinterpret_cast<Row8*>(sums.floats((until - tile) * BLOCK * LANES));
         std::memset(sum, 0, (until - tile) * BLOCK * sizeof(Row8));
         for (const Term* term = terms; term < end; term++) {
+            if (done && (term->form == PLANES || term->form == IN_BYTES)) continue;
             if (term->form != PLANES)
-                (term->levels ? add_sparse_lanes<true> : add_sparse_lanes<false>)(*term, tile * BLOCK, top, call.out, x, sum);
-            else if (!done)
+                (term->levels ? add_sparse_lanes<true> : add_sparse_lanes<false>)(*term, tile * BLOCK, top, call.out, x,
+                                                                                  call.in, sum);
+            else
                 add_planes<Row8>(*term, call.words, tile, until, x, sum);
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -116,26 +125,28 @@ void row_per_lane(const Call& call, const Term* terms, const Term* end, int64_t 
 
 void some_rows(const Call& call, const Term* terms, const Term* end, int64_t start, int64_t stop, int64_t first,
                int64_t last) {
-    bool done = !any_planes(terms, end);
+    const bool done = by_bytes(call);
 #if PLANE_BYTES
-    if (!done && by_bytes(call)) {
+    if (done) {
 #if AMX
-        (by_tiles(call) ? planes_by_tiles : planes_by_bytes)(call, terms, end, start, stop, first, last);
+        auto add_planes = by_tiles(call) ? planes_by_tiles : planes_by_bytes;
 #else
-        planes_by_bytes(call, terms, end, start, stop, first, last);
+        auto add_planes = planes_by_bytes;
 #endif
-        done = true;
+        if (any_planes(terms, end)) add_planes(call, terms, end, start, stop, first, last);
+        if (any_byte_lists(terms, end)) lists_by_bytes(call, terms, end, start, stop, first, last);
+        if (!any_lists(terms, end)) return;
     }
 #endif
-    if (done && !any_lists(terms, end)) return;
+    const bool planes = !done && any_planes(terms, end);
 #if VECTOR_LISTS
-    if (call.coarse && stop - start > 1 && done && all_abreast(terms, end)) {
+    if (call.coarse && stop - start > 1 && !planes && all_abreast(terms, end, done)) {
         for (int64_t row = start; row < stop; row += LANES)
             add_lists_shared(call, terms, end, row, smaller(row + LANES, stop), first, last);
         return;
     }
 #endif
-    int64_t few = done ? FEW_SPARSE : FEW_DENSE;
+    int64_t few = planes ? FEW_DENSE : FEW_SPARSE;
     for (int64_t row = start; row < stop; row += LANES) {
         int64_t until = smaller(row + LANES, stop);
         (until - row <= few ? few_rows : row_per_lane)(call, terms, end, row, until, first, last, done);
@@ -145,6 +156,7 @@ void some_rows(const Call& call, const Term* terms, const Term* end, int64_t sta
 // To be called when the rows of x may have changed.
 inline void forget_rows() {
     forget_split();
+    forget_tables();
     forget_pairs();
 }
 
@@ -165,6 +177,8 @@ int64_t cost_of(const Call& call, const Term* terms, const Term* end, int64_t ro
     for (const Term* term = terms; term < end; term++) {
         if (term->form == PLANES)
             cost += plane_cost(call, rows) * call.words * term->count;
+        else if (term->form == IN_BYTES)
+            cost += (30 + 24 * rows) * (term->count / call.blocks + 4);
         else
             cost += list_cost(call, rows) * (term->count / call.blocks + BLOCK);
     }
@@ -234,6 +248,15 @@ void fetch(const Call& call, const Part& part) {
     };
     for (const Term* term = part.group.terms; term < part.group.end; term++) {
         if (term->form == PLANES) continue;
+        if (term->form == IN_BYTES) {
+            const ByteLists own(*term);
+            int64_t from = first * term->count / call.blocks, until = last * term->count / call.blocks;
+            ask(own.places, first * BLOCK, last * BLOCK);
+            ask(own.starts, 8 * first, 8 * last);
+            ask(own.pieces, from, until);
+            ask(own.entries, from * VECTOR, until * VECTOR);
+            continue;
+        }
         int64_t rows = sizeof(int32_t) * BLOCK, entries = sizeof(uint16_t) * term->count;
         ask(term->starts, first * rows, last * rows);
         ask(term->order, first * rows, last * rows);

@@ -67,17 +67,15 @@ inline void add_levels(float* total, const uint32_t* word, int64_t apart, int32_
 
 // total += one list.
 inline void add_list(float* total, int64_t list, int64_t rows, int64_t columns, const Term& term) {
-    bool abreast = term.form == ABREAST;
     if (term.levels != nullptr) {
-        each_entry(term.starts, list, rows, abreast, [&](int64_t place) {
-            uint32_t entry = term.entries[place];
+        each_nonzero(term, list, rows, columns, [&](uint32_t entry, int64_t place) {
             float value = unfused(float(term.levels[place]) * term.factor);
             total[entry >> 1] += entry & 1 ? -value : value;
         });
         return;
     }
     Bits bits[MOST_COLUMNS / BLOCK];
-    list_bits(bits, list, rows, columns, abreast, term.starts, term.entries);
+    list_bits(bits, term, list, rows, columns);
     for (int64_t j = 0; j < blocks_of(columns); j++) add_signs(total + j * BLOCK, bits[j][0], bits[j][1], term.factor);
 }
 
@@ -96,12 +94,10 @@ void add_row(float* total, const T* pristine, int64_t row, int64_t rows, int64_t
             return;
         }
         case SPARSE:
-        case ABREAST: {
-            int64_t list = row / BLOCK * BLOCK;
-            while (term.order[list] != row) list++;
-            add_list(total, list, rows, columns, term);
+        case ABREAST:
+        case IN_BYTES:
+            add_list(total, list_of(term, row), rows, columns, term);
             return;
-        }
         case DENSE: {
             const float* values = reinterpret_cast<const float*>(term.words) + row * columns;
             for (int64_t c = 0; c < columns; c++) total[c] += unfused(values[c] * term.factor);

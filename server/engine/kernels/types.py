@@ -85,6 +85,51 @@ class SparseRows:
         return self.entries.device
 
 
+PIECE = 127
+"""Most columns of a piece of `ByteLists`: seven bits name one of them, or none."""
+
+
+@dataclass(frozen=True, eq=False)
+class ByteLists:
+    """A delta as lists of nonzeros in bytes, for CPUs that look up 64 bytes at once.
+
+    Within each 32 rows, lists are in the order of those of `SparseRows`. Columns are cut into pieces of `width`.
+    Sixteen neighbouring lists have, piece by piece, as many vectors as the longest of them needs there, four entries of
+    each list in a vector; what a list does not need is `PIECE`. Leading dimensions count as rows.
+
+    Attributes:
+        shape: of the whole tensor.
+        scale: what one level is worth.
+        places: `[32 * blocks]` uint8, for each row, up to a multiple of 32, which of its block's lists is its own.
+        starts: `[2 * blocks + 1]` int32: how many vectors the lists before have, for each sixteen of them.
+        pieces: `[vectors]` uint8, which piece of columns a vector is of.
+        entries: `[vectors, 16, 4]` uint8: column within the piece + (128 if negative), ascending within list and piece.
+        levels: `[vectors, 16, 4]` uint8, magnitudes, zeros where there is no entry; None where all are 1.
+    """
+
+    shape: tuple[int, ...]
+    scale: float
+    places: torch.Tensor
+    starts: torch.Tensor
+    pieces: torch.Tensor
+    entries: torch.Tensor
+    levels: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        levels = 0 if self.levels is None else self.levels.nbytes
+        return self.places.nbytes + self.starts.nbytes + self.pieces.nbytes + self.entries.nbytes + levels
+
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    @property
+    def width(self) -> int:
+        """Columns of a piece; the last one may have fewer."""
+        return piece_width(self.shape[-1])
+
+
 @dataclass(frozen=True, eq=False)
 class DenseValues:
     """A delta with a value for every element: norms, biases and other small tensors.
@@ -131,7 +176,7 @@ class Overwrites:
         return self.values.device
 
 
-PackedDelta = BitPlanes | SparseRows | DenseValues
+PackedDelta = BitPlanes | SparseRows | ByteLists | DenseValues
 """One tensor of an expert on one device, as mixed mode reads it. Made by `pack`; identity is the object's."""
 
 LoadedDelta = PackedDelta | Overwrites
@@ -169,7 +214,7 @@ class Kernels(Protocol):
 
     @property
     def lanes(self) -> int:
-        """Of the lists that it reads fastest."""
+        """Of the lists that it reads fastest, see `pack`; final once `prepare` has been called."""
         ...
 
     @property
@@ -239,6 +284,11 @@ class Kernels(Protocol):
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     """A tensor as a matrix: leading dimensions count as rows; a vector is one row."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def piece_width(columns: int) -> int:
+    """Into how wide pieces `ByteLists` cuts so many columns: as few as possible, of one width."""
+    return -(-columns // -(-columns // PIECE))
 
 
 def check_group(group: Group, rows: int, shape: tuple[int, int]) -> None:

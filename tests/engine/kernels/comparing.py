@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import Group, Kernels, pack
 from server.engine.kernels.merging import merge_tensor_reference
-from server.engine.kernels.types import BitPlanes, PackedDelta, SparseRows
+from server.engine.kernels.types import BitPlanes, ByteLists, PackedDelta, SparseRows
 from store.deltas import Delta, DenseDelta, SparseDelta
 from store.encodings import encode_in_groups, encode_levels, encode_smallest
 from store.packed import PackedLevels, PackedTernary
@@ -154,7 +154,11 @@ def check_transcode(kernels: Kernels, tensor: PackedTernary) -> None:
 
 def same(made: PackedDelta, expected: PackedDelta) -> bool:
     """Whether two packed deltas are equal bit for bit."""
-    names = {BitPlanes: ("words",), SparseRows: ("order", "starts", "entries", "levels")}.get(type(made), ("values",))
+    names = {
+        BitPlanes: ("words",),
+        SparseRows: ("order", "starts", "entries", "levels"),
+        ByteLists: ("places", "starts", "pieces", "entries", "levels"),
+    }.get(type(made), ("values",))
     if type(made) is not type(expected) or made.shape != expected.shape:
         return False
     if any(getattr(made, name, None) != getattr(expected, name, None) for name in ("scale", "lanes")):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import build, pack
 from server.engine.kernels.build import BuildError
-from server.engine.kernels.decoding import LANES, Decoder
+from server.engine.kernels.decoding import Decoder
+from server.engine.kernels.packing import ABREAST, IN_BYTES
 from server.engine.kernels.types import BitPlanes, PackedDelta, SparseRows
 from store.bits import pack_values, set_bits
 from store.deltas import OverwriteDelta, SparseDelta
@@ -127,10 +128,12 @@ def same_overwrite(made: OverwriteDelta, expected: OverwriteDelta) -> bool:
 
 
 def check(decoder: Decoder, tensor: PackedTernary) -> PackedDelta:
-    made = decoder.decode(tensor)
-    assert made is not None, "it is decoded here"
-    assert same(made, pack(tensor.decode("t"), CPU, LANES))
-    return made
+    decoded = tensor.decode("t")
+    made = {lanes: decoder.decode(tensor, lanes=lanes) for lanes in (ABREAST, IN_BYTES)}
+    for lanes, packed in made.items():
+        assert packed is not None, "it is decoded here"
+        assert same(packed, pack(decoded, CPU, lanes))
+    return made[ABREAST]
 
 
 @settings(max_examples=100, deadline=None)
@@ -239,12 +242,13 @@ def test_what_the_reference_refuses_is_refused(
         params = {"k": data.draw(st.integers(0, 25))}
     nnz = data.draw(counts(good.nnz, 2 * good.numel))
     bad = replace(good, nnz=nnz, encoded=Encoded(layout, params, damaged(data, good.payload)))
+    lanes = data.draw(st.sampled_from([ABREAST, IN_BYTES]))
     try:
-        expected = pack(bad.decode("t"), CPU, LANES)
+        expected = pack(bad.decode("t"), CPU, lanes)
     except ExpertFileError:
-        assert decoder.decode(bad) is None
+        assert decoder.decode(bad, lanes=lanes) is None
         return
-    made = decoder.decode(bad)
+    made = decoder.decode(bad, lanes=lanes)
     assert (made is None) == (bad.nnz == 0)
     assert made is None or same(made, expected)
 
@@ -284,7 +288,7 @@ def test_damaged_values_are_refused_as_the_reference_does(
         assert same_overwrite(made, expected)
     elif made is not None:
         assert isinstance(expected, SparseDelta)
-        assert same(made, pack(expected, CPU, LANES))
+        assert same(made, pack(expected, CPU, ABREAST))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -297,4 +301,4 @@ def test_a_shape_that_is_not_the_streams_own_is_refused(decoder: Decoder, layout
 @pytest.mark.parametrize("below", [0.02, 0.5])
 def test_the_form_is_the_callers_choice(decoder: Decoder, below: float) -> None:
     tensor = stored(sparse_delta(4, (70, 90), 0.08))
-    assert same(decoder.decode(tensor, below), pack(tensor.decode("t"), CPU, LANES, below))
+    assert same(decoder.decode(tensor, below), pack(tensor.decode("t"), CPU, ABREAST, below))

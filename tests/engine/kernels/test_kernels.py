@@ -17,8 +17,16 @@ from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
 from server.engine.kernels.cpu import CpuKernels
 from server.engine.kernels.merging import merge_tensor_reference
-from server.engine.kernels.packing import SPARSE_BELOW
-from server.engine.kernels.types import BitPlanes, DenseValues, LoadedDelta, LoadedTerm, Overwrites, SparseRows
+from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW
+from server.engine.kernels.types import (
+    BitPlanes,
+    ByteLists,
+    DenseValues,
+    LoadedDelta,
+    LoadedTerm,
+    Overwrites,
+    SparseRows,
+)
 from store.deltas import SparseDelta
 from store.errors import ExpertFileError
 from tests.engine.kernels.builders import as_matrix, sparse_delta
@@ -43,12 +51,21 @@ def triton(folder: Path) -> Kernels:
     return backend("triton", torch.device("cuda"))
 
 
+def in_bytes(folder: Path, *flags: str) -> Kernels:
+    """With lists in bytes, whatever suits the machine and the type of the weights."""
+    kernels = CpuKernels(folder, flags=flags)
+    kernels.lanes = IN_BYTES
+    return kernels
+
+
 MAKERS: dict[str, Callable[[Path], Kernels]] = {
     "reference": lambda folder: backend("reference", CPU),
     "triton": triton,
     "cpu": CpuKernels,
     # The other widths, on any machine: what is an instruction elsewhere is a loop here.
     "cpu, 16 entries": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=16", "-DGATHERS=0")),
+    "cpu, in bytes": lambda folder: in_bytes(folder),
+    "cpu, in bytes, no vectors": lambda folder: in_bytes(folder, "-O1", "-DPORTABLE"),
     "cpu, no permutation": lambda folder: CpuKernels(folder, flags=("-O1", "-DPERMUTE=0", "-DPORTABLE")),
 }
 
@@ -101,13 +118,17 @@ def test_shapes_of_a_model(kernels: Kernels, rows: int, density: float, dtype: t
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 30])
 @pytest.mark.parametrize("top", [1, 90])
 @pytest.mark.parametrize("shape", [(96, 576), (33, 250), (200, 1536)])
-def test_lists_that_rows_share_are_summed_coarsely(folder: Path, shape: tuple[int, int], top: int, rows: int) -> None:
-    """Groups of rows one after the other, whose sums come from the same or other rows of x."""
+@pytest.mark.parametrize("lanes", [ABREAST, IN_BYTES, None])
+def test_lists_that_rows_share_are_summed_coarsely(
+    folder: Path, lanes: int | None, shape: tuple[int, int], top: int, rows: int
+) -> None:
+    """Groups of rows one after the other, whose sums come from the same or other rows of x; of one kind, or of both."""
     kernels = CpuKernels(folder)
     deltas = [sparse_delta(seed, shape, 0.03, top=top) for seed in (1, 2)]
+    packed = [pack(deltas[0], CPU, lanes or ABREAST), pack(deltas[1], CPU, lanes or IN_BYTES)]
     groups = [
-        Group(0, rows, ((0.5, pack(deltas[0], CPU, kernels.lanes)), (2.0, pack(deltas[1], CPU, kernels.lanes)))),
-        Group(rows, 2 * rows, ((1.0, pack(deltas[1], CPU, kernels.lanes)),)),
+        Group(0, rows, ((0.5, packed[0]), (2.0, packed[1]))),
+        Group(rows, 2 * rows, ((1.0, packed[1]),)),
     ]
     x, y = torch.randn(2 * rows, shape[1]), torch.ones(2 * rows, shape[0])
     kernels.add_coarsely(y, x, groups)
@@ -135,7 +156,7 @@ def test_a_coarse_x_loses_at_most_its_rounding(folder: Path, data: st.DataObject
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
     x[rows // 2, width // 2] = odd
     y = torch.zeros(rows, out)
-    lanes = data.draw(st.sampled_from([1, kernels.lanes]))
+    lanes = data.draw(st.sampled_from([1, ABREAST, IN_BYTES]))
     kernels.add_coarsely(y, x, [Group(0, rows, tuple((weight, pack(delta, CPU, lanes)) for weight, delta in deltas))])
     matrix = sum((weight * as_matrix(delta).astype(np.float64) for weight, delta in deltas), np.zeros((out, width)))
     moved = sum((abs(weight * as_matrix(delta)).astype(np.float64) for weight, delta in deltas), np.zeros((out, width)))
@@ -260,14 +281,17 @@ def test_what_is_not_finite_spoils_its_own_row_only(kernels: Kernels) -> None:
         assert not torch.cat([y[:3], y[4:]]).isnan().any()
 
 
-def test_planes_begin_earlier_where_they_become_bytes(folder: Path) -> None:
+def test_forms_are_others_where_there_are_products_of_bytes(folder: Path) -> None:
     """But not for a base in float32, whose rows may not be rounded."""
     kernels = CpuKernels(folder)
     assert kernels.lists_below == SPARSE_BELOW
     kernels.prepare(torch.float32, CPU)
-    assert kernels.lists_below == SPARSE_BELOW
+    assert (kernels.lists_below, kernels.lanes) == (SPARSE_BELOW, ABREAST)
     kernels.prepare(torch.bfloat16, CPU)
-    assert kernels.lists_below == (0.06 if kernels.plane_bytes else SPARSE_BELOW)
-    tensor = stored(sparse_delta(1, (64, 96), 0.08))
-    assert isinstance(kernels.transcode("t", tensor, CPU), BitPlanes if kernels.plane_bytes else SparseRows)
-    check_transcode(kernels, tensor)
+    below, lanes = (0.06 if kernels.tiles else 0.15, IN_BYTES) if kernels.plane_bytes else (SPARSE_BELOW, ABREAST)
+    assert (kernels.lists_below, kernels.lanes) == (below, lanes)
+    for density in (below - 0.02, below + 0.02):
+        tensor = stored(sparse_delta(1, (64, 96), density))
+        lists = ByteLists if kernels.plane_bytes else SparseRows
+        assert isinstance(kernels.transcode("t", tensor, CPU), lists if density < below else BitPlanes)
+        check_transcode(kernels, tensor)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.kernels import dense, gather_rows, pack, packed_bytes, packed_fields
-from server.engine.kernels.packing import SPARSE_BELOW
-from server.engine.kernels.types import BitPlanes, DenseValues, SparseRows
+from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW
+from server.engine.kernels.types import PIECE, BitPlanes, ByteLists, DenseValues, SparseRows
+from server.engine.parcel import parcel_bytes, wrap
 from store.deltas import DenseDelta, SparseDelta
 from tests.engine.kernels.builders import as_matrix, sparse_delta
 
@@ -28,13 +29,22 @@ shapes = st.one_of(
     density=st.one_of(st.just(0.0), st.floats(0, 0.1), st.floats(0, 1), st.just(1.0)),
     top=st.sampled_from([1, 1, 2, 4, 5, 7, 13, 14, 40, 41, 121, 127]),
     seed=st.integers(0, 2**32 - 1),
+    lanes=st.sampled_from([1, ABREAST, IN_BYTES]),
+    below=st.sampled_from([0.03, SPARSE_BELOW, 0.4]),
 )
-def test_what_is_packed_is_found_again(shape: tuple[int, ...], density: float, top: int, seed: int) -> None:
+def test_what_is_packed_is_found_again(
+    shape: tuple[int, ...], density: float, top: int, seed: int, lanes: int, below: float
+) -> None:
+    """And takes the bytes that were announced, or no more of them."""
     delta = sparse_delta(seed, shape, density, top=top)
-    packed = pack(delta, CPU)
+    packed = pack(delta, CPU, lanes, below)
     assert packed.shape == shape
     top = top if len(delta.levels) else 1
-    assert packed.nbytes == packed_bytes(shape, len(delta.indices), top)
+    announced = parcel_bytes(packed_fields(shape, len(delta.indices), top, below, lanes))
+    if lanes == IN_BYTES:
+        assert wrap("d" * 64, announced, [("t", packed)]).nbytes <= announced
+    else:
+        assert packed.nbytes == sum(packed_fields(shape, len(delta.indices), top, below))
     torch.testing.assert_close(dense(packed).view(-1, shape[-1]), torch.from_numpy(as_matrix(delta)), rtol=1e-6, atol=0)
 
 
@@ -50,7 +60,8 @@ def test_rows_are_gathered_in_any_order_and_number(
 ) -> None:
     rows = data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=20))
     delta = sparse_delta(seed, shape, density)
-    gathered = gather_rows(pack(delta, CPU, data.draw(st.sampled_from([1, 16]))), torch.tensor(rows, dtype=torch.int64))
+    packed = pack(delta, CPU, data.draw(st.sampled_from([1, ABREAST, IN_BYTES])))
+    gathered = gather_rows(packed, torch.tensor(rows, dtype=torch.int64))
     assert gathered.dtype == torch.float32
     torch.testing.assert_close(gathered, torch.from_numpy(as_matrix(delta)[rows]).view(-1, shape[1]))
 
@@ -85,6 +96,50 @@ def test_lists_that_lie_abreast_hold_the_same(shape: tuple[int, int], density: f
     assert abreast.entries.tolist() == expected
     assert torch.equal(plain.order, abreast.order)
     assert torch.equal(plain.starts, abreast.starts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 100), st.integers(1, 500)),
+    density=st.floats(0, 0.09),
+    top=st.sampled_from([1, 3]),
+    seed=st.integers(0, 99),
+)
+def test_lists_in_bytes_are_laid_out_as_documented(shape: tuple[int, int], density: float, top: int, seed: int) -> None:
+    plain, packed = (pack(sparse_delta(seed, shape, density, top=top), CPU, lanes) for lanes in (1, IN_BYTES))
+    if not isinstance(packed, ByteLists):
+        return
+    assert isinstance(plain, SparseRows)
+    assert packed.width <= PIECE
+    starts, spans = plain.starts.tolist(), [*itertools.pairwise(packed.starts.tolist())]
+    for row in range(shape[0]):
+        place = row // 32 * 32 + int(packed.places[row])
+        assert plain.order[place] == row
+        found = []
+        for vector in range(*spans[place // 16]):
+            for k, entry in enumerate(packed.entries[vector, place % 16].tolist()):
+                level = 1 if packed.levels is None else int(packed.levels[vector, place % 16, k])
+                if entry % 128 != PIECE:
+                    column = int(packed.pieces[vector]) * packed.width + entry % 128
+                    found.append((2 * column + entry // 128, level))
+        span = slice(starts[place], starts[place + 1])
+        levels = [1] * len(found) if plain.levels is None else plain.levels[span].tolist()
+        assert found == [*zip(plain.entries[span].tolist(), levels, strict=True)]
+    for (first, last), group in zip(spans, range(len(spans)), strict=True):
+        assert (packed.pieces[first:last].diff().int() >= 0).all(), group
+
+
+@pytest.mark.parametrize(("rows", "form"), [(1, SparseRows), (3, BitPlanes)])
+def test_lists_that_would_waste_too_much_in_bytes_are_not(rows: int, form: type) -> None:
+    """All nonzeros in a few rows of each 32: most bytes would be empty."""
+    places = np.arange(64 * 600, dtype=np.int32)
+    places = places[places // 600 % 32 < rows]
+    delta = SparseDelta((64, 600), places, np.ones(len(places), np.int8), 1.0)
+    packed = pack(delta, CPU, IN_BYTES)
+    assert type(packed) is form
+    assert getattr(packed, "lanes", ABREAST) == ABREAST
+    announced = parcel_bytes(packed_fields((64, 600), len(places), lanes=IN_BYTES))
+    assert wrap("d" * 64, announced, [("t", packed)]).nbytes <= announced
 
 
 def test_density_decides_the_form() -> None:
