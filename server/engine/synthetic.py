@@ -10,7 +10,7 @@ import torch
 
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import Kernels, PackedDelta, pack
-from server.engine.kernels.packing import ABREAST, IN_BYTES
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES
 from server.engine.kernels.types import BLOCK, BitPlanes, ByteLists, DenseValues, SparseRows
 from store.deltas import DenseDelta, SparseDelta
 

@@ -14,8 +14,9 @@ import torch
 
 from server.engine.kernels import build
 from server.engine.kernels.build import BuildError
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES
 from server.engine.kernels.decoding import Decoder
-from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW, pack
+from server.engine.kernels.packing import SPARSE_BELOW, pack
 from server.engine.kernels.reference import ReferenceKernels, multiply_merged
 from server.engine.kernels.trial import computes_rightly
 from server.engine.kernels.types import (

@@ -7,8 +7,9 @@ import ctypes
 import numpy as np
 import torch
 
-from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW, form_beside, form_of, most_vectors
-from server.engine.kernels.types import BLOCK, PIECE, BitPlanes, ByteLists, SparseRows, rows_and_columns
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES, MOST_COLUMNS, most_vectors
+from server.engine.kernels.packing import SPARSE_BELOW, form_beside, form_of
+from server.engine.kernels.types import BLOCK, BitPlanes, ByteLists, SparseRows, rows_and_columns
 from store.deltas import OverwriteDelta
 from store.encodings import MAX_LEVEL
 from store.packed import LARGEST, PackedLevels, PackedOverwrite, PackedTernary
@@ -85,7 +86,7 @@ class Decoder:
     ) -> ByteLists | None:
         """None where `pack` makes none, or the payload is damaged."""
         (rows, columns), most = size, most_vectors(size[0], tensor.nnz)
-        if columns > 256 * PIECE:
+        if columns > MOST_COLUMNS:
             return None
         blocks = -(-rows // BLOCK)
         places, starts = torch.empty(BLOCK * blocks, dtype=torch.uint8), torch.empty(2 * blocks + 1, dtype=torch.int32)

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from server.engine.kernels import gpu_transcode, gpu_variants
+from server.engine.kernels.checks import check_fused, check_group
 from server.engine.kernels.gpu_beside import absorb, add_planes
 from server.engine.kernels.gpu_bytes import add_bytes, split_rows
 from server.engine.kernels.gpu_cuda import CudaKernels
@@ -29,8 +30,6 @@ from server.engine.kernels.types import (
     Overwrites,
     PackedDelta,
     Term,
-    check_fused,
-    check_group,
     rows_and_columns,
 )
 from store.packed import PackedTernary

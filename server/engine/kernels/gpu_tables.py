@@ -18,6 +18,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import numpy as np
 import torch
 
+from server.engine.kernels.checks import check_group
 from server.engine.kernels.types import (
     BitPlanes,
     DenseValues,
@@ -25,7 +26,6 @@ from server.engine.kernels.types import (
     PackedDelta,
     SparseRows,
     Term,
-    check_group,
     rows_and_columns,
 )
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from server.engine.kernels.packing import byte_places, dense, places
+from server.engine.kernels.byte_lists import byte_places
+from server.engine.kernels.packing import dense, places
 from server.engine.kernels.types import (
     BLOCK,
     BitPlanes,

@@ -6,15 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES, byte_lists, fields_in_bytes, gather_bytes
 from server.engine.kernels.types import (
     BLOCK,
-    PIECE,
     BitPlanes,
     ByteLists,
     DenseValues,
     PackedDelta,
     SparseRows,
-    piece_width,
     rows_and_columns,
 )
 from store.deltas import DenseDelta, SparseDelta
@@ -24,8 +23,6 @@ SPARSE_BELOW = 0.1
 one row or by eight (they meet at 0.14 on Zen 3)."""
 _MOST_COLUMNS = 1 << 15
 """Entries of `SparseRows` are 16 bits: a column and a sign."""
-ABREAST, IN_BYTES = 16, 64
-"""Lanes of the two kinds of lists that CPUs read: see `SparseRows` and `ByteLists`."""
 _ABREAST_BELOW = 0.06
 """Density per digit from which planes are read faster than lists that lie abreast, where there are lists in bytes."""
 
@@ -82,10 +79,8 @@ def packed_fields(
     if nnz is None or form is DenseValues:
         return (4 * rows * columns,)
     if form is SparseRows and lanes == IN_BYTES:
-        vectors, words = most_vectors(rows, nnz), 1 if top_level == 1 else 2
-        in_bytes = (BLOCK * _blocks(rows), 4 * (2 * _blocks(rows) + 1), vectors, *(IN_BYTES * vectors,) * words)
         beside = min(lists_below, _ABREAST_BELOW)
-        return max(in_bytes, packed_fields(shape, nnz, top_level, beside), key=sum)
+        return max(fields_in_bytes(rows, nnz, top_level), packed_fields(shape, nnz, top_level, beside), key=sum)
     if form is SparseRows:
         return (4 * rows, 4 * (rows + 1), 2 * nnz, *(() if top_level == 1 else (nnz,)))
     return (8 * _blocks(rows) * BLOCK * _blocks(columns) * _digits(top_level),)
@@ -106,7 +101,7 @@ def gather_rows(delta: PackedDelta, rows: torch.Tensor) -> torch.Tensor:
     if isinstance(delta, BitPlanes):
         return _decode_words(delta.words[rows // BLOCK, :, :, :, rows % BLOCK], delta.scale, columns)
     if isinstance(delta, ByteLists):
-        return _gather_bytes(delta, rows)
+        return gather_bytes(delta, rows)
     block = (rows // BLOCK * BLOCK)[:, None] + torch.arange(BLOCK, device=delta.device)
     block.clamp_(max=count - 1)
     lists = block.gather(1, (delta.order[block] == rows[:, None]).to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
@@ -187,86 +182,6 @@ def _sparse_rows(delta: SparseDelta, top: int, device: torch.device, lanes: int)
         levels=None if top == 1 else on_device(levels[chosen]),
         lanes=lanes,
     )
-
-
-def most_vectors(rows: int, nnz: int) -> int:
-    """Most vectors of `ByteLists`: half as many bytes again as `SparseRows` would take. Real task vectors take a fifth
-    more where one weight in fifty is a nonzero, and no more from one in twenty on."""
-    return -(-(3 * nnz + 12 * rows) // IN_BYTES)
-
-
-def byte_lists(delta: SparseDelta, top: int, device: torch.device) -> ByteLists | None:
-    """A delta's lists in bytes; None where they would take more than `most_vectors`, or a column's piece no byte."""
-    rows, columns = rows_and_columns(delta.shape)
-    width, blocks = piece_width(columns), _blocks(rows)
-    pieces = -(-columns // width)
-    if pieces > 256:
-        return None
-    owner = (delta.indices // columns).astype(np.int64)
-    column = delta.indices - owner * columns
-    run = owner * pieces + column // width
-    counts = np.bincount(run, minlength=rows * pieces)
-    rank = np.arange(len(run)) - (np.cumsum(counts) - counts)[run]
-    per_row = np.zeros((blocks * BLOCK, pieces), np.int64)
-    per_row[:rows] = counts.reshape(rows, pieces)
-    order = np.lexsort((-per_row.sum(1), np.arange(blocks * BLOCK) // BLOCK))  # those beyond the last row come last
-    needed = -(-per_row[order].reshape(2 * blocks, ABREAST, pieces).max(1) // 4)
-    total = int(needed.sum())
-    if total > most_vectors(rows, len(run)):
-        return None
-    list_of = np.empty_like(order)
-    list_of[order] = np.arange(len(order))
-    first = np.cumsum(needed.reshape(-1)) - needed.reshape(-1)
-    own = list_of[owner]
-    vector = first[own // ABREAST * pieces + column // width] + rank // 4
-    at = (vector * ABREAST + own % ABREAST) * 4 + rank % 4
-    entries = np.full(total * IN_BYTES, PIECE, np.uint8)
-    entries[at] = column % width + 128 * (delta.levels < 0)
-    levels = np.zeros(total * IN_BYTES if top > 1 else 0, np.uint8)
-    if top > 1:
-        levels[at] = np.abs(delta.levels.astype(np.int16))
-
-    def on_device(array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return ByteLists(
-        delta.shape,
-        delta.scale,
-        places=on_device((list_of % BLOCK).astype(np.uint8)),
-        starts=on_device(np.concatenate([[0], np.cumsum(needed.sum(1))]).astype(np.int32)),
-        pieces=on_device(np.repeat(np.tile(np.arange(pieces, dtype=np.uint8), 2 * blocks), needed.reshape(-1))),
-        entries=on_device(entries.reshape(-1, ABREAST, 4)),
-        levels=on_device(levels.reshape(-1, ABREAST, 4)) if top > 1 else None,
-    )
-
-
-def byte_places(delta: ByteLists, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which of some rows has an entry, its column, and its signed level, float32: each `[entries]`, row by row.
-
-    Args:
-        rows: `[n]` int64 on the delta's device.
-    """
-    lists = rows // BLOCK * BLOCK + delta.places[rows].long()
-    group = lists // ABREAST
-    counts = (delta.starts[group + 1] - delta.starts[group]).long()
-    owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
-    vector = torch.arange(len(owner), device=rows.device) - (counts.cumsum(0) - counts)[owner]
-    vector += delta.starts[group].long()[owner]
-    lane = (lists % ABREAST)[owner]
-    entries = delta.entries[vector, lane].long()
-    columns = delta.pieces[vector].long()[:, None] * delta.width + (entries & PIECE)
-    levels = (1 - 2 * (entries >> 7)).float()
-    if delta.levels is not None:
-        levels *= delta.levels[vector, lane]
-    there = (entries & PIECE) != PIECE
-    return owner[:, None].expand_as(entries)[there], columns[there], levels[there]
-
-
-def _gather_bytes(delta: ByteLists, rows: torch.Tensor) -> torch.Tensor:
-    owner, columns, levels = byte_places(delta, rows)
-    dense = torch.zeros(len(rows), rows_and_columns(delta.shape)[1], device=delta.device)
-    dense[owner, columns] = levels * delta.scale
-    return dense
 
 
 def _bit_planes(delta: SparseDelta, top: int, device: torch.device) -> BitPlanes:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from server.engine.kernels.checks import check_fused, check_group
 from server.engine.kernels.merging import merge_tensor
 from server.engine.kernels.packing import SPARSE_BELOW, dense, pack
 from server.engine.kernels.types import (
     Group,
     LoadedTerm,
     PackedDelta,
-    check_fused,
-    check_group,
     rows_and_columns,
 )
 from store.packed import PackedTernary

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import build, pack
 from server.engine.kernels.build import BuildError
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES
 from server.engine.kernels.decoding import Decoder
-from server.engine.kernels.packing import ABREAST, IN_BYTES
 from server.engine.kernels.types import BitPlanes, PackedDelta, SparseRows
 from store.bits import pack_values, set_bits
 from store.deltas import OverwriteDelta, SparseDelta

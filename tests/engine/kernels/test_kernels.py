@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from server.engine.kernels import Group, Kernels, backend, pack
 from server.engine.kernels.build import BuildError
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES
 from server.engine.kernels.cpu import CpuKernels
 from server.engine.kernels.merging import merge_tensor_reference
-from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW
+from server.engine.kernels.packing import SPARSE_BELOW
 from server.engine.kernels.types import (
     BitPlanes,
     ByteLists,

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.kernels import dense, gather_rows, pack, packed_bytes, packed_fields
-from server.engine.kernels.packing import ABREAST, IN_BYTES, SPARSE_BELOW
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES
+from server.engine.kernels.packing import SPARSE_BELOW
 from server.engine.kernels.types import PIECE, BitPlanes, ByteLists, DenseValues, SparseRows
 from server.engine.parcel import parcel_bytes, wrap
 from store.deltas import DenseDelta, SparseDelta
