@@ -26,9 +26,6 @@ int switchyard_permute(void) { return PERMUTE; }
 // Whether planes are multiplied as bytes where x may be rounded.
 int switchyard_plane_bytes(void) { return PLANE_BYTES; }
 
-// Whether these planes become tiles.
-int switchyard_tiles(void) { return tiles_allowed(); }
-
 int switchyard_parallel(void) {
 #ifdef _OPENMP
     return 1;

@@ -289,7 +289,7 @@ def test_forms_are_others_where_there_are_products_of_bytes(folder: Path) -> Non
     kernels.prepare(torch.float32, CPU)
     assert (kernels.lists_below, kernels.lanes) == (SPARSE_BELOW, ABREAST)
     kernels.prepare(torch.bfloat16, CPU)
-    below, lanes = (0.06 if kernels.tiles else 0.15, IN_BYTES) if kernels.plane_bytes else (SPARSE_BELOW, ABREAST)
+    below, lanes = (0.06, IN_BYTES) if kernels.plane_bytes else (SPARSE_BELOW, ABREAST)
     assert (kernels.lists_below, kernels.lanes) == (below, lanes)
     for density in (below - 0.02, below + 0.02):
         tensor = stored(sparse_delta(1, (64, 96), density))
