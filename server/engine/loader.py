@@ -17,6 +17,7 @@ from server.engine.fetching import CalledOff
 from server.engine.fresh_files import FreshFiles
 from server.engine.host_tier import HostTier
 from server.engine.kernels import LoadedDelta, Overwrites, PackedDelta, pack, packed_fields
+from server.engine.kernels.byte_lists import IN_BYTES
 from server.engine.kernels.packing import SPARSE_BELOW
 from server.engine.load_thread import GoOn
 from server.engine.parcel import Parcel, parcel_bytes, wrap
@@ -253,7 +254,7 @@ class ExpertLoader:
 
         self.is_decoding = True
         try:
-            return wrap(digest, self._bytes_of(data), packed(), device)
+            return wrap(digest, self._bytes_of(data), packed(), device, exact=self._lanes != IN_BYTES)
         finally:
             self.is_decoding = False
 

@@ -90,15 +90,23 @@ def parcel_bytes(fields: Iterable[int]) -> int:
     return sum(map(aligned, fields))
 
 
-def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]], device: torch.device = _CPU) -> Parcel:
+def wrap(
+    digest: str,
+    nbytes: int,
+    deltas: Iterable[tuple[str, LoadedDelta]],
+    device: torch.device = _CPU,
+    *,
+    exact: bool = True,
+) -> Parcel:
     """Put packed deltas, one after the other, into one buffer on the device.
 
     Args:
-        nbytes: of the buffer, by `parcel_bytes`; what is left of it is cut off.
+        nbytes: of the buffer, by `parcel_bytes`.
         deltas: names and deltas, wherever they are; each may be forgotten when the next one is asked for.
+        exact: whether they must take all of it; else what is left is cut off.
 
     Raises:
-        ValueError: they take more than `nbytes`.
+        ValueError: they take more than `nbytes`, or less where that is exact.
     """
     buffer = zeros(nbytes) if device == _CPU else torch.zeros(nbytes, dtype=torch.uint8, device=device)
     pieces: dict[str, _Piece] = {}
@@ -118,6 +126,8 @@ def wrap(digest: str, nbytes: int, deltas: Iterable[tuple[str, LoadedDelta]], de
             fields.append(_Field(field.name, end, len(flat), value.dtype, tuple(value.shape)))
             end += aligned(len(flat))
         pieces[name] = _Piece(type(delta), fixed, tuple(fields))
+    if exact and end != nbytes:
+        raise ValueError(f"the tensors of {digest[:12]} take {end} bytes; {nbytes} were announced")
     buffer = buffer[:end]
     return Parcel(digest, buffer, checksum(buffer), pieces)
 

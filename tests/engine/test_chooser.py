@@ -14,8 +14,9 @@ from server.engine.costs import Costs, Curve, calibrate, units
 from server.engine.executor import Executor
 from server.engine.expert import DecodedExpert
 from server.engine.kernels import backend
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES
 from server.engine.kernels.merging import merge_tensor
-from server.engine.kernels.packing import ABREAST, IN_BYTES, gather_rows
+from server.engine.kernels.packing import gather_rows
 from server.engine.kernels.reference import ReferenceKernels
 from server.engine.kernels.types import BitPlanes, ByteLists, DenseValues, Overwrites, SparseRows
 from server.engine.kv_cache import KVCache

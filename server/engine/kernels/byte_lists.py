@@ -27,6 +27,11 @@ def most_vectors(rows: int, nnz: int) -> int:
     return -(-(3 * nnz + 12 * rows) // IN_BYTES)
 
 
+def on_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A NumPy array as a tensor there."""
+    return torch.from_numpy(array).to(device)
+
+
 def byte_lists(delta: SparseDelta, top: int, device: torch.device) -> ByteLists | None:
     """A delta's lists in bytes; None where they would take more than `most_vectors`, or a column's piece no byte."""
     rows, columns = rows_and_columns(delta.shape)
@@ -58,17 +63,14 @@ def byte_lists(delta: SparseDelta, top: int, device: torch.device) -> ByteLists 
     if top > 1:
         levels[at] = np.abs(delta.levels.astype(np.int16))
 
-    def on_device(array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
     return ByteLists(
         delta.shape,
         delta.scale,
-        places=on_device((list_of % BLOCK).astype(np.uint8)),
-        starts=on_device(np.concatenate([[0], np.cumsum(needed.sum(1))]).astype(np.int32)),
-        pieces=on_device(np.repeat(np.tile(np.arange(pieces, dtype=np.uint8), 2 * blocks), needed.reshape(-1))),
-        entries=on_device(entries.reshape(-1, ABREAST, 4)),
-        levels=on_device(levels.reshape(-1, ABREAST, 4)) if top > 1 else None,
+        places=on_device((list_of % BLOCK).astype(np.uint8), device),
+        starts=on_device(np.concatenate([[0], np.cumsum(needed.sum(1))]).astype(np.int32), device),
+        pieces=on_device(np.repeat(np.tile(np.arange(pieces, dtype=np.uint8), 2 * blocks), needed.reshape(-1)), device),
+        entries=on_device(entries.reshape(-1, ABREAST, 4), device),
+        levels=on_device(levels.reshape(-1, ABREAST, 4), device) if top > 1 else None,
     )
 
 
@@ -95,6 +97,7 @@ def byte_places(delta: ByteLists, rows: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def gather_bytes(delta: ByteLists, rows: torch.Tensor) -> torch.Tensor:
+    """See `gather_rows`."""
     owner, columns, levels = byte_places(delta, rows)
     dense = torch.zeros(len(rows), rows_and_columns(delta.shape)[1], device=delta.device)
     dense[owner, columns] = levels * delta.scale

@@ -48,9 +48,9 @@ Fields = tuple[int, int, int, int, float, int, int, int, int, int, int]
 
 _LISTS_BELOW_BYTES = 0.06
 """Where planes become bytes they begin earlier: they are folded into weights twice as fast as lists in bytes. Beside
-the base these are faster up to 0.15: eight rows of SmolLM2 on two cores of a Zen 4 take 5.5 ms more than the base's step
-at density 0.1 on eight experts, with planes 9.8; but a switch of all layers at 0.08 takes 2.6 copies of them, and with
-planes 1.3."""
+the base these are faster up to 0.15: eight rows of SmolLM2 on two cores of a Zen 4 take some 6 ms more than the base's
+step at density 0.1 on eight experts, with planes 10; but a switch of all layers at 0.08 takes 2.6 copies of them, and
+with planes 1.3."""
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
 """What `merge.cpp` merges into; the others are left to torch."""

@@ -176,22 +176,20 @@ bool find_entries(const Positions& from, int64_t rows, int64_t columns, uint16_t
 }
 
 // What is found of lists, or nothing: `counts` is null.
-Lists found_lists(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t rows, int64_t columns,
+Found found_lists(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t rows, int64_t columns,
                   int64_t values, int top) {
-    Lists out = {};
     Streams from;
-    if (!open_values(payload, bytes, layout, k, nnz, rows * columns, values, &from)) return out;
-    out.found_levels = values < 0 ? from.values : read_levels(from.values, values, nnz, top);
-    const uint8_t* own = out.found_levels;
+    if (!open_values(payload, bytes, layout, k, nnz, rows * columns, values, &from)) return {};
+    const uint8_t* own = values < 0 ? from.values : read_levels(from.values, values, nnz, top);
     auto* counts = static_cast<int32_t*>(lists.bytes(rows * 4 + nnz * 2));
-    if (counts == nullptr || own == nullptr) return out;
-    auto* found = reinterpret_cast<uint16_t*>(counts + rows);
+    if (counts == nullptr || own == nullptr) return {};
+    auto* entries = reinterpret_cast<uint16_t*>(counts + rows);
     auto minus = [own](int64_t i) { return ~(own[i >> 3] >> (i & 7)) & 1; };
     auto odd = [own](int64_t i) { return own[i] & 1; };
-    if (values < 0 ? find_entries(from.positions, rows, columns, found, counts, minus)
-                   : find_entries(from.positions, rows, columns, found, counts, odd))
-        out.found = found, out.counts = counts;
-    return out;
+    if (values < 0 ? !find_entries(from.positions, rows, columns, entries, counts, minus)
+                   : !find_entries(from.positions, rows, columns, entries, counts, odd))
+        return {};
+    return {entries, own, counts};
 }
 
 }  // namespace
@@ -217,10 +215,9 @@ int switchyard_decode_planes(const uint8_t* payload, int64_t bytes, int layout, 
 int switchyard_decode_sparse(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t rows,
                              int64_t columns, int64_t values, int top, int32_t* order, int32_t* starts,
                              uint16_t* entries, uint8_t* levels) {
-    Lists found = found_lists(payload, bytes, layout, k, nnz, rows, columns, values, top);
+    const Found found = found_lists(payload, bytes, layout, k, nnz, rows, columns, values, top);
     if (found.counts == nullptr) return 0;
-    found.order = order, found.starts = starts, found.entries = entries, found.levels = levels;
-    in_order(found, rows);
+    abreast(found, rows, {order, starts, entries, levels});
     return 1;
 }
 
@@ -228,7 +225,7 @@ int switchyard_decode_sparse(const uint8_t* payload, int64_t bytes, int layout, 
 int64_t switchyard_decode_bytes(const uint8_t* payload, int64_t bytes, int layout, int k, int64_t nnz, int64_t rows,
                                 int64_t columns, int64_t values, int top, int64_t most, uint8_t* places,
                                 int32_t* starts, uint8_t* pieces, uint8_t* entries, uint8_t* levels) {
-    const Lists found = found_lists(payload, bytes, layout, k, nnz, rows, columns, values, top);
+    const Found found = found_lists(payload, bytes, layout, k, nnz, rows, columns, values, top);
     if (found.counts == nullptr) return 0;
     return in_bytes(found, rows, columns, {places, pieces, entries, levels, starts, most});
 }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from server.engine.kernels.byte_lists import ABREAST, IN_BYTES, MOST_COLUMNS, most_vectors
-from server.engine.kernels.packing import SPARSE_BELOW, form_beside, form_of
+from server.engine.kernels.packing import SPARSE_BELOW, below_beside, form_of
 from server.engine.kernels.types import BLOCK, BitPlanes, ByteLists, SparseRows, rows_and_columns
 from store.deltas import OverwriteDelta
 from store.encodings import MAX_LEVEL
@@ -61,7 +61,7 @@ class Decoder:
             made = self._in_bytes(tensor, payload, (rows, columns), values, top)
             if made is not None:
                 return made
-            form = form_beside(shape, tensor.nnz, top, lists_below)
+            form = form_of(shape, tensor.nnz, top, below_beside(lists_below))
         if form is BitPlanes:
             digits = next(digits for digits in range(1, 7) if 3**digits // 2 >= top)
             words = torch.empty(-(-rows // BLOCK), digits, -(-columns // BLOCK), 2, BLOCK, dtype=torch.int32)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from server.engine.kernels.byte_lists import ABREAST, IN_BYTES, byte_lists, fields_in_bytes, gather_bytes
+from server.engine.kernels.byte_lists import ABREAST, IN_BYTES, byte_lists, fields_in_bytes, gather_bytes, on_device
 from server.engine.kernels.types import (
     BLOCK,
     BitPlanes,
@@ -51,7 +50,7 @@ def pack(
         in_bytes = byte_lists(delta, top, device)
         if in_bytes is not None:
             return in_bytes
-        form = form_beside(delta.shape, len(delta.indices), top, lists_below)
+        form = form_of(delta.shape, len(delta.indices), top, below_beside(lists_below))
     if form is SparseRows:
         return _sparse_rows(delta, top, device, min(lanes, ABREAST))
     return _bit_planes(delta, top, device)
@@ -79,8 +78,8 @@ def packed_fields(
     if nnz is None or form is DenseValues:
         return (4 * rows * columns,)
     if form is SparseRows and lanes == IN_BYTES:
-        beside = min(lists_below, _ABREAST_BELOW)
-        return max(fields_in_bytes(rows, nnz, top_level), packed_fields(shape, nnz, top_level, beside), key=sum)
+        beside = packed_fields(shape, nnz, top_level, below_beside(lists_below))
+        return max(fields_in_bytes(rows, nnz, top_level), beside, key=sum)
     if form is SparseRows:
         return (4 * rows, 4 * (rows + 1), 2 * nnz, *(() if top_level == 1 else (nnz,)))
     return (8 * _blocks(rows) * BLOCK * _blocks(columns) * _digits(top_level),)
@@ -150,9 +149,9 @@ def form_of(shape: tuple[int, ...], nnz: int, top_level: int, lists_below: float
     return BitPlanes
 
 
-def form_beside(shape: tuple[int, ...], nnz: int, top_level: int, lists_below: float) -> type[PackedDelta]:
-    """What `pack` makes of lists that it was to put in bytes, and cannot."""
-    return form_of(shape, nnz, top_level, min(lists_below, _ABREAST_BELOW))
+def below_beside(lists_below: float) -> float:
+    """The same density for lists that cannot be in bytes, where `lists_below` is that of those that can."""
+    return min(lists_below, _ABREAST_BELOW)
 
 
 def _sparse_rows(delta: SparseDelta, top: int, device: torch.device, lanes: int) -> SparseRows:
@@ -170,16 +169,13 @@ def _sparse_rows(delta: SparseDelta, top: int, device: torch.device, lanes: int)
     entries = 2 * (delta.indices - owner * columns) + (delta.levels < 0)
     levels = np.abs(delta.levels.astype(np.int16)).astype(np.uint8)
 
-    def on_device(array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
     return SparseRows(
         delta.shape,
         delta.scale,
-        order=on_device(order.astype(np.int32)),
-        starts=on_device(starts.astype(np.int32)),
-        entries=on_device(entries[chosen].astype(np.uint16).view(np.int16)),
-        levels=None if top == 1 else on_device(levels[chosen]),
+        order=on_device(order.astype(np.int32), device),
+        starts=on_device(starts.astype(np.int32), device),
+        entries=on_device(entries[chosen].astype(np.uint16).view(np.int16), device),
+        levels=None if top == 1 else on_device(levels[chosen], device),
         lanes=lanes,
     )
 

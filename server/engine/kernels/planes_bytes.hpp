@@ -48,25 +48,27 @@ inline __m512i columns_split() {
     return _mm512_load_si512(from);
 }
 
+// Sixteen numbers, or those that there are and zeros, in units of a low byte's, as high bytes and low ones.
+INLINE inline void split_some(const float* x, int64_t count, __m512 inverse, uint8_t* high, uint8_t* low) {
+    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(count), x), inverse));
+    __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(upper));
+    _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(whole));
+}
+
+// What numbers are multiplied with to be split, the largest of which is that; NaN makes that NaN.
+inline __m512 units_of(float largest) { return _mm512_set1_ps(largest > 0 ? MOST_SPLIT / largest : 0.0f); }
+
 // One row of x as two rows of bytes, `stride` apart from piece to piece, and their sums. Returns the low byte's unit; what
 // is not finite makes that NaN.
 inline float split_row(const float* x, int64_t in, int64_t stride, uint8_t* high, uint8_t* low, int32_t* sums) {
-    auto some = [&](int64_t c) {
-        __mmask16 there = in - c >= 16 ? __mmask16(0xffff) : in > c ? __mmask16((1u << (in - c)) - 1) : __mmask16(0);
-        return _mm512_maskz_loadu_ps(there, x + c);
-    };
     float largest = largest_of(x, in);
-    const __m512 inverse = _mm512_set1_ps(largest > 0 ? MOST_SPLIT / largest : 0.0f);
+    const __m512 inverse = units_of(largest);
     const __m512i places = columns_split(), ones = _mm512_set1_epi8(1);
     __m512i totals[2] = {};
     for (int64_t c = 0; c < in; c += WIDTH, high += stride, low += stride) {
         alignas(64) uint8_t parts[2][WIDTH];
-        for (int k = 0; k < 4; k++) {
-            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(some(c + 16 * k), inverse));
-            __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-            _mm_store_si128(reinterpret_cast<__m128i*>(parts[0] + 16 * k), _mm512_cvtepi32_epi8(upper));
-            _mm_store_si128(reinterpret_cast<__m128i*>(parts[1] + 16 * k), _mm512_cvtepi32_epi8(whole));
-        }
+        for (int64_t k = 0; k < WIDTH; k += 16) split_some(x + c + k, in - c - k, inverse, parts[0] + k, parts[1] + k);
         for (int k = 0; k < 2; k++) {
             __m512i part = _mm512_permutexvar_epi8(places, _mm512_load_si512(parts[k]));
             _mm512_store_si512(k ? low : high, part);
@@ -100,8 +102,7 @@ inline const Split& split_rows(const Call& call, int64_t start, int64_t rows, in
 inline void add_block(const int32_t* sums, int64_t rows, int64_t most, const float* units, float factor, float* y,
                       int64_t stride, int64_t valid) {
     for (int64_t half = 0; half < 2; half++) {
-        int64_t left = valid - half * SIDE;
-        __mmask16 there = left >= SIDE ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
+        const __mmask16 there = first_lanes(valid - half * SIDE);
         for (int64_t r = 0; r < rows; r++) {
             const int32_t* own = sums + (half * most + r) * 2 * SIDE;
             __m512 high = _mm512_cvtepi32_ps(_mm512_loadu_si512(own));

@@ -61,6 +61,15 @@ inline void lists_of_block(const Term& term, int64_t block, int64_t rows, int64_
             lists[term.order[i] - block] = i;
 }
 
+// Calls take(row, its list) for the rows [first, last), which begin a block, of so many in all.
+template <typename F> inline void each_row(const Term& term, int64_t first, int64_t last, int64_t rows, F take) {
+    int64_t own[BLOCK];
+    for (int64_t block = first; block < last; block += BLOCK) {
+        lists_of_block(term, block, rows, own);
+        for (int64_t row = block; row < smaller(block + BLOCK, last); row++) take(row, own[row - block]);
+    }
+}
+
 // Calls take(2 * column + sign, where its level is) for the entries of list i of `lists` in all, of any form.
 template <typename F>
 inline void each_nonzero(const Term& term, int64_t i, int64_t lists, int64_t columns, F take) {
@@ -215,14 +224,14 @@ void add_sparse_row(const Term& term, int64_t first, int64_t last, int64_t lists
         for (int64_t i = first; i < last; i += ABREAST_LISTS) add_lists<LEVELS>(term, i, lists, x, y);
         return;
     }
-    for (int64_t row = first; row < last; row++) {
+    each_row(term, first, last, lists, [&](int64_t row, int64_t list) {
         float sum = 0;
-        each_nonzero(term, list_of(term, row), lists, in, [&](uint32_t entry, int64_t place) {
+        each_nonzero(term, list, lists, in, [&](uint32_t entry, int64_t place) {
             float value = signed_value(x, entry);
             sum += LEVELS ? value * term.levels[place] : value;
         });
         y[row] += term.factor * sum;
-    }
+    });
 }
 
 // The same for LANES rows at once; sums start at the row `first`.
@@ -236,12 +245,12 @@ void add_sparse_lanes(const Term& term, int64_t first, int64_t last, int64_t lis
     };
     auto value = [&](int64_t place) { return value_of(term.entries[place], place); };
     if (term.form != ABREAST) {
-        for (int64_t row = first; row < last; row++) {
+        each_row(term, first, last, lists, [&](int64_t row, int64_t list) {
             Row8 sum = {};
-            each_nonzero(term, list_of(term, row), lists, in,
+            each_nonzero(term, list, lists, in,
                          [&](uint32_t entry, int64_t place) { sum += value_of(entry, place); });
             sums[row - first] += sum * term.factor;
-        }
+        });
         return;
     }
     for (int64_t i = first; i < last; i += ABREAST_LISTS) {

@@ -33,18 +33,11 @@ inline void forget_tables() { tables_of.of = {}; }
 // One row as tables, `pieces` of `width` columns each.
 inline float make_tables(const float* x, int64_t in, int64_t width, uint8_t* to) {
     float largest = largest_of(x, in);
-    const __m512 inverse = _mm512_set1_ps(largest > 0 ? MOST_SPLIT / largest : 0.0f);
+    const __m512 inverse = units_of(largest);
     for (int64_t first = 0; first < in; first += width, to += TABLE) {
         int64_t columns = smaller(width, in - first);
-        for (int64_t c = 0; c < 2 * VECTOR; c += 16) {
-            int64_t left = columns - c;
-            __mmask16 there = left >= 16 ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
-            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + first + c), inverse));
-            whole = _mm512_maskz_mov_epi32(there, whole);
-            __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + c), _mm512_cvtepi32_epi8(upper));
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + 2 * VECTOR + c), _mm512_cvtepi32_epi8(whole));
-        }
+        for (int64_t c = 0; c < 2 * VECTOR; c += 16)
+            split_some(x + first + c, columns - c, inverse, to + c, to + 2 * VECTOR + c);
     }
     return largest / MOST_SPLIT;
 }
@@ -108,8 +101,7 @@ void add_byte_lists(const Term& term, int64_t first, int64_t last, int64_t out, 
         sum_vectors<R, LEVELS>(lists, starts[0], starts[1], x, apart, low);
         sum_vectors<R, LEVELS>(lists, starts[1], starts[2], x, apart, high);
         for (int64_t i = 0; i < BLOCK; i += 16) {
-            int64_t left = out - b * BLOCK - i;
-            __mmask16 there = left >= 16 ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
+            const __mmask16 there = first_lanes(out - b * BLOCK - i);
             auto* from = reinterpret_cast<const __m128i*>(lists.places + b * BLOCK + i);
             __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128(from));
             each<R>([&](auto r) INLINE {

@@ -23,7 +23,7 @@ inline void pair_rows(const float* first, const float* second, const float* unit
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8)), half = _mm512_set1_epi32(0xffff);
     for (int64_t c = 0; c < in; c += 16) {
-        __mmask16 there = in - c >= 16 ? __mmask16(0xffff) : __mmask16((1u << (in - c)) - 1);
+        const __mmask16 there = first_lanes(in - c);
         auto whole = [&](const float* x, float unit) INLINE {
             if (!x || !(unit > 0)) return _mm512_setzero_si512();
             return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + c), _mm512_set1_ps(1 / unit)));
@@ -78,8 +78,7 @@ void add_shared_block(const Term& term, int64_t first, int64_t lists, const uint
         __m512 low = _mm512_load_ps(sums[0][r]), high = _mm512_load_ps(sums[1][r]);
         const __m512 worth = _mm512_set1_ps(term.factor * units[r]);
         for (int64_t i = 0; i < here; i += ABREAST_LISTS) {
-            int64_t left = here - i;
-            __mmask16 there = left >= ABREAST_LISTS ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+            const __mmask16 there = first_lanes(here - i);
             __m512 sum = _mm512_permutex2var_ps(low, _mm512_load_si512(lists_of + i), high);
             float* to = y + r * stride + first + i;
             _mm512_mask_storeu_ps(to, there, _mm512_fmadd_ps(sum, worth, _mm512_maskz_loadu_ps(there, to)));

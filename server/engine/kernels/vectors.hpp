@@ -73,12 +73,16 @@ inline float sum16(Floats16 x) {
 }
 
 #if defined(__AVX512F__)
+// The first `count` of sixteen lanes; none where it is negative.
+inline __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? __mmask16(0xffff) : count > 0 ? __mmask16((1u << count) - 1) : __mmask16(0);
+}
+
 // The largest magnitude of `count` numbers; NaN if one of them is not finite.
 inline float largest_of(const float* x, int64_t count) {
     __m512 most = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     for (int64_t c = 0; c < count; c += 16) {
-        __mmask16 there = count - c >= 16 ? __mmask16(0xffff) : __mmask16((1u << (count - c)) - 1);
-        __m512 value = _mm512_maskz_loadu_ps(there, x + c);
+        __m512 value = _mm512_maskz_loadu_ps(first_lanes(count - c), x + c);
         most = _mm512_max_ps(most, _mm512_abs_ps(value));
         odd = _mm512_fmadd_ps(value, _mm512_setzero_ps(), odd);  // zero, or NaN
     }
