@@ -187,8 +187,9 @@ def test_kill_minus_nine_at_any_instant(tmp_path: Path, kills: int) -> None:
                     raise customer.fault
             check(tmp_path / "data", customers)
     assert sum(customer.changes for customer in customers) > kills / 2
-    assert kills < 100 or sum(customer.made for customer in customers), "some job has come to its end"
-    assert sum(customer.resumed for customer in customers) > kills / 10
+    if kills >= 100:  # a few kills may all miss the instants that these take
+        assert sum(customer.made for customer in customers), "some job has come to its end"
+        assert sum(customer.resumed for customer in customers) > kills / 10, "uploads were resumed"
     for customer in customers:
         customer.over = True
         customer.open.set()
