@@ -1,24 +1,21 @@
-// Merged mode's arithmetic for CPUs, a whole tensor at a time; see merging.hpp and totals.hpp.
+// Merged mode's arithmetic for CPUs, a whole tensor at a time; see merging.hpp.
 //
 // What limits it is memory: the pristine weights are read once and the merged ones written once, row by row; a packed
 // delta is a sixteenth of that or less.
 
-#include "totals.hpp"
+#include "merging.hpp"
 
 namespace {
 
+// One term that sets and adds nothing: the bits of a fine-tune come out.
 template <typename T>
-void merge_rows(T* out, const T* pristine, int64_t first, int64_t last, int64_t rows, int64_t columns,
-                const Term* terms, int64_t count) {
-    const Term& term = *terms;
-    if (count == 1 && term.form == PLANES && term.count == 1)
-        merge_planes<true>(out, pristine, first, last, columns, term.words, term.factor);
-    else if (count == 1 && (term.form == SPARSE || term.form == ABREAST || term.form == IN_BYTES))
-        merge_sparse<true>(out, pristine, first, last, rows, columns, term);
-    else if (count == 1 && term.form == OVERWRITES && term.factor == 1)
-        overwrite(out, pristine, first, last, columns, term);
-    else
-        merge_terms(out, pristine, first, last, rows, columns, terms, count);
+void overwrite(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const Term& term) {
+    const int32_t* places = reinterpret_cast<const int32_t*>(term.words);
+    const Brain* values = reinterpret_cast<const Brain*>(term.entries);
+    std::memcpy(out, pristine + first * columns, (last - first) * columns * sizeof(T));
+    const int32_t* place = std::lower_bound(places, places + term.count, first * columns);
+    for (; place < places + term.count && *place < last * columns; place++)
+        narrow(widened(values[place - places]), out + (*place - first * columns));
 }
 
 template <typename T>
@@ -29,8 +26,15 @@ void merge_all(T* out, const T* pristine, int64_t rows, int64_t columns, const T
 #else
     (void)threads;
 #endif
-    for (int64_t first = 0; first < rows; first += BLOCK)
-        merge_rows(out + first * columns, pristine, first, smaller(first + BLOCK, rows), rows, columns, terms, count);
+    for (int64_t first = 0; first < rows; first += BLOCK) {
+        int64_t last = smaller(first + BLOCK, rows);
+        T* to = out + first * columns;
+        if (count == 1 && terms->form == OVERWRITES && terms->factor == 1)
+            overwrite(to, pristine, first, last, columns, *terms);
+        else
+            merge_block<true>(to, pristine, first, last, columns,
+                              lay_out_all(terms, count, pristine, {first, rows, columns}), count);
+    }
 }
 
 }  // namespace

@@ -1,51 +1,109 @@
-// Merged weights, a block of 32 rows at a time: out = pristine + factor * delta, each element rounded once, in one pass.
+// Merged weights, a block of 32 rows at a time: out = pristine + (the sum of factor * delta over the terms), the sum in
+// float32, in the terms' order, each product rounded before it is added, and the result rounded once.
 //
-// A word of a plane is the mask of the vector instruction that adds or subtracts. The layouts are those of
-// server/engine/kernels/types.py.
+// Weights are read once and written once, however many terms there are. Lists are first laid out as planes or levels of
+// the block, which stay in the first caches. The layouts are those of server/engine/kernels/types.py.
 #pragma once
 
-#include "native.hpp"
-#include "products.hpp"
-#include "sparse.hpp"
-#include "vectors.hpp"
+#include "list_blocks.hpp"
+#include "numbers.hpp"
 
-#include <type_traits>
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
-#define MASKS 1
-#else
-#define MASKS 0
-#endif
+#include <algorithm>
 
 namespace {
 
-constexpr int64_t MOST_COLUMNS = 1 << 15;  // of a list of nonzeros: its entries are 16 bits, sign included
+enum Laid { SIGNS, DIGITS, LEVELS, VALUES };
 
-inline void narrow(float x, float* out) { *out = x; }
-// To the nearest, ties to even; NaN becomes the one that PyTorch makes of it.
-inline void narrow(float x, Brain* out) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    out->bits = x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+// What a term adds to a block.
+struct BlockTerm {
+    Laid kind;
+    int32_t digits;
+    float factor;
+    int64_t apart;         // of rows, or of digits
+    const uint32_t* words;  // SIGNS, DIGITS: of the block's planes
+    const int16_t* levels;  // LEVELS: [32 rows][apart]
+    const float* values;    // VALUES: [32 rows][apart]
+};
+
+struct Block {
+    int64_t first, rows, columns;  // its first row, of how many
+};
+
+// Room that laying out a term takes, in bytes.
+inline int64_t room_of(const Term& term, int64_t columns) {
+    switch (term.form) {
+        case PLANES:
+        case DENSE: return 0;
+        case OVERWRITES: return BLOCK * columns * sizeof(float);
+        default: return term.levels ? BLOCK * level_row(columns) * sizeof(int16_t) : block_size(columns) * sizeof(uint32_t);
+    }
 }
 
-#if MASKS
-inline __m512 load_floats(const float* x) { return _mm512_loadu_ps(x); }
-inline __m512 load_floats(const Brain* x) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+// new - pristine where a term overwrites, else zero: [32 rows][columns].
+template <typename T>
+void lay_overwrites(float* values, const T* pristine, const Term& term, const Block& block) {
+    const int32_t* places = reinterpret_cast<const int32_t*>(term.words);
+    const Brain* news = reinterpret_cast<const Brain*>(term.entries);
+    const int64_t first = block.first * block.columns;
+    const int64_t end = smaller(block.first + BLOCK, block.rows) * block.columns;
+    std::memset(values, 0, BLOCK * block.columns * sizeof *values);
+    const int32_t* place = std::lower_bound(places, places + term.count, first);
+    for (; place < places + term.count && *place < end; place++)
+        values[*place - first] = widened(news[place - places]) - widened(pristine[*place]);
 }
-inline void store_floats(float* out, __m512 x) { _mm512_storeu_ps(out, x); }
-inline void store_floats(Brain* out, __m512 x) {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
-    __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
+
+// A term as it adds to a block, laid out in `room` where it is not yet.
+template <typename T> BlockTerm lay_out(const Term& term, const T* pristine, const Block& block, void* room) {
+    const auto [first, rows, columns] = block;
+    BlockTerm own{SIGNS, term.count, term.factor, block_size(columns), nullptr, nullptr, nullptr};
+    if (term.form == PLANES) {
+        own.kind = term.count == 1 ? SIGNS : DIGITS;
+        own.words = term.words + first / BLOCK * own.apart * term.count;
+    } else if (term.form == DENSE || term.form == OVERWRITES) {
+        own.kind = VALUES, own.apart = columns;
+        own.values = reinterpret_cast<const float*>(term.words) + first * columns;
+        if (term.form == OVERWRITES) {
+            own.values = static_cast<float*>(room);
+            lay_overwrites(static_cast<float*>(room), pristine, term, block);
+        }
+    } else if (term.levels) {
+        own.kind = LEVELS, own.apart = level_row(columns);
+        own.levels = static_cast<int16_t*>(room);
+        list_levels(static_cast<int16_t*>(room), term, first, rows, columns);
+    } else {
+        own.words = static_cast<uint32_t*>(room);
+        list_words(static_cast<uint32_t*>(room), term, first, rows, columns);
+    }
+    return own;
 }
-#endif
+
+thread_local Scratch laid, rooms;
+
+// All terms of a block; the next call of the thread takes their room.
+template <typename T>
+const BlockTerm* lay_out_all(const Term* terms, int64_t count, const T* pristine, const Block& block) {
+    size_t size = 0;
+    for (int64_t t = 0; t < count; t++) size += (room_of(terms[t], block.columns) + 63) / 64 * 64;
+    auto* room = reinterpret_cast<char*>(rooms.floats(size / sizeof(float)));
+    auto* own = reinterpret_cast<BlockTerm*>(laid.floats((count * sizeof(BlockTerm) + 3) / 4));
+    for (int64_t t = 0; t < count; t++) {
+        own[t] = lay_out(terms[t], pristine, block, room);
+        room += (room_of(terms[t], block.columns) + 63) / 64 * 64;
+    }
+    return own;
+}
+
+// What a term adds to 32 columns from c on of row `row` of its block.
+INLINE inline void add_term(Numbers& total, const BlockTerm& term, int64_t row, int64_t c, int64_t valid) {
+    const uint32_t* word = term.words + 2 * c + row;
+    switch (term.kind) {
+        case SIGNS: return add_signs(total, word[0], word[BLOCK], term.factor);
+        case DIGITS: return add_products(total, levels_of(word, term.apart, term.digits), term.factor);
+        case LEVELS: return add_products(total, levels_at(term.levels + row * term.apart + c), term.factor);
+        case VALUES:
+            return add_products(total, numbers_at(term.values + row * term.apart + c, valid), term.factor);
+    }
+}
 
 #if PAIRS && MASKS
 // 32 columns whose results are only multiplied with: those next to zero, which bfloat16 cannot hold, become zero.
@@ -66,99 +124,48 @@ inline void move_word(Brain* out, const Brain* pristine, uint32_t plus, uint32_t
 }
 #endif
 
-// 32 columns of one row, or the `valid` first of them. What is not EXACT is only multiplied with.
+// 32 columns of one term of signs, or the `valid` first of them. What is not EXACT is only multiplied with.
 template <bool EXACT, typename T>
-inline void merge_word(T* out, const T* pristine, uint32_t plus, uint32_t minus, float factor, int64_t valid) {
+INLINE inline void merge_word(T* out, const T* pristine, uint32_t plus, uint32_t minus, float factor, int64_t valid) {
 #if PAIRS && MASKS
     if constexpr (!EXACT && std::is_same_v<T, Brain>)
         if (valid >= BLOCK) return move_word(out, pristine, plus, minus, factor);
 #endif
-#if MASKS
-    if (valid >= BLOCK) {
-        __m512 step = _mm512_set1_ps(factor);
-        for (int half = 0; half < 2; half++) {
-            __m512 x = load_floats(pristine + 16 * half);
-            x = _mm512_mask_add_ps(x, __mmask16(plus >> (16 * half)), x, step);
-            x = _mm512_mask_sub_ps(x, __mmask16(minus >> (16 * half)), x, step);
-            store_floats(out + 16 * half, x);
-        }
-        return;
-    }
-#endif
-    int count = valid < BLOCK ? int(valid) : int(BLOCK);
-    for (int c = 0; c < count; c++) {
-        float level = float(int32_t((plus >> c) & 1) - int32_t((minus >> c) & 1));
-        narrow(widened(pristine[c]) + level * factor, out + c);  // exact products: a fused addition rounds alike
-    }
+    Numbers sum = numbers_at(pristine, valid);
+    add_signs(sum, plus, minus, factor);
+    put(out, sum, valid);
 }
 
-// Some rows, [first, last), to `out`, which begins with the first of them.
+// Rows [first, last) of a block to `out`, which begins with the first of them, as `pristine` does with row 0.
 template <bool EXACT, typename T>
-void merge_planes(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const uint32_t* planes,
-                  float factor) {
-    int64_t words = (columns + BLOCK - 1) / BLOCK;
+void merge_block(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const BlockTerm* terms,
+                 int64_t count) {
+    const bool all_signs = std::all_of(terms, terms + count, [](const BlockTerm& term) { return term.kind == SIGNS; });
+    const bool signs = count == 1 && all_signs;
     for (int64_t r = first; r < last; r++, out += columns) {
-        const uint32_t* word = planes + r / BLOCK * words * 2 * BLOCK + r % BLOCK;
+        const int64_t row = r % BLOCK;
         const T* from = pristine + r * columns;
-        for (int64_t j = 0; j < words; j++, word += 2 * BLOCK) {
+        auto merge = [&](int64_t c, int64_t valid) INLINE {
             // Who calls multiplies with these before it comes back for the next: memory is to be read meanwhile.
-            if (!EXACT) __builtin_prefetch(from + ROWS_AHEAD * columns + j * BLOCK, 0, 2);
-            merge_word<EXACT>(out + j * BLOCK, from + j * BLOCK, word[0], word[BLOCK], factor, columns - j * BLOCK);
-        }
-    }
-}
-
-// The signs of 32 columns: those of +1, those of -1.
-typedef uint32_t Bits[2];
-
-// A list of signs, as masks: setting a bit takes a fraction of the time that changing a number does.
-inline void list_bits(Bits* bits, const Term& term, int64_t list, int64_t lists, int64_t columns) {
-    std::memset(bits, 0, blocks_of(columns) * sizeof *bits);
-    each_nonzero(term, list, lists, columns, [&](uint32_t entry, int64_t) {
-        bits[entry >> 6][entry & 1] |= 1u << ((entry >> 1) & 31);
-    });
-}
-
-// One row of signs.
-template <bool EXACT, typename T>
-inline void merge_list(T* out, const T* pristine, int64_t columns, const Term& term, int64_t i, int64_t lists) {
-    Bits bits[MOST_COLUMNS / BLOCK];
-    list_bits(bits, term, i, lists, columns);
-    for (int64_t j = 0; j < blocks_of(columns); j++)
-        merge_word<EXACT>(out + j * BLOCK, pristine + j * BLOCK, bits[j][0], bits[j][1], term.factor,
-                          columns - j * BLOCK);
-}
-
-// One row of several magnitudes, worth `values` each.
-template <typename T>
-inline void merge_levels(T* out, const T* pristine, int64_t columns, const Term& term, int64_t i, int64_t lists,
-                         const float* values) {
-    std::memcpy(out, pristine, columns * sizeof(T));
-    each_nonzero(term, i, lists, columns, [&](uint32_t entry, int64_t place) {
-        float value = values[term.levels[place]];
-        int64_t column = entry >> 1;
-        narrow(widened(pristine[column]) + (entry & 1 ? -value : value), out + column);
-    });
-}
-
-// The same for the lists of a delta, one per row of so many; all rows lie in one block of 32.
-template <bool EXACT, typename T>
-void merge_sparse(T* out, const T* pristine, int64_t first, int64_t last, int64_t rows, int64_t columns,
-                  const Term& term) {
-    // Rounded here, so that no product is fused with its addition.
-    float values[256];
-    for (int level = 0; term.levels != nullptr && level < 256; level++) values[level] = float(level) * term.factor;
-    // Lists are sorted by length within a block. Weights are walked through as they lie: memory is read ahead.
-    int64_t block = first / BLOCK * BLOCK, own[BLOCK];
-    lists_of_block(term, block, rows, own);
-    for (int64_t r = first; r < last; r++, out += columns) {
-        const T* from = pristine + r * columns;
-        if (!EXACT)
-            for (int64_t j = 0; j < columns; j += BLOCK) __builtin_prefetch(from + ROWS_AHEAD * columns + j, 0, 2);
-        if (term.levels == nullptr)
-            merge_list<EXACT>(out, from, columns, term, own[r - block], rows);
-        else
-            merge_levels(out, from, columns, term, own[r - block], rows, values);
+            if (!EXACT) __builtin_prefetch(from + ROWS_AHEAD * columns + c, 0, 2);
+            if (signs) {
+                const uint32_t* word = terms->words + 2 * c + row;
+                return merge_word<EXACT>(out + c, from + c, word[0], word[BLOCK], terms->factor, valid);
+            }
+            Numbers total;
+            if (all_signs)
+                for (const BlockTerm* term = terms; term < terms + count; term++) {
+                    const uint32_t* word = term->words + 2 * c + row;
+                    add_signs(total, word[0], word[BLOCK], term->factor);
+                }
+            else
+                for (int64_t t = 0; t < count; t++) add_term(total, terms[t], row, c, valid);
+            add_numbers(total, numbers_at(from + c, valid));
+            put(out + c, total, valid);
+        };
+        int64_t c = 0;
+        for (; c + BLOCK <= columns; c += BLOCK) merge(c, BLOCK);
+        if (c < columns) merge(c, columns - c);
     }
 }
 

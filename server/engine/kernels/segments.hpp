@@ -30,14 +30,6 @@ bool moves(const Operation& op, const Term* term, const Term* end) {
     return term->stop - term->start >= (term->form == PLANES ? many : MANY_SPARSE);
 }
 
-template <typename T> void merge_rows(T* out, const Operation& op, const Term& term, int64_t first, int64_t last) {
-    const T* weights = static_cast<const T*>(op.weight);
-    if (term.form == PLANES)
-        merge_planes<false>(out, weights, first, last, op.in_size, term.words, term.factor);
-    else
-        merge_sparse<false>(out, weights, first, last, op.out_size, op.in_size, term);
-}
-
 struct Range {
     int64_t first, last;
 };
@@ -101,13 +93,18 @@ Range run_full(const Operation& op, const Thread& thread, bool moved, const U* x
                 multiply_segment(op, segment, weights + first * op.in_size, x, stride, first, last);
                 continue;
             }
+            const BlockTerm* term;
+            {
+                Watch watch(spent);
+                term = lay_out_all(segment.term, 1, weights, {first, op.out_size, op.in_size});
+            }
             // As few rows as possible, so that they are still in the first cache when they are multiplied.
             int64_t together = segment.packed ? SIDE : TOGETHER_MOVED;
             for (int64_t o = first; o < last; o += together) {
                 int64_t until = smaller(o + together, last);
                 {
                     Watch watch(spent);
-                    merge_rows(block, op, *segment.term, o, until);
+                    merge_block<false>(block, weights, o, until, op.in_size, term, 1);
                 }
                 multiply_segment(op, segment, block, x, stride, o, until);
             }

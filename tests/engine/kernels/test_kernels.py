@@ -174,6 +174,17 @@ def test_merging_equals_the_reference_bit_for_bit(kernels: Kernels, data: st.Dat
     check_merge(kernels, shape, data.draw(terms_of(shape).filter(bool)), dtype, data.draw(odd_weights))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("shape", [(33, 250), (96, 576), (70, 1536), (40, 33_000)])
+def test_merging_lists_of_many_pieces(
+    kernels: Kernels, shape: tuple[int, int], experts: int, dtype: torch.dtype
+) -> None:
+    """Which begin anywhere within a word of a plane."""
+    terms: Terms = [(0.5 + seed, sparse_delta(seed, shape, 0.03)) for seed in range(experts)]
+    check_merge(kernels, shape, terms, dtype, 1.0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=shapes,
