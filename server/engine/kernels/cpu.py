@@ -46,11 +46,10 @@ _TERM = struct.Struct("<qqiifi5Q")
 
 Fields = tuple[int, int, int, int, float, int, int, int, int, int, int]
 
-_LISTS_BELOW_BYTES = 0.06
-"""Where planes become bytes they begin earlier: they are folded into weights twice as fast as lists in bytes. Beside
-the base these are faster up to 0.15: eight rows of SmolLM2 on two cores of a Zen 4 take some 6 ms more than the base's
-step at density 0.1 on eight experts, with planes 10; but a switch of all layers at 0.08 takes 2.6 copies of them, and
-with planes 1.3."""
+_LISTS_BELOW_BYTES, _LISTS_BELOW_TILES = 0.15, 0.06
+"""Where lists are in bytes. Eight rows of SmolLM2 on two cores of a Zen 4 take 7.6 ms more than the base's step at
+density 0.12 on eight experts, with planes 11.1, and all on one 4.3, with planes 7.5; at 0.2 planes are faster. Where
+planes are multiplied as tiles they begin earlier: rows that share them cost next to nothing."""
 
 _MERGED = {torch.float32: 0, torch.bfloat16: 1}
 """What `merge.cpp` merges into; the others are left to torch."""
@@ -89,6 +88,8 @@ class CpuKernels:
         self.parallel = bool(library.switchyard_parallel())
         self.plane_bytes = bool(library.switchyard_plane_bytes())
         """Whether planes are multiplied as bytes where x may be rounded."""
+        self.plane_tiles = bool(library.switchyard_plane_tiles())
+        """Whether these are tiles."""
         self.permute = int(library.switchyard_permute())
         """Entries of the table that one vector instruction looks up; 0 where there is none."""
         self._step = library.switchyard_step
@@ -106,7 +107,8 @@ class CpuKernels:
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ARG002 (there is but one)
         if self.plane_bytes and dtype is not torch.float32:
-            self.lists_below, self.lanes = _LISTS_BELOW_BYTES, IN_BYTES
+            self.lanes = IN_BYTES
+            self.lists_below = _LISTS_BELOW_TILES if self.plane_tiles else _LISTS_BELOW_BYTES
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, groups: Sequence[Group]) -> None:
         if y.dtype is torch.float32:

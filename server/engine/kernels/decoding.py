@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import torch
 
-from server.engine.kernels.byte_lists import ABREAST, IN_BYTES, MOST_COLUMNS, most_vectors
+from server.engine.kernels.byte_lists import ABREAST, MOST_COLUMNS, most_vectors
 from server.engine.kernels.packing import SPARSE_BELOW, below_beside, form_of
 from server.engine.kernels.types import BLOCK, BitPlanes, ByteLists, SparseRows, rows_and_columns
 from store.deltas import OverwriteDelta
@@ -56,8 +56,8 @@ class Decoder:
         if not (1 <= top <= MAX_LEVEL and tensor.scale * top <= LARGEST):
             return None
         rows, columns = rows_and_columns(shape)
-        form = form_of(shape, tensor.nnz, top, lists_below)
-        if form is SparseRows and lanes == IN_BYTES:
+        form = form_of(shape, tensor.nnz, top, lists_below, lanes)
+        if form is ByteLists:
             made = self._in_bytes(tensor, payload, (rows, columns), values, top)
             if made is not None:
                 return made

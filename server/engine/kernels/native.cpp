@@ -26,6 +26,9 @@ int switchyard_permute(void) { return PERMUTE; }
 // Whether planes are multiplied as bytes where x may be rounded.
 int switchyard_plane_bytes(void) { return PLANE_BYTES; }
 
+// Whether planes are multiplied as tiles there.
+int switchyard_plane_tiles(void) { return PLANE_BYTES && tiles_allowed(); }
+
 int switchyard_parallel(void) {
 #ifdef _OPENMP
     return 1;

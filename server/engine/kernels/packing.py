@@ -41,12 +41,12 @@ def pack(
     if not isinstance(delta, SparseDelta):
         return DenseValues(torch.from_numpy(delta.values).to(device))
     top = int(np.abs(delta.levels.astype(np.int16)).max(initial=1))
-    form = form_of(delta.shape, len(delta.indices), top, lists_below)
+    form = form_of(delta.shape, len(delta.indices), top, lists_below, lanes)
     if form is DenseValues:
         values = np.zeros(delta.shape, np.float32)
         values.reshape(-1)[delta.indices] = delta.levels * np.float32(delta.scale)
         return DenseValues(torch.from_numpy(values).to(device))
-    if form is SparseRows and lanes == IN_BYTES:
+    if form is ByteLists:
         in_bytes = byte_lists(delta, top, device)
         if in_bytes is not None:
             return in_bytes
@@ -71,13 +71,14 @@ def packed_fields(
         shape: of the tensor.
         nnz: its nonzeros; None for a dense delta.
         top_level: the largest magnitude among the levels; 1 for ternary deltas.
-        lists_below: density per digit below which it is lists, else planes.
+        lists_below: density per digit below which it is lists, else planes; half of it where these are `ByteLists` with
+            levels, which take two bytes per nonzero.
     """
     rows, columns = rows_and_columns(shape)
-    form = DenseValues if nnz is None else form_of(shape, nnz, top_level, lists_below)
+    form = DenseValues if nnz is None else form_of(shape, nnz, top_level, lists_below, lanes)
     if nnz is None or form is DenseValues:
         return (4 * rows * columns,)
-    if form is SparseRows and lanes == IN_BYTES:
+    if form is ByteLists:
         beside = packed_fields(shape, nnz, top_level, below_beside(lists_below))
         return max(fields_in_bytes(rows, nnz, top_level), beside, key=sum)
     if form is SparseRows:
@@ -139,12 +140,18 @@ def dense(delta: PackedDelta) -> torch.Tensor:
     return gather_rows(delta, torch.arange(rows, device=delta.device)).view(delta.shape)
 
 
-def form_of(shape: tuple[int, ...], nnz: int, top_level: int, lists_below: float = SPARSE_BELOW) -> type[PackedDelta]:
-    """What `pack` makes of a delta with so many nonzeros, the largest of that magnitude; `lists_below` as there."""
+def form_of(
+    shape: tuple[int, ...], nnz: int, top_level: int, lists_below: float = SPARSE_BELOW, lanes: int = 1
+) -> type[PackedDelta]:
+    """What `pack` makes of a delta with so many nonzeros, the largest of that magnitude, where `ByteLists` are as small
+    as they should be; `lists_below` and `lanes` as there."""
     rows, columns = rows_and_columns(shape)
     if len(shape) < 2:
         return DenseValues
-    if columns <= _MOST_COLUMNS and nnz < lists_below * _digits(top_level) * rows * columns:
+    most = lists_below * _digits(top_level) * rows * columns
+    if lanes == IN_BYTES and nnz < (most if top_level == 1 else most / 2):
+        return ByteLists
+    if lanes != IN_BYTES and nnz < most and columns <= _MOST_COLUMNS:
         return SparseRows
     return BitPlanes
 

@@ -300,10 +300,14 @@ def test_forms_are_others_where_there_are_products_of_bytes(folder: Path) -> Non
     kernels.prepare(torch.float32, CPU)
     assert (kernels.lists_below, kernels.lanes) == (SPARSE_BELOW, ABREAST)
     kernels.prepare(torch.bfloat16, CPU)
-    below, lanes = (0.06, IN_BYTES) if kernels.plane_bytes else (SPARSE_BELOW, ABREAST)
+    below, lanes = (SPARSE_BELOW, ABREAST)
+    if kernels.plane_bytes:
+        below, lanes = 0.06 if kernels.plane_tiles else 0.15, IN_BYTES
     assert (kernels.lists_below, kernels.lanes) == (below, lanes)
-    for density in (below - 0.02, below + 0.02):
-        tensor = stored(sparse_delta(1, (64, 96), density))
-        lists = ByteLists if kernels.plane_bytes else SparseRows
-        assert isinstance(kernels.transcode("t", tensor, CPU), lists if density < below else BitPlanes)
-        check_transcode(kernels, tensor)
+    lists = ByteLists if kernels.plane_bytes else SparseRows
+    # Levels to 9 are three digits, and two bytes per nonzero of a list in bytes.
+    for top, border in ((1, below), (9, below * (1.5 if kernels.plane_bytes else 3))):
+        for density in (border - 0.02, border + 0.02):
+            tensor = stored(sparse_delta(1, (64, 96), density, top=top))
+            assert isinstance(kernels.transcode("t", tensor, CPU), lists if density < border else BitPlanes)
+            check_transcode(kernels, tensor)
