@@ -60,6 +60,8 @@ def random_expert(model: BaseModel, own: Kernels, density: float, seed: int, top
 def demo_experts(model: BaseModel, own: Kernels, folder: Path) -> list[DecodedExpert]:
     """Two of the demo's experts, decoded as the engine does it."""
     files = {digest_of(path): path for path in sorted(folder.glob("*.safetensors"))[:2]}
+    if len(files) < 2:
+        raise SystemExit(f"{folder} has no two expert files: give a folder that has as --experts")
     loader = ExpertLoader(
         model.manifest,
         CPU,

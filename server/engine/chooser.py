@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
+from functools import partial
 
 from server.engine.costs import Costs
 from server.engine.expert import DecodedExpert
@@ -19,8 +20,8 @@ class ModeChooser:
     """Chooses a mode for every step from calibrated costs.
 
     To advance every sequence by one token, mixed mode takes one step with all rows and the surcharge of every expert's
-    deltas; merged mode takes one step per mix, and patches the weights once per turn of `turn_steps` steps. Mixes that
-    cannot run beside the weights take steps of their own in either mode.
+    deltas; merged mode takes one step per mix, and patches the weights once per turn of `turn_steps` steps. The first
+    step of a turn has the prompts. Mixes that cannot run beside the weights take steps of their own in either mode.
 
     Attributes:
         mode: the present one.
@@ -66,19 +67,31 @@ class ModeChooser:
         return self.mode
 
     def _mixed_cost(self, demand: Items[Demand], experts: Mapping[str, DecodedExpert]) -> float:
-        cost = self._costs.step(sum(lane.rows for lane in demand))
+        longest = max(self._turn(lane) for lane in demand)
+        rows, streams = sum(lane.rows for lane in demand), sum(lane.streams for lane in demand)
+        cost = _average(self._costs.step, rows, streams, longest)
         for lane in demand:
-            cost += sum(self._costs.surcharge(experts[digest], lane.rows) for digest, _ in lane.mix.parts)
+            for digest, _ in lane.mix.parts:
+                surcharge = partial(self._costs.surcharge, experts[digest])
+                cost += _average(surcharge, lane.rows, lane.streams, self._turn(lane))
         return cost
 
     def _merged_cost(
         self, demand: Items[Demand], experts: Mapping[str, DecodedExpert], built: Collection[Mix], room: int
     ) -> float:
-        cost = sum(self._costs.step(lane.rows) for lane in demand)
+        cost = sum(_average(self._costs.step, lane.rows, lane.streams, self._turn(lane)) for lane in demand)
         to_patch = [lane for lane in demand if not lane.mix.is_base]
         if len(to_patch) <= room:  # else each is patched over before its next turn
             to_patch = [lane for lane in to_patch if lane.mix not in built]
         for lane in to_patch:
             patch = sum(self._costs.patching(experts[digest]) for digest, _ in lane.mix.parts)
-            cost += patch / min(self._turn_steps, max(1, lane.steps))
+            cost += patch / self._turn(lane)
         return cost
+
+    def _turn(self, lane: Demand) -> int:
+        return min(self._turn_steps, max(1, lane.steps))
+
+
+def _average(seconds: Callable[[int], float], rows: int, streams: int, steps: int) -> float:
+    """Of so many steps, of which the first has `rows` rows, the others one per stream."""
+    return (seconds(rows) + (steps - 1) * seconds(streams)) / steps

@@ -30,11 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Demand:
-    """What a lane would put into the next steps: `rows` tokens of `mix`, for at most `steps` steps."""
+    """What a lane would put into the next steps, at most `steps`: `rows` tokens of `mix` into the first, then one for
+    each of its `streams`."""
 
     mix: Mix
     rows: int
     steps: int
+    streams: int
 
 
 class Scheduler:
@@ -118,7 +120,7 @@ class Scheduler:
             sequences = [*lane.running, *lane.waiting]
             rows = min(self._step_tokens, sum(sequence.pending for sequence in sequences))
             steps = max(sequence.max_tokens - sequence.output_length for sequence in sequences)
-            demand.append(Demand(lane.mix, rows, steps))
+            demand.append(Demand(lane.mix, rows, steps, len(sequences)))
         return demand
 
     def schedule(self, *, mixed: bool) -> Batch | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ DENSITIES = {BitPlanes: 0.3, SparseRows: 0.03, ByteLists: 0.03}
 """Of forms that have one: what lies well within those that take them."""
 _DRAWN = 1 << 20
 """Most elements that are drawn at random; larger matrices repeat them."""
+_APART = 64 << 20
+"""Bytes of deltas that lie apart, so that no cache has them still when the next step comes; further ones share the
+last of their shape."""
 
 Shape = tuple[int, int]
 
@@ -31,17 +36,28 @@ def forms_of(kernels: Kernels) -> tuple[type[PackedDelta], ...]:
 def synthetic_expert(
     form: type[PackedDelta], shapes: Mapping[str, Shape], device: torch.device, kernels: Kernels
 ) -> DecodedExpert:
-    """One whose matrices of a shape are the same delta, of the form: between two that read it a step reads so many
-    weights that no cache keeps it.
+    """One whose matrices of a shape have equal deltas, of the form.
 
     Args:
         shapes: of all matrices, by name. Those with more columns than lists can have get none of these.
     """
     made = {shape: _delta(form, shape, device, kernels) for shape in set(shapes.values())}
-    tensors = {name: made[shape] for name, shape in shapes.items()}
-    return DecodedExpert(
-        f"synthetic {form.__name__}", {name: delta for name, delta in tensors.items() if isinstance(delta, form)}
-    )
+    tensors: dict[str, PackedDelta] = {}
+    room = _APART
+    for name, shape in shapes.items():
+        delta = made[shape]
+        if not isinstance(delta, form):
+            continue
+        tensors[name] = delta
+        if room > 0:
+            room -= delta.nbytes
+            made[shape] = _copy(delta)
+    return DecodedExpert(f"synthetic {form.__name__}", tensors)
+
+
+def _copy(delta: PackedDelta) -> PackedDelta:
+    tensors: dict[str, Any] = {k: v.clone() for k, v in vars(delta).items() if isinstance(v, torch.Tensor)}
+    return replace(delta, **tensors)
 
 
 def _delta(form: type[PackedDelta], shape: Shape, device: torch.device, kernels: Kernels) -> PackedDelta:

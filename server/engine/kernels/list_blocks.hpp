@@ -9,9 +9,8 @@ namespace {
 // Words of one block of planes of one digit: [words][+1, -1][32 rows], see `BitPlanes` in types.py.
 inline int64_t block_size(int64_t columns) { return blocks_of(columns) * 2 * BLOCK; }
 
-// The words of the lists of a block, whose first row is that, of so many in all. Any lists without levels.
-inline void list_words_each(uint32_t* words, const Term& term, int64_t first, int64_t rows, int64_t columns) {
-    std::memset(words, 0, block_size(columns) * sizeof *words);
+// Sets the bits of the lists of a block, whose first row is that, of so many in all. Any lists without levels.
+inline void set_words(uint32_t* words, const Term& term, int64_t first, int64_t rows, int64_t columns) {
     each_row(term, first, smaller(first + BLOCK, rows), rows, [&](int64_t row, int64_t list) {
         uint32_t* own = words + (row - first);
         each_nonzero(term, list, rows, columns, [&](uint32_t entry, int64_t) {
@@ -61,10 +60,9 @@ struct PieceBits {
 };
 
 // The same of lists in bytes: 64 entries at a time, and no list after another.
-inline void byte_list_words(uint32_t* words, const Term& term, int64_t first, int64_t columns) {
+inline void set_words_of_bytes(uint32_t* words, const Term& term, int64_t first, int64_t columns) {
     const ByteLists lists(term);
     const int64_t width = piece_width(columns), count = blocks_of(columns);
-    std::memset(words, 0, block_size(columns) * sizeof *words);
     for (int64_t group = first / ABREAST_LISTS, i = 0; i < BLOCK / ABREAST_LISTS; i++, group++)
         for (int64_t v = lists.starts[group], end = lists.starts[group + 1]; v < end;) {
             const uint8_t piece = lists.pieces[v];
@@ -87,11 +85,13 @@ inline void byte_list_words(uint32_t* words, const Term& term, int64_t first, in
 
 #endif
 
+// The words of a block of lists without levels.
 inline void list_words(uint32_t* words, const Term& term, int64_t first, int64_t rows, int64_t columns) {
+    std::memset(words, 0, block_size(columns) * sizeof *words);
 #if VECTOR_LISTS
-    if (term.form == IN_BYTES) return byte_list_words(words, term, first, columns);
+    if (term.form == IN_BYTES) return set_words_of_bytes(words, term, first, columns);
 #endif
-    list_words_each(words, term, first, rows, columns);
+    set_words(words, term, first, rows, columns);
 }
 
 // Numbers from one row of levels to the next.

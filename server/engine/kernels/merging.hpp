@@ -9,6 +9,7 @@
 #include "numbers.hpp"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace {
 
@@ -93,12 +94,18 @@ const BlockTerm* lay_out_all(const Term* terms, int64_t count, const T* pristine
     return own;
 }
 
-// What a term adds to 32 columns from c on of row `row` of its block.
+// The word of 32 columns from c on of row `row` of a block: of +1, and BLOCK words further of -1.
+inline const uint32_t* word_at(const BlockTerm& term, int64_t row, int64_t c) { return term.words + 2 * c + row; }
+
+// What a term adds to these.
 INLINE inline void add_term(Numbers& total, const BlockTerm& term, int64_t row, int64_t c, int64_t valid) {
-    const uint32_t* word = term.words + 2 * c + row;
     switch (term.kind) {
-        case SIGNS: return add_signs(total, word[0], word[BLOCK], term.factor);
-        case DIGITS: return add_products(total, levels_of(word, term.apart, term.digits), term.factor);
+        case SIGNS: {
+            const uint32_t* word = word_at(term, row, c);
+            return add_signs(total, word[0], word[BLOCK], term.factor);
+        }
+        case DIGITS:
+            return add_products(total, levels_of(word_at(term, row, c), term.apart, term.digits), term.factor);
         case LEVELS: return add_products(total, levels_at(term.levels + row * term.apart + c), term.factor);
         case VALUES:
             return add_products(total, numbers_at(term.values + row * term.apart + c, valid), term.factor);
@@ -141,21 +148,20 @@ template <bool EXACT, typename T>
 void merge_block(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const BlockTerm* terms,
                  int64_t count) {
     const bool all_signs = std::all_of(terms, terms + count, [](const BlockTerm& term) { return term.kind == SIGNS; });
-    const bool signs = count == 1 && all_signs;
     for (int64_t r = first; r < last; r++, out += columns) {
         const int64_t row = r % BLOCK;
         const T* from = pristine + r * columns;
         auto merge = [&](int64_t c, int64_t valid) INLINE {
             // Who calls multiplies with these before it comes back for the next: memory is to be read meanwhile.
             if (!EXACT) __builtin_prefetch(from + ROWS_AHEAD * columns + c, 0, 2);
-            if (signs) {
-                const uint32_t* word = terms->words + 2 * c + row;
+            if (count == 1 && all_signs) {
+                const uint32_t* word = word_at(*terms, row, c);
                 return merge_word<EXACT>(out + c, from + c, word[0], word[BLOCK], terms->factor, valid);
             }
             Numbers total;
             if (all_signs)
                 for (const BlockTerm* term = terms; term < terms + count; term++) {
-                    const uint32_t* word = term->words + 2 * c + row;
+                    const uint32_t* word = word_at(*term, row, c);
                     add_signs(total, word[0], word[BLOCK], term->factor);
                 }
             else

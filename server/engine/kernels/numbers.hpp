@@ -8,8 +8,6 @@
 #include "products.hpp"
 #include "vectors.hpp"
 
-#include <type_traits>
-
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
 #define MASKS 1
 #else
@@ -30,9 +28,6 @@ inline void narrow(float x, Brain* out) {
 
 struct Numbers {
     __m512 part[2] = {};
-};
-struct Integers {
-    __m512i part[2] = {};
 };
 
 INLINE inline __m512 some(const float* from, int64_t valid) { return _mm512_maskz_loadu_ps(first_lanes(valid), from); }
