@@ -119,13 +119,15 @@ def _is_layer(name: str, parameter: torch.Tensor) -> bool:
 
 
 def _curve(seconds: Callable[[int], float], rows: Items[int], budget: float) -> Curve:
-    """Of as many numbers of rows as time allows, the shortest of a few runs each."""
+    """Of as many numbers of rows as time allows, two at least, the shortest of a few runs each."""
     points: list[tuple[int, float]] = []
-    started = time.perf_counter()
+    spent = 0.0
     for count in rows:
-        points.append((count, _least(partial(seconds, count), budget / len(rows))))
-        if time.perf_counter() - started > budget / 2:
+        if len(points) > 1 and spent > budget / 2:
             break
+        least, taken = _least(partial(seconds, count), budget / len(rows))
+        points.append((count, least))
+        spent += taken
     return Curve(tuple(points))
 
 
@@ -181,11 +183,12 @@ def _patch_seconds(model: BaseModel, expert: DecodedExpert, kernels: Kernels) ->
             torch.cuda.synchronize(model.device)
         return time.perf_counter() - began
 
-    return _least(merge, _PATCH_SECONDS) / count
+    return _least(merge, _PATCH_SECONDS)[0] / count
 
 
-def _least(run: Callable[[], float], budget: float) -> float:
-    """The shortest of a few runs, one at least, after another: the first step of all takes forty times as long."""
+def _least(run: Callable[[], float], budget: float) -> tuple[float, float]:
+    """The shortest of a few runs, one at least, and what all took. Another before them counts for nothing: the first
+    step of all takes forty times as long."""
     run()
     started = time.perf_counter()
     best = run()
@@ -193,4 +196,4 @@ def _least(run: Callable[[], float], budget: float) -> float:
         if time.perf_counter() - started > budget:
             break
         best = min(best, run())
-    return best
+    return best, time.perf_counter() - started

@@ -97,14 +97,14 @@ inline void list_words(uint32_t* words, const Term& term, int64_t first, int64_t
 // Numbers from one row of levels to the next.
 inline int64_t level_row(int64_t columns) { return blocks_of(columns) * BLOCK; }
 
-// The levels of the lists of a block, signed: [32 rows][level_row].
-inline void list_levels(int16_t* levels, const Term& term, int64_t first, int64_t rows, int64_t columns) {
+// The levels of the lists of a block, signed, 127 at most: [32 rows][level_row].
+inline void list_levels(int8_t* levels, const Term& term, int64_t first, int64_t rows, int64_t columns) {
     const int64_t apart = level_row(columns), last = smaller(first + BLOCK, rows);
     std::memset(levels, 0, BLOCK * apart * sizeof *levels);
     if (term.form != IN_BYTES) {
         each_row(term, first, last, rows, [&](int64_t row, int64_t list) {
             each_nonzero(term, list, rows, columns, [&](uint32_t entry, int64_t place) {
-                int16_t level = term.levels[place];
+                int8_t level = int8_t(term.levels[place]);
                 levels[(row - first) * apart + (entry >> 1)] = entry & 1 ? -level : level;
             });
         });
@@ -112,14 +112,14 @@ inline void list_levels(int16_t* levels, const Term& term, int64_t first, int64_
     }
     // All entries of a vector, even those that are none: no branch could be foretold.
     const ByteLists lists(term);
-    int16_t none, *own[BLOCK];
+    int8_t none, *own[BLOCK];
     for (int64_t row = 0; row < BLOCK; row++) own[lists.places[first + row]] = levels + row * apart;
     for (int64_t i = 0, group = first / ABREAST_LISTS; i < BLOCK; i += ABREAST_LISTS, group++)
         for (int64_t v = lists.starts[group]; v < lists.starts[group + 1]; v++) {
             const int64_t column = lists.pieces[v] * piece_width(columns);
             const uint8_t *entries = lists.entries + v * VECTOR, *worth = lists.levels + v * VECTOR;
             for (int64_t k = 0; k < VECTOR; k++) {
-                int16_t level = worth[k], *to = own[i + k / TOGETHER_BYTES] + column + (entries[k] & PIECE);
+                int8_t level = int8_t(worth[k]), *to = own[i + k / TOGETHER_BYTES] + column + (entries[k] & PIECE);
                 *((entries[k] & PIECE) == PIECE ? &none : to) = entries[k] >> 7 ? -level : level;
             }
         }

@@ -22,7 +22,7 @@ struct BlockTerm {
     float factor;
     int64_t apart;         // of rows, or of digits
     const uint32_t* words;  // SIGNS, DIGITS: of the block's planes
-    const int16_t* levels;  // LEVELS: [32 rows][apart]
+    const int8_t* levels;  // LEVELS: [32 rows][apart]
     const float* values;    // VALUES: [32 rows][apart]
 };
 
@@ -36,7 +36,7 @@ inline int64_t room_of(const Term& term, int64_t columns) {
         case PLANES:
         case DENSE: return 0;
         case OVERWRITES: return BLOCK * columns * sizeof(float);
-        default: return term.levels ? BLOCK * level_row(columns) * sizeof(int16_t) : block_size(columns) * sizeof(uint32_t);
+        default: return term.levels ? BLOCK * level_row(columns) * sizeof(int8_t) : block_size(columns) * sizeof(uint32_t);
     }
 }
 
@@ -69,8 +69,8 @@ template <typename T> BlockTerm lay_out(const Term& term, const T* pristine, con
         }
     } else if (term.levels) {
         own.kind = LEVELS, own.apart = level_row(columns);
-        own.levels = static_cast<int16_t*>(room);
-        list_levels(static_cast<int16_t*>(room), term, first, rows, columns);
+        own.levels = static_cast<int8_t*>(room);
+        list_levels(static_cast<int8_t*>(room), term, first, rows, columns);
     } else {
         own.words = static_cast<uint32_t*>(room);
         list_words(static_cast<uint32_t*>(room), term, first, rows, columns);
@@ -105,11 +105,34 @@ INLINE inline void add_term(Numbers& total, const BlockTerm& term, int64_t row, 
             return add_signs(total, word[0], word[BLOCK], term.factor);
         }
         case DIGITS:
-            return add_products(total, levels_of(word_at(term, row, c), term.apart, term.digits), term.factor);
-        case LEVELS: return add_products(total, levels_at(term.levels + row * term.apart + c), term.factor);
+            return add_products(total, numbers_of(levels_of(word_at(term, row, c), term.apart, term.digits)), term.factor);
+        case LEVELS: return add_products(total, numbers_of(bytes_at(term.levels + row * term.apart + c)), term.factor);
         case VALUES:
             return add_products(total, numbers_at(term.values + row * term.apart + c, valid), term.factor);
     }
+}
+
+// Few terms of signs have few sums, which are looked up: the sum of digits 3^t, 0 for -1 and 2 for +1, names one.
+constexpr int64_t FEW_SIGNS = 3;  // 27 of 32
+
+inline Numbers sums_of_signs(const BlockTerm* terms, int64_t count) {
+    alignas(64) float sums[BLOCK];
+    for (int i = 0; i < BLOCK; i++) {
+        sums[i] = 0;
+        for (int64_t t = 0, rest = i; t < count; t++, rest /= 3) sums[i] += float(rest % 3 - 1) * terms[t].factor;
+    }
+    return numbers_at(sums, BLOCK);
+}
+
+// Of 32 columns, a byte each.
+INLINE inline Bytes sums_named(const BlockTerm* terms, int64_t count, int64_t row, int64_t c) {
+    Bytes names = all_bytes(count == 1 ? 1 : count == 2 ? 4 : 13);  // all digits 1
+    int32_t power = 1;
+    for (int64_t t = 0; t < count; t++, power *= 3) {
+        const uint32_t* word = word_at(terms[t], row, c);
+        add_digit(names, word[0], word[BLOCK], power);
+    }
+    return names;
 }
 
 #if PAIRS && MASKS
@@ -148,6 +171,7 @@ template <bool EXACT, typename T>
 void merge_block(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const BlockTerm* terms,
                  int64_t count) {
     const bool all_signs = std::all_of(terms, terms + count, [](const BlockTerm& term) { return term.kind == SIGNS; });
+    const Numbers sums = all_signs && count <= FEW_SIGNS ? sums_of_signs(terms, count) : Numbers{};
     for (int64_t r = first; r < last; r++, out += columns) {
         const int64_t row = r % BLOCK;
         const T* from = pristine + r * columns;
@@ -159,7 +183,9 @@ void merge_block(T* out, const T* pristine, int64_t first, int64_t last, int64_t
                 return merge_word<EXACT>(out + c, from + c, word[0], word[BLOCK], terms->factor, valid);
             }
             Numbers total;
-            if (all_signs)
+            if (all_signs && count <= FEW_SIGNS)
+                total = looked_up(sums, sums_named(terms, count, row, c));
+            else if (all_signs)
                 for (const BlockTerm* term = terms; term < terms + count; term++) {
                     const uint32_t* word = word_at(*term, row, c);
                     add_signs(total, word[0], word[BLOCK], term->factor);

@@ -29,6 +29,9 @@ inline void narrow(float x, Brain* out) {
 struct Numbers {
     __m512 part[2] = {};
 };
+struct Bytes {
+    __m256i all;
+};
 
 INLINE inline __m512 some(const float* from, int64_t valid) { return _mm512_maskz_loadu_ps(first_lanes(valid), from); }
 INLINE inline __m512 some(const Brain* from, int64_t valid) {
@@ -61,26 +64,26 @@ INLINE inline void add_products(Numbers& total, const Numbers& values, float fac
     }
 }
 
-INLINE inline Numbers levels_at(const int16_t* from) {
-    Numbers levels;
-    for (int i = 0; i < 2; i++) {
-        __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16 * i));
-        levels.part[i] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(own));
-    }
-    return levels;
+INLINE inline Bytes all_bytes(int value) { return {_mm256_set1_epi8(char(value))}; }
+INLINE inline Bytes bytes_at(const int8_t* from) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
 }
-
-// The levels whose words of all digits begin at `word`, `apart` from each other.
-INLINE inline Numbers levels_of(const uint32_t* word, int64_t apart, int32_t digits) {
-    __m256i levels = _mm256_setzero_si256();
-    int32_t power = 1;
-    for (int32_t k = 0; k < digits; k++, power *= 3) {
-        __m256i worth = _mm256_set1_epi8(char(power));  // a level fits 8 bits: what exceeds them on the way cancels out
-        levels = _mm256_mask_add_epi8(levels, word[k * apart], levels, worth);
-        levels = _mm256_mask_sub_epi8(levels, word[k * apart + BLOCK], levels, worth);
-    }
-    return {{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(levels))),
-             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(levels, 1)))}};
+// += power where plus has a bit, -= power where minus has one; what exceeds a byte on the way cancels out.
+INLINE inline void add_digit(Bytes& bytes, uint32_t plus, uint32_t minus, int power) {
+    const __m256i worth = _mm256_set1_epi8(char(power));
+    __m256i sum = _mm256_mask_add_epi8(bytes.all, plus, bytes.all, worth);
+    bytes.all = _mm256_mask_sub_epi8(sum, minus, sum, worth);
+}
+INLINE inline __m512i sixteen(const Bytes& bytes, int half) {
+    return _mm512_cvtepi8_epi32(half ? _mm256_extracti128_si256(bytes.all, 1) : _mm256_castsi256_si128(bytes.all));
+}
+INLINE inline Numbers numbers_of(const Bytes& bytes) {
+    return {{_mm512_cvtepi32_ps(sixteen(bytes, 0)), _mm512_cvtepi32_ps(sixteen(bytes, 1))}};
+}
+// table[which], of 32.
+INLINE inline Numbers looked_up(const Numbers& table, const Bytes& which) {
+    return {{_mm512_permutex2var_ps(table.part[0], sixteen(which, 0), table.part[1]),
+             _mm512_permutex2var_ps(table.part[0], sixteen(which, 1), table.part[1])}};
 }
 
 INLINE inline void put(float* out, const Numbers& x, int64_t valid) {
@@ -111,6 +114,9 @@ INLINE inline void put(Brain* out, const Numbers& x, int64_t valid) {
 struct Numbers {
     float at[BLOCK] = {};
 };
+struct Bytes {
+    int8_t all[BLOCK];
+};
 
 template <typename T> inline Numbers numbers_at(const T* from, int64_t valid) {
     Numbers numbers;
@@ -134,20 +140,28 @@ inline void add_products(Numbers& total, const Numbers& values, float factor) {
     add_numbers(total, products);
 }
 
-inline Numbers levels_at(const int16_t* from) {
-    Numbers levels;
-    for (int c = 0; c < BLOCK; c++) levels.at[c] = from[c];
-    return levels;
+inline Bytes bytes_at(const int8_t* from) {
+    Bytes bytes;
+    std::memcpy(bytes.all, from, sizeof bytes.all);
+    return bytes;
 }
-
-inline Numbers levels_of(const uint32_t* word, int64_t apart, int32_t digits) {
-    int32_t levels[BLOCK] = {}, power = 1;
-    for (int32_t k = 0; k < digits; k++, power *= 3) {
-        uint32_t plus = word[k * apart], minus = word[k * apart + BLOCK];
-        for (int c = 0; c < BLOCK; c++) levels[c] += power * (int32_t((plus >> c) & 1) - int32_t((minus >> c) & 1));
-    }
+inline Bytes all_bytes(int value) {
+    Bytes bytes;
+    std::memset(bytes.all, value, sizeof bytes.all);
+    return bytes;
+}
+inline void add_digit(Bytes& bytes, uint32_t plus, uint32_t minus, int power) {
+    for (int c = 0; c < BLOCK; c++)
+        bytes.all[c] = int8_t(bytes.all[c] + power * (int((plus >> c) & 1) - int((minus >> c) & 1)));
+}
+inline Numbers numbers_of(const Bytes& bytes) {
     Numbers numbers;
-    for (int c = 0; c < BLOCK; c++) numbers.at[c] = float(levels[c]);
+    for (int c = 0; c < BLOCK; c++) numbers.at[c] = float(bytes.all[c]);
+    return numbers;
+}
+inline Numbers looked_up(const Numbers& table, const Bytes& which) {
+    Numbers numbers;
+    for (int c = 0; c < BLOCK; c++) numbers.at[c] = table.at[which.all[c]];
     return numbers;
 }
 
@@ -156,5 +170,13 @@ template <typename T> inline void put(T* out, const Numbers& x, int64_t valid) {
 }
 
 #endif
+
+// The levels whose words of all digits begin at `word`, `apart` from each other.
+INLINE inline Bytes levels_of(const uint32_t* word, int64_t apart, int32_t digits) {
+    Bytes levels = all_bytes(0);
+    int power = 1;
+    for (int32_t k = 0; k < digits; k++, power *= 3) add_digit(levels, word[k * apart], word[k * apart + BLOCK], power);
+    return levels;
+}
 
 }  // namespace
