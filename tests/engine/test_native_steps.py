@@ -219,9 +219,7 @@ def test_deltas_are_priced_as_steps_apply_them(halves: World, monkeypatch: pytes
     monkeypatch.setattr("server.engine.costs._DELTA_SECONDS", 0.0)
     monkeypatch.setattr("server.engine.costs._STEP_SECONDS", 0.0)
     calibrate(halves.model, executor, halves.kernels, 32)
-    assert executor.fast.steps == 12, (
-        "the base, planes and lists, of one row and of eight, twice each"
-    )
+    assert executor.fast.steps == 12, "the base, planes and lists, of one row and of eight, twice each"
 
 
 @pytest.mark.parametrize("weights", [BaseWeights.INT8, BaseWeights.INT4])
