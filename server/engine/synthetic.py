@@ -48,10 +48,10 @@ def synthetic_expert(
         delta = made[shape]
         if not isinstance(delta, form):
             continue
+        if room > 0 and any(delta is other for other in tensors.values()):
+            delta = made[shape] = _copy(delta)
+        room -= delta.nbytes
         tensors[name] = delta
-        if room > 0:
-            room -= delta.nbytes
-            made[shape] = _copy(delta)
     return DecodedExpert(f"synthetic {form.__name__}", tensors)
 
 

@@ -10,12 +10,9 @@ namespace {
 // One term that sets and adds nothing: the bits of a fine-tune come out.
 template <typename T>
 void overwrite(T* out, const T* pristine, int64_t first, int64_t last, int64_t columns, const Term& term) {
-    const int32_t* places = reinterpret_cast<const int32_t*>(term.words);
-    const Brain* values = reinterpret_cast<const Brain*>(term.entries);
     std::memcpy(out, pristine + first * columns, (last - first) * columns * sizeof(T));
-    const int32_t* place = std::lower_bound(places, places + term.count, first * columns);
-    for (; place < places + term.count && *place < last * columns; place++)
-        narrow(widened(values[place - places]), out + (*place - first * columns));
+    each_new(term, first * columns, last * columns,
+             [&](int64_t place, Brain value) { narrow(widened(value), out + (place - first * columns)); });
 }
 
 template <typename T>

@@ -40,17 +40,22 @@ inline int64_t room_of(const Term& term, int64_t columns) {
     }
 }
 
+// Calls take(place, new value) for what a term overwrites from one place of the tensor to another.
+template <typename F> void each_new(const Term& term, int64_t first, int64_t end, F take) {
+    const int32_t* places = reinterpret_cast<const int32_t*>(term.words);
+    const Brain* values = reinterpret_cast<const Brain*>(term.entries);
+    const int32_t* place = std::lower_bound(places, places + term.count, first);
+    for (; place < places + term.count && *place < end; place++) take(*place, values[place - places]);
+}
+
 // new - pristine where a term overwrites, else zero: [32 rows][columns].
 template <typename T>
 void lay_overwrites(float* values, const T* pristine, const Term& term, const Block& block) {
-    const int32_t* places = reinterpret_cast<const int32_t*>(term.words);
-    const Brain* news = reinterpret_cast<const Brain*>(term.entries);
     const int64_t first = block.first * block.columns;
     const int64_t end = smaller(block.first + BLOCK, block.rows) * block.columns;
     std::memset(values, 0, BLOCK * block.columns * sizeof *values);
-    const int32_t* place = std::lower_bound(places, places + term.count, first);
-    for (; place < places + term.count && *place < end; place++)
-        values[*place - first] = widened(news[place - places]) - widened(pristine[*place]);
+    each_new(term, first, end,
+             [&](int64_t place, Brain value) { values[place - first] = widened(value) - widened(pristine[place]); });
 }
 
 // A term as it adds to a block, laid out in `room` where it is not yet.
